@@ -1,0 +1,1 @@
+//! The CUDA runtime. Not built yet: see README.md beside the manifest.
