@@ -113,10 +113,6 @@ pub trait Real:
     const ONE: Self;
     /// −∞
     const NEG_INFINITY: Self;
-    /// Rounds an f64.
-    fn from_f64(x: f64) -> Self;
-    /// Widens to f64.
-    fn to_f64(self) -> f64;
     /// self·a + b, fused.
     fn mul_add(self, a: Self, b: Self) -> Self;
     /// The larger (NaN-ignoring is not promised).
@@ -153,14 +149,6 @@ macro_rules! real {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
             const NEG_INFINITY: Self = $t::NEG_INFINITY;
-            #[inline(always)]
-            fn from_f64(x: f64) -> Self {
-                x as $t
-            }
-            #[inline(always)]
-            fn to_f64(self) -> f64 {
-                self as f64
-            }
             #[inline(always)]
             fn mul_add(self, a: Self, b: Self) -> Self {
                 $t::mul_add(self, a, b)

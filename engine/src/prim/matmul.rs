@@ -1,0 +1,113 @@
+//! The matrix product, batched, every transpose by strides.
+
+use super::{float, same_dtype};
+use crate::cpu::simd::Real;
+use crate::cpu::{Inputs, Outputs};
+use crate::{Error, Layout, Meta, Op, Result, Saved, Tensor, Want, broadcast_shape, cpu_kernel, dispatch_real, run1};
+
+/// `y[.., m, n] = Σ_k a[.., m, k] · b[.., k, n]`; f32 accumulation for bf16 and f16.
+#[derive(Debug)]
+pub struct MatMul;
+
+impl Op for MatMul {
+    fn name(&self) -> &'static str {
+        "matmul"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        float("matmul", "a", &x[0])?;
+        same_dtype("matmul", x)?;
+        let (a, b) = (&x[0].shape, &x[1].shape);
+        let r = a.len();
+        if r < 2 || b.len() != r || a[..r - 2] != b[..r - 2] || a[r - 1] != b[r - 2] {
+            return Err(Error::invalid(
+                "matmul",
+                format!("a [.., m, k] and b [.., k, n] must agree in k and in the leading axes, found {a:?} and {b:?}"),
+            ));
+        }
+        let mut y = a.clone();
+        y[r - 1] = b[r - 1];
+        Ok(vec![Meta { shape: y, dtype: x[0].dtype }])
+    }
+    fn want(&self, _: usize) -> Want {
+        Want::Any
+    }
+    fn saves(&self) -> (Vec<usize>, Vec<usize>) {
+        (vec![0, 1], vec![])
+    }
+    fn backward(&self, s: &Saved, dy: &[Option<Tensor>], need: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let Some(dy) = &dy[0] else { return Ok(vec![None, None]) };
+        let (a, b) = (s.input(0)?, s.input(1)?);
+        let r = dy.rank();
+        let t = |x: &Tensor| x.transpose(r - 2, r - 1);
+        Ok(vec![need[0].then(|| run1(MatMul, &[dy, &t(b)?])).transpose()?, need[1].then(|| run1(MatMul, &[&t(a)?, dy])).transpose()?])
+    }
+}
+cpu_kernel!(MatMul => |_, x, y| dispatch_real!(x.dtype(0), |F| kernel::<F>(x, y)));
+
+fn kernel<F: Real>(x: &Inputs, y: &mut Outputs) -> Result<()> {
+    let (a, la, b, lb, mut c) = (x.real::<F>(0)?, x.layout(0), x.real::<F>(1)?, x.layout(1), y.real::<F>(0)?);
+    let r = la.shape.len();
+    let (m, k, n) = (la.shape[r - 2], la.shape[r - 1], lb.shape[r - 1]);
+    let batch: usize = la.shape[..r - 2].iter().product();
+    let at = |l: &Layout, mut i: usize| {
+        let mut o = 0;
+        for d in (0..r - 2).rev() {
+            o += (i % l.shape[d]) * l.strides[d] as usize;
+            i /= l.shape[d];
+        }
+        o
+    };
+    for i in 0..batch {
+        let c = &mut c[i * m * n..(i + 1) * m * n];
+        crate::cpu::gemm::gemm(
+            m,
+            n,
+            k,
+            F::ONE,
+            &a[at(la, i).min(a.len())..],
+            (la.strides[r - 2] as usize, la.strides[r - 1] as usize),
+            &b[at(lb, i).min(b.len())..],
+            (lb.strides[r - 2] as usize, lb.strides[r - 1] as usize),
+            F::ZERO,
+            c,
+            n,
+        );
+    }
+    Ok(())
+}
+
+impl Tensor {
+    /// Matrix product `[.., m, k] × [.., k, n]`; leading axes broadcast. A vector on either side counts as a matrix with one row or column.
+    pub fn matmul(&self, b: &Tensor) -> Result<Tensor> {
+        if self.rank() == 0 || b.rank() == 0 {
+            return Err(Error::invalid("matmul", format!("needs at least one axis on both sides, found {:?} and {:?}", self.shape(), b.shape())));
+        }
+        if self.rank() == 1 {
+            let y = self.unsqueeze(0)?.matmul(b)?;
+            let mut s = y.shape().to_vec();
+            s.remove(s.len() - if b.rank() == 1 { 1 } else { 2 });
+            return y.reshape(&s);
+        }
+        if b.rank() == 1 {
+            let y = self.matmul(&b.unsqueeze(1)?)?;
+            return y.reshape(&y.shape()[..y.rank() - 1]);
+        }
+        if b.rank() == 2 && self.rank() > 2 {
+            // one product with all rows: the weight's gradient is then one product too, instead of a sum over the batch
+            let k = self.shape()[self.rank() - 1];
+            let rows = self.numel().checked_div(k).unwrap_or_else(|| self.shape()[..self.rank() - 1].iter().product());
+            let mut s = self.shape().to_vec();
+            s[self.rank() - 1] = b.shape()[1];
+            return run1(MatMul, &[&self.reshape(&[rows, k])?, b])?.reshape(&s);
+        }
+        let (ra, rb) = (self.rank(), b.rank());
+        let lead = broadcast_shape(&self.shape()[..ra - 2], &b.shape()[..rb - 2])
+            .ok_or_else(|| Error::invalid("matmul", format!("leading axes of {:?} and {:?} do not broadcast", self.shape(), b.shape())))?;
+        let full = |t: &Tensor| t.expand(&[&lead[..], &t.shape()[t.rank() - 2..]].concat());
+        run1(MatMul, &[&full(self)?, &full(b)?])
+    }
+    /// `x Wᵀ` for a weight stored as `[out, in]`, as checkpoints have it.
+    pub fn linear(&self, w: &Tensor) -> Result<Tensor> {
+        self.matmul(&w.transpose(0, 1)?)
+    }
+}
