@@ -1,0 +1,175 @@
+//! What the tape promises: right gradients through sharing, nothing cut silently, no growth, no recursion.
+
+use engine::{DType, Device, Error, Grads, Meta, Op, Result, Tensor, checkpoint, gradcheck, no_grad, run1};
+
+fn leaf(v: &[f64]) -> Tensor {
+    Tensor::from_vec(v, &[v.len()]).unwrap().requires_grad()
+}
+
+#[test]
+fn shared_values_accumulate() {
+    let x = leaf(&[2.0, 3.0]);
+    let y = x.mul(&x).unwrap();
+    let z = y.add(&y).unwrap().add(&x).unwrap().sum_all().unwrap();
+    let mut g = Grads::new();
+    z.backward_into(&mut g).unwrap();
+    assert_eq!(g.get(&x).unwrap().to_vec::<f64>().unwrap(), [9.0, 13.0]);
+    x.sum_all().unwrap().backward_into(&mut g).unwrap();
+    assert_eq!(g.get(&x).unwrap().to_vec::<f64>().unwrap(), [10.0, 14.0], "a second backward adds");
+    assert_eq!(g.len(), 1);
+}
+
+#[test]
+fn a_second_backward_is_an_error() {
+    let x = leaf(&[2.0]);
+    let y = x.square().unwrap();
+    y.backward().unwrap();
+    let e = y.backward().err().unwrap();
+    assert!(matches!(e, Error::Freed { op: "square" }), "{e}");
+}
+
+#[test]
+fn changing_a_saved_tensor_in_place_is_an_error() {
+    let x = leaf(&[2.0]);
+    let y = x.square().unwrap();
+    x.assign(&Tensor::from_vec([5.0f64], &[1]).unwrap()).unwrap();
+    assert!(matches!(y.backward().err().unwrap(), Error::Modified { op: "square" }));
+    assert_eq!(x.to_vec::<f64>().unwrap(), [5.0]);
+}
+
+#[derive(Debug)]
+struct NoKernel;
+impl Op for NoKernel {
+    fn name(&self) -> &'static str {
+        "no_kernel"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        Ok(x.to_vec())
+    }
+}
+#[derive(Debug)]
+struct NoBackward;
+impl Op for NoBackward {
+    fn name(&self) -> &'static str {
+        "no_backward"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        Ok(x.to_vec())
+    }
+    fn differentiable(&self) -> bool {
+        false
+    }
+}
+engine::cpu_kernel!(NoBackward => |_, x, y| {
+    y.slice::<f64>(0)?.copy_from_slice(x.slice::<f64>(0)?);
+    Ok(())
+});
+#[derive(Debug)]
+struct WrongGradient;
+impl Op for WrongGradient {
+    fn name(&self) -> &'static str {
+        "wrong_gradient"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        Ok(x.to_vec())
+    }
+    fn backward(&self, _: &engine::Saved, dy: &[Option<Tensor>], _: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        Ok(vec![Some(dy[0].as_ref().unwrap().sum_all()?)])
+    }
+}
+engine::cpu_kernel!(WrongGradient => |_, x, y| {
+    y.slice::<f64>(0)?.copy_from_slice(x.slice::<f64>(0)?);
+    Ok(())
+});
+
+#[test]
+fn missing_kernels_and_backwards_are_named() {
+    let x = leaf(&[1.0]);
+    let e = run1(NoKernel, &[&x]).err().unwrap().to_string();
+    assert!(e.contains("no_kernel") && e.contains("cpu"), "{e}");
+    let e = run1(NoBackward, &[&x]).err().unwrap();
+    assert!(matches!(e, Error::NoGrad { op: "no_backward" }), "never cut silently: {e}");
+    assert_eq!(run1(NoBackward, &[&x.detach()]).unwrap().to_vec::<f64>().unwrap(), [1.0]);
+    assert!(no_grad(|| run1(NoBackward, &[&x])).is_ok());
+    let x = leaf(&[1.0, 2.0]);
+    let e = run1(WrongGradient, &[&x]).unwrap().sum_all().unwrap().backward().err().unwrap();
+    assert!(matches!(e, Error::BadGradient { op: "wrong_gradient", input: 0, .. }), "{e}");
+}
+
+#[test]
+fn bad_arguments_are_errors_that_name_the_op() {
+    let f = |s: &[usize]| Tensor::zeros(s, DType::F32, &Device::cpu()).unwrap();
+    let errors = [
+        f(&[2, 3]).add(&f(&[4])).err(),
+        f(&[2, 3]).matmul(&f(&[2, 3])).err(),
+        f(&[2]).add(&f(&[2]).cast(DType::F64).unwrap()).err(),
+        f(&[2]).reshape(&[3]).err(),
+        f(&[2]).narrow(0, 1, 2).err(),
+        f(&[2]).narrow(0, usize::MAX, 2).err(),
+        f(&[2]).permute(&[1]).err(),
+        f(&[2]).sum(&[1], false).err(),
+        f(&[2, 0]).max(&[1], false).err(),
+        f(&[2]).index_select(0, &Tensor::from_vec([2i64], &[1]).unwrap()).err(),
+        f(&[2]).index_select(0, &Tensor::from_vec([-1i32], &[1]).unwrap()).err(),
+        f(&[2]).topk(3).err(),
+        f(&[2]).cast(DType::I64).unwrap().exp().err(),
+        f(&[2, 2]).backward().err(),
+        f(&[1]).backward().err(),
+        Tensor::zeros(&[usize::MAX, 2], DType::F32, &Device::cpu()).err(),
+        f(&[1]).expand(&[usize::MAX / 2, 4]).err(),
+        Tensor::from_vec([1.0f32], &[2]).err(),
+    ];
+    for (i, e) in errors.iter().enumerate() {
+        assert!(e.as_ref().is_some_and(|e| e.to_string().len() > 20), "case {i}: {e:?}");
+    }
+}
+
+#[test]
+fn dropping_a_long_chain_does_not_recurse() {
+    let mut x = leaf(&[1.0]);
+    for _ in 0..1_000_000 {
+        x = x.neg().unwrap();
+    }
+    drop(x);
+}
+
+#[test]
+fn a_loop_without_backward_does_not_grow() {
+    let x = leaf(&[1.0; 256]);
+    for _ in 0..1000 {
+        x.square().unwrap();
+    }
+    let before = engine::cpu::memory().0;
+    for _ in 0..1_000_000 {
+        x.square().unwrap();
+    }
+    assert!(engine::cpu::memory().0 <= before + (1 << 20), "{before} -> {}", engine::cpu::memory().0);
+}
+
+#[test]
+fn checkpointing_gives_the_same_gradients_captures_included() {
+    let w = Tensor::randn(&[4, 4], DType::F64, &Device::cpu(), 1, 1).unwrap();
+    let x = Tensor::randn(&[3, 4], DType::F64, &Device::cpu(), 1, 2).unwrap();
+    let block = |x: &Tensor, w: &Tensor| x.matmul(w)?.tanh();
+    gradcheck(
+        |v| {
+            let (w, w2) = (v[1].clone(), v[1].square()?);
+            let y = checkpoint(move |x| Ok(vec![block(&block(&x[0], &w)?, &w2)?]), &[&v[0]])?;
+            Ok(vec![y[0].square()?])
+        },
+        &[x, w],
+        1e-5,
+    )
+    .unwrap()
+    .within(1e-8)
+    .unwrap();
+}
+
+#[test]
+fn memory_falls_during_the_sweep_and_views_copy_nothing() {
+    let x = Tensor::zeros(&[1 << 20], DType::F32, &Device::cpu()).unwrap();
+    let before = engine::cpu::memory().0;
+    let v = x.reshape(&[1024, 1024]).unwrap().transpose(0, 1).unwrap().narrow(0, 3, 9).unwrap().expand(&[5, 9, 1024]).unwrap();
+    assert_eq!(v.shape(), [5, 9, 1024]);
+    assert!(engine::cpu::memory().0 < before + (2 << 20), "other tests may run beside this one, a copy would be 4 MiB or more");
+}
