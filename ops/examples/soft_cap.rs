@@ -1,0 +1,108 @@
+//! A user's fused op in one file, outside the engine: soft-capping, y = c · tanh(x / c), as Gemma 2 applies it to logits (2408.00118, §2).
+//!
+//! Run it: `cargo run --release -p tidegate-ops --example soft_cap`. The walk-through is docs/extend.md.
+
+use engine::cpu::simd::Real;
+use engine::cpu::{Inputs, Outputs};
+use engine::{DType, Device, Element, Error, Meta, Op, Result, Saved, Tensor, gradcheck, run1, vectorized};
+
+// 1. The contract: attributes, what comes out, what backward reads. No device, no memory.
+
+/// y = cap · tanh(x / cap) for a float tensor of any shape.
+#[derive(Debug, Clone, Copy)]
+pub struct SoftCap {
+    /// The bound that |y| never exceeds.
+    pub cap: f64,
+}
+
+impl Op for SoftCap {
+    fn name(&self) -> &'static str {
+        "soft_cap"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        if self.cap.is_nan() || self.cap <= 0.0 {
+            return Err(Error::invalid("soft_cap", format!("cap must be positive, found {}", self.cap)));
+        }
+        if !x[0].dtype.is_float() {
+            return Err(Error::dtype("soft_cap", "x", "a float dtype", x[0].dtype));
+        }
+        Ok(vec![x[0].clone()])
+    }
+    // dy/dx = 1 − (y/cap)²: the output is enough, the input can be freed
+    fn saves(&self) -> (Vec<usize>, Vec<usize>) {
+        (vec![], vec![0])
+    }
+    fn backward(&self, saved: &Saved, dy: &[Option<Tensor>], _need: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let Some(dy) = &dy[0] else { return Ok(vec![None]) };
+        Ok(vec![Some(run1(SoftCapBackward(*self), &[saved.output(0)?, dy])?)])
+    }
+}
+
+// 2. The backward is an op like any other, with a kernel of its own.
+
+/// dx = dy · (1 − (y/cap)²): inputs y and dy.
+#[derive(Debug, Clone, Copy)]
+pub struct SoftCapBackward(SoftCap);
+
+impl Op for SoftCapBackward {
+    fn name(&self) -> &'static str {
+        "soft_cap_backward"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        Ok(vec![x[0].clone()])
+    }
+}
+
+// 3. The kernels: plain loops, compiled for each vector level; f64 and f32 from one source, halves are computed in f32.
+
+vectorized! {
+    fn forward_loop[F: Real](cap: F, x: &[F], y: &mut [F]) {
+        for (y, x) in y.iter_mut().zip(x) { *y = cap * (*x / cap).tanh() }
+    }
+    fn backward_loop[F: Real](cap: F, y: &[F], dy: &[F], dx: &mut [F]) {
+        for ((dx, y), dy) in dx.iter_mut().zip(y).zip(dy) { let t = *y / cap; *dx = *dy * (F::ONE - t * t) }
+    }
+}
+
+fn forward<F: Real>(op: &SoftCap, x: &Inputs, y: &mut Outputs) -> Result<()> {
+    forward_loop(F::from_f64(op.cap), &x.real::<F>(0)?, &mut y.real::<F>(0)?);
+    Ok(())
+}
+fn backward<F: Real>(op: &SoftCapBackward, x: &Inputs, y: &mut Outputs) -> Result<()> {
+    backward_loop(F::from_f64(op.0.cap), &x.real::<F>(0)?, &x.real::<F>(1)?, &mut y.real::<F>(0)?);
+    Ok(())
+}
+
+// 4. Two rows in the kernel registry, collected when the program is linked.
+
+engine::cpu_kernel!(SoftCap => |op, x, y| engine::dispatch_real!(x.dtype(0), |F| forward::<F>(op, x, y)));
+engine::cpu_kernel!(SoftCapBackward => |op, x, y| engine::dispatch_real!(x.dtype(0), |F| backward::<F>(op, x, y)));
+
+// 5. The function that people call.
+
+/// y = cap · tanh(x / cap).
+pub fn soft_cap(x: &Tensor, cap: f64) -> Result<Tensor> {
+    run1(SoftCap { cap }, &[x])
+}
+
+fn main() -> Result<()> {
+    let x = Tensor::randn(&[7, 33], DType::F64, &Device::cpu(), 1, 0)?;
+    let report = gradcheck(|x| Ok(vec![soft_cap(&x[0], 1.5)?]), std::slice::from_ref(&x), 1e-5)?;
+    println!("gradient against central differences: worst error {:.1e}", report.worst);
+    report.within(1e-8)?;
+
+    let y = soft_cap(&x, 1.5)?;
+    let plain = x.affine(1.0 / 1.5, 0.0)?.tanh()?.affine(1.5, 0.0)?;
+    let worst = y.sub(&plain)?.abs()?.max(&[0, 1], false)?.item()?;
+    println!("against the same thing composed of primitive ops: worst difference {worst:.1e}");
+    if worst > 1e-12 {
+        return Err(Error::invalid("soft_cap", format!("differs from its reference by {worst:e}")));
+    }
+    for d in [DType::F32, DType::BF16] {
+        let y = soft_cap(&x.cast(d)?.requires_grad(), 1.5)?;
+        y.sum_all()?.backward()?;
+        println!("{d}: {y:?}");
+    }
+    println!("a bad attribute: {}", soft_cap(&x, -1.0).err().map_or_else(String::new, |e| e.to_string()));
+    Ok(())
+}
