@@ -4,7 +4,7 @@
 
 use engine::cpu::simd::Real;
 use engine::cpu::{Inputs, Outputs};
-use engine::{DType, Device, Element, Error, Meta, Op, Result, Saved, Tensor, gradcheck, run1, vectorized};
+use engine::{DType, Device, Error, Meta, Op, Result, Saved, Tensor, gradcheck, run1, vectorized};
 
 // 1. The contract: attributes, what comes out, what backward reads. No device, no memory.
 

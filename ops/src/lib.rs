@@ -1,1 +1,11 @@
-//! Part of tidegate.
+//! Fused operations, one folder each: contract, CPU kernels, tests against a reference.
+
+pub mod adamw;
+mod documents;
+pub mod rms_norm;
+pub mod rope;
+mod rows;
+pub mod short_conv;
+pub mod swiglu;
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,147 @@
+//! AdamW with decoupled weight decay (Loshchilov & Hutter, 1711.05101, Algorithm 2), in place on f32 masters; and the sum of squares for clipping.
+
+use engine::cpu::simd::Real;
+use engine::cpu::{Inputs, Outputs};
+use engine::{DType, Error, Meta, Op, Result, Tensor, cpu_kernel, dispatch_real, run_in_place, run1, vectorized};
+use rayon::prelude::*;
+
+/// Elements per task.
+const BLOCK: usize = 32 * 1024;
+
+/// The hyperparameters of one update.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay: p ← p − lr·weight_decay·p.
+    pub weight_decay: f64,
+    /// Number of this update, from 1.
+    pub step: u64,
+    /// The gradient is multiplied by this first (clipping, accumulation).
+    pub grad_scale: f64,
+}
+
+impl Op for AdamW {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        if self.step == 0 {
+            return Err(Error::invalid("adamw", "steps count from 1, found 0"));
+        }
+        if !x[0].dtype.is_float() {
+            return Err(Error::dtype("adamw", "the gradient", "a float dtype", x[0].dtype));
+        }
+        // masters and moments are f32 whatever the gradient's dtype
+        let m = Meta::new(&x[0].shape, if x[0].dtype == DType::F64 { DType::F64 } else { DType::F32 });
+        Ok(vec![m.clone(), m.clone(), m])
+    }
+}
+
+vectorized! {
+    fn update[F: Real](op: &AdamW, p: &mut [F], m: &mut [F], v: &mut [F], g: &[F]) {
+        let (b1, b2) = (F::from_f64(op.beta1), F::from_f64(op.beta2));
+        let (a1, a2) = (F::from_f64(1.0 - op.beta1), F::from_f64(1.0 - op.beta2));
+        let lr = F::from_f64(op.lr / (1.0 - op.beta1.powf(op.step as f64)));
+        let r = F::from_f64(1.0 / (1.0 - op.beta2.powf(op.step as f64)));
+        let (eps, keep, s) = (F::from_f64(op.eps), F::from_f64(1.0 - op.lr * op.weight_decay), F::from_f64(op.grad_scale));
+        for (((p, m), v), g) in p.iter_mut().zip(m.iter_mut()).zip(v.iter_mut()).zip(g) {
+            let g = *g * s;
+            *m = b1.mul_add(*m, a1 * g);
+            *v = b2.mul_add(*v, a2 * g * g);
+            *p = *p * keep - lr * *m / ((*v * r).sqrt() + eps);
+        }
+    }
+    fn squares[F: Real](x: &[F]) -> f64 {
+        let mut acc = [0f64; 8];
+        let (body, tail) = x.as_chunks::<8>();
+        for c in body { for (a, x) in acc.iter_mut().zip(c) { let x = x.to_f64(); *a += x * x } }
+        for (a, x) in acc.iter_mut().zip(tail) { let x = x.to_f64(); *a += x * x }
+        acc.iter().sum()
+    }
+}
+
+cpu_kernel!(AdamW => |op, x, y| dispatch_real!(x.dtype(0), |F| kernel::<F>(op, x, y)));
+
+fn kernel<F: Real>(op: &AdamW, x: &Inputs, y: &mut Outputs) -> Result<()> {
+    let (g, mut p, mut m, mut v) = (x.real::<F>(0)?, y.slice::<F>(0)?, y.slice::<F>(1)?, y.slice::<F>(2)?);
+    p.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK)).zip(g.par_chunks(BLOCK)).for_each(|(((p, m), v), g)| update(op, p, m, v, g));
+    Ok(())
+}
+
+/// One update in place: `param`, `m` and `v` (first and second moment) are f32 (f64 for f64 gradients) of the gradient's shape.
+pub fn adamw(op: AdamW, param: &Tensor, m: &Tensor, v: &Tensor, grad: &Tensor) -> Result<()> {
+    run_in_place(op, &[param, m, v], &[grad])
+}
+
+/// Σ x² as an f64 scalar, summed in f64 over fixed blocks.
+#[derive(Debug, Clone, Copy)]
+pub struct SumOfSquares;
+
+impl Op for SumOfSquares {
+    fn name(&self) -> &'static str {
+        "sum_of_squares"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        if x[0].dtype.is_float() { Ok(vec![Meta::new(&[], DType::F64)]) } else { Err(Error::dtype("sum_of_squares", "x", "a float dtype", x[0].dtype)) }
+    }
+    fn differentiable(&self) -> bool {
+        false
+    }
+}
+cpu_kernel!(SumOfSquares => |_, x, y| dispatch_real!(x.dtype(0), |F| sum_kernel::<F>(x, y)));
+
+fn sum_kernel<F: Real>(x: &Inputs, y: &mut Outputs) -> Result<()> {
+    let parts: Vec<f64> = x.real::<F>(0)?.par_chunks(BLOCK).map(|c| squares(c)).collect();
+    y.slice::<f64>(0)?[0] = parts.iter().sum();
+    Ok(())
+}
+
+/// Σ x² as an f64 scalar; has no backward.
+pub fn sum_of_squares(x: &Tensor) -> Result<Tensor> {
+    run1(SumOfSquares, &[x])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{close, randn};
+
+    #[test]
+    fn follows_the_algorithm_in_f64_and_f32() {
+        let n = 70_000;
+        for d in [DType::F64, DType::F32] {
+            let p = randn(&[n], 1).cast(d).unwrap();
+            let (m, v) = (p.affine(0.0, 0.0).unwrap(), p.affine(0.0, 0.0).unwrap());
+            let mut want = randn(&[n], 1).to_vec::<f64>().unwrap();
+            let (mut wm, mut wv) = (vec![0.0; n], vec![0.0; n]);
+            for step in 1..=3u64 {
+                let g = randn(&[n], 10 + step);
+                let op = AdamW { lr: 0.01, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step, grad_scale: 0.5 };
+                adamw(op, &p, &m, &v, &g.cast(d).unwrap()).unwrap();
+                for (i, g) in g.to_vec::<f64>().unwrap().into_iter().enumerate() {
+                    let g = g * 0.5;
+                    wm[i] = 0.9 * wm[i] + 0.1 * g;
+                    wv[i] = 0.95 * wv[i] + 0.05 * g * g;
+                    let (mh, vh) = (wm[i] / (1.0 - 0.9f64.powi(step as i32)), wv[i] / (1.0 - 0.95f64.powi(step as i32)));
+                    want[i] -= 0.01 * (mh / (vh.sqrt() + 1e-8) + 0.1 * want[i]);
+                }
+            }
+            close(&p, &Tensor::from_vec(want, &[n]).unwrap(), if d == DType::F64 { 1e-13 } else { 1e-6 });
+        }
+    }
+
+    #[test]
+    fn sums_squares() {
+        let x = randn(&[100_003], 1);
+        let want: f64 = x.to_vec::<f64>().unwrap().iter().map(|x| x * x).sum();
+        assert!((sum_of_squares(&x).unwrap().item().unwrap() / want - 1.0).abs() < 1e-12);
+        assert!(adamw(AdamW { lr: 1.0, beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.0, step: 0, grad_scale: 1.0 }, &x, &x, &x, &x).is_err());
+    }
+}

@@ -1,0 +1,172 @@
+//! Rotary position embedding (Su et al., 2104.09864) on the first `rotary_dim` entries of a head, in the rotate-half form, after an optional RMS norm
+//! of the head (the q and k norms of Qwen3-Next) that is fused in front.
+//!
+//! With `θ_i = base^(−2i/rotary_dim)` and position p: `y_i = x_i cos pθ_i − x_{i+r/2} sin pθ_i`, `y_{i+r/2} = x_{i+r/2} cos pθ_i + x_i sin pθ_i`.
+
+use crate::rms_norm::rms_norm;
+use crate::rows::Rows;
+use engine::cpu::simd::Real;
+use engine::cpu::{Inputs, Outputs};
+use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, Want, cpu_kernel, dispatch_real, run1, vectorized};
+use rayon::prelude::*;
+
+/// The op; see [`rope`].
+#[derive(Debug, Clone, Copy)]
+pub struct Rope {
+    /// Leading entries of a head that are rotated; even.
+    pub rotary_dim: usize,
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Position of the first step, where no positions are given.
+    pub offset: usize,
+    /// A second input: positions `[B, T]` (i32 or i64).
+    pub positions: bool,
+    /// Rotate backwards: the gradient.
+    pub inverse: bool,
+}
+
+impl Op for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        let [b, t, _, d] = x[0].shape[..] else { return Err(Error::shape("rope", "x", "[B, T, H, D]", &x[0].shape)) };
+        if !x[0].dtype.is_float() {
+            return Err(Error::dtype("rope", "x", "a float dtype", x[0].dtype));
+        }
+        if self.rotary_dim > d || self.rotary_dim % 2 != 0 {
+            return Err(Error::invalid("rope", format!("rotary_dim must be even and at most head_dim {d}, found {}", self.rotary_dim)));
+        }
+        if self.positions && (x[1].shape != [b, t] || !matches!(x[1].dtype, DType::I32 | DType::I64)) {
+            return Err(Error::invalid("rope", format!("positions must be i32 or i64 [{b}, {t}], found {}", x[1])));
+        }
+        Ok(vec![x[0].clone()])
+    }
+    fn want(&self, i: usize) -> Want {
+        if i == 0 { Want::LastDimDense } else { Want::Contiguous }
+    }
+    fn saves(&self) -> (Vec<usize>, Vec<usize>) {
+        (if self.positions { vec![1] } else { vec![] }, vec![])
+    }
+    fn backward(&self, s: &Saved, dy: &[Option<Tensor>], need: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let Some(dy) = &dy[0] else { return Ok(vec![None; need.len()]) };
+        // the transpose of a rotation is the rotation back
+        let op = Rope { inverse: !self.inverse, ..*self };
+        let dx = if self.positions { run1(op, &[dy, s.input(1)?])? } else { run1(op, &[dy])? };
+        let mut out = vec![None; need.len()];
+        out[0] = Some(dx);
+        Ok(out)
+    }
+}
+
+vectorized! {
+    fn rotate[F: Real](x: &[F], cos: &[F], sin: &[F], y: &mut [F]) {
+        let h = cos.len();
+        let (a, b) = (&x[..h], &x[h..2 * h]);
+        let (ya, rest) = y.split_at_mut(h);
+        for i in 0..h {
+            ya[i] = a[i] * cos[i] - b[i] * sin[i];
+            rest[i] = b[i] * cos[i] + a[i] * sin[i];
+        }
+        rest[h..].copy_from_slice(&x[2 * h..]);
+    }
+}
+
+cpu_kernel!(Rope => |op, x, y| dispatch_real!(x.dtype(0), |F| kernel::<F>(op, x, y)));
+
+fn kernel<F: Real>(op: &Rope, x: &Inputs, y: &mut Outputs) -> Result<()> {
+    let (v, mut out) = (x.real::<F>(0)?, y.real::<F>(0)?);
+    let [b, t, h, d] = x.shape(0)[..] else { return Ok(()) };
+    if out.is_empty() {
+        return Ok(());
+    }
+    let rows = Rows::new(x.layout(0));
+    let half = op.rotary_dim / 2;
+    let positions: Vec<i64> = match (op.positions, x.len()) {
+        (true, 2) if x.dtype(1) == DType::I32 => x.slice::<i32>(1)?.iter().map(|p| *p as i64).collect(),
+        (true, 2) => x.slice::<i64>(1)?.to_vec(),
+        _ => (0..t as i64).map(|p| p + op.offset as i64).collect(),
+    };
+    // angles in f64: at position 10⁶ an f32 angle is off by a twentieth of a radian
+    let sign = if op.inverse { -1.0 } else { 1.0 };
+    let mut table = vec![F::ZERO; positions.len() * 2 * half];
+    if half > 0 {
+        let freq: Vec<f64> = (0..half).map(|i| op.theta.powf(-2.0 * i as f64 / op.rotary_dim as f64)).collect();
+        table.par_chunks_mut(2 * half).zip(&positions).for_each(|(row, p)| {
+            let (cos, sin) = row.split_at_mut(half);
+            for i in 0..half {
+                let a = *p as f64 * freq[i];
+                (cos[i], sin[i]) = (F::from_f64(a.cos()), F::from_f64(sign * a.sin()));
+            }
+        });
+    }
+    let per_batch = positions.len() / t / b.max(1) > 0 && op.positions;
+    out.par_chunks_mut(h * d).enumerate().for_each(|(bt, o)| {
+        let p = if per_batch { bt } else { bt % t };
+        let (cos, sin) = table[p * 2 * half..(p + 1) * 2 * half].split_at(half);
+        for (i, o) in o.chunks_mut(d).enumerate() {
+            rotate(&v[rows.at(bt * h + i)..][..d], cos, sin, o);
+        }
+    });
+    Ok(())
+}
+
+/// Where positions come from.
+#[derive(Debug, Clone, Copy)]
+pub enum Positions<'a> {
+    /// offset, offset + 1, …
+    From(usize),
+    /// `[B, T]` (i32 or i64): packed documents restart.
+    Given(&'a Tensor),
+}
+
+/// Rotates the first `rotary_dim` entries of each head of x `[B, T, H, D]` (a strided view is fine if its last axis is dense).
+pub fn rope(x: &Tensor, rotary_dim: usize, theta: f64, positions: Positions) -> Result<Tensor> {
+    let op = |offset, given| Rope { rotary_dim, theta, offset, positions: given, inverse: false };
+    match positions {
+        Positions::From(n) => run1(op(n, false), &[x]),
+        Positions::Given(p) => run1(op(0, true), &[x, p]),
+    }
+}
+
+/// [`rope`] after an RMS norm of each head with weight `[D]` (zero-centred: scaled by `1 + w`).
+pub fn norm_rope(x: &Tensor, weight: &Tensor, eps: f64, zero_centred: bool, rotary_dim: usize, theta: f64, positions: Positions) -> Result<Tensor> {
+    rope(&rms_norm(x, weight, eps, zero_centred)?, rotary_dim, theta, positions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{close, randn, strided};
+    use engine::gradcheck;
+
+    #[test]
+    fn rotates_as_complex_numbers_do() {
+        let x = randn(&[2, 5, 3, 8], 1);
+        let y = rope(&strided(&x), 4, 100.0, Positions::From(7)).unwrap().to_vec::<f64>().unwrap();
+        let v = x.to_vec::<f64>().unwrap();
+        for i in 0..v.len() {
+            let (t, j) = (i / 24 % 5, i % 8);
+            let a = (t + 7) as f64 * 100f64.powf(-((j % 2) as f64) * 2.0 / 4.0);
+            let want = match j {
+                0 | 1 => v[i] * a.cos() - v[i + 2] * a.sin(),
+                2 | 3 => v[i] * a.cos() + v[i - 2] * a.sin(),
+                _ => v[i],
+            };
+            assert!((y[i] - want).abs() < 1e-12);
+        }
+        let p = Tensor::from_vec((0..10).map(|i| 7 + i % 5).collect::<Vec<i32>>(), &[2, 5]).unwrap();
+        assert_eq!(rope(&x, 4, 100.0, Positions::Given(&p)).unwrap().to_vec::<f64>().unwrap(), y);
+    }
+
+    #[test]
+    fn gradients() {
+        let (x, w) = (randn(&[2, 3, 2, 6], 1), randn(&[6], 2));
+        let p = Tensor::from_vec([0i64, 1, 0, 5, 6, 7], &[2, 3]).unwrap();
+        gradcheck(|v| Ok(vec![rope(&v[0], 6, 1e4, Positions::From(3))?]), std::slice::from_ref(&x), 1e-5).unwrap().within(1e-6).unwrap();
+        gradcheck(|v| Ok(vec![norm_rope(&v[0], &v[1], 1e-6, true, 4, 1e4, Positions::Given(&p))?]), &[x.clone(), w], 1e-5).unwrap().within(1e-6).unwrap();
+        close(&rope(&x, 0, 1e4, Positions::From(3)).unwrap(), &x, 0.0);
+        assert!(rope(&x, 8, 1e4, Positions::From(0)).is_err());
+        assert!(rope(&x, 3, 1e4, Positions::From(0)).is_err());
+    }
+}

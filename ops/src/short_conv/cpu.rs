@@ -1,0 +1,206 @@
+//! Kernels: blocks of time in parallel, each row of channels vectorised; the weight is held tap by tap.
+
+use super::{ShortConv, ShortConvBackward, sizes};
+use crate::rows::Rows;
+use engine::cpu::simd::Real;
+use engine::cpu::{Inputs, Outputs};
+use engine::{Layout, Result, cpu_kernel, dispatch_real, vectorized};
+use rayon::prelude::*;
+use std::borrow::Cow;
+
+/// Time steps per task.
+const BLOCK: usize = 64;
+
+cpu_kernel!(ShortConv => |op, x, y| dispatch_real!(x.dtype(0), |F| forward::<F>(op, x, y)));
+cpu_kernel!(ShortConvBackward => |op, x, y| dispatch_real!(x.dtype(0), |F| backward::<F>(op, x, y)));
+
+vectorized! {
+    fn fma_row[F: Real](a: &[F], b: &[F], y: &mut [F]) {
+        for ((y, a), b) in y.iter_mut().zip(a).zip(b) { *y = a.mul_add(*b, *y) }
+    }
+    fn silu_row[F: Real](y: &mut [F]) {
+        for y in y.iter_mut() { *y = y.silu() }
+    }
+    /// g = dy · silu'(z)
+    fn silu_back_row[F: Real](z: &mut [F], dy: &[F]) {
+        for (z, dy) in z.iter_mut().zip(dy) { let s = z.sigmoid(); *z = *dy * s * (F::ONE + *z * (F::ONE - s)) }
+    }
+}
+
+/// What a kernel reads: the input's rows, where each step's document begins, and the state before step 0.
+struct Source<'a, F: Real> {
+    x: Cow<'a, [F]>,
+    rows: Rows,
+    pieces: Vec<(usize, usize)>,
+    state: Option<Cow<'a, [F]>>,
+    starts: Vec<usize>,
+    t: usize,
+    c: usize,
+    k: usize,
+}
+
+impl<'a, F: Real> Source<'a, F> {
+    fn new(op: &ShortConv, x: &'a Inputs) -> Result<Self> {
+        let (b, t, c, k) = sizes(x.shape(0), x.shape(1));
+        let l = x.layout(0);
+        // a 4-D view is read head by head, unless its heads lie side by side
+        let heads = if l.shape.len() == 4 && (l.strides[2] != l.shape[3] as isize && l.shape[2] != 1) { l.shape[2] } else { 1 };
+        let stride = if heads > 1 { l.strides[2] as usize } else { 0 };
+        let pieces = (0..heads).map(|h| (h * stride, c / heads)).collect();
+        let rows = Rows::new(&Layout { shape: vec![b, t, 1], strides: vec![l.strides[0], l.strides[1], 1], offset: 0 });
+        let mut starts = vec![0; t];
+        if op.packed {
+            let cu = crate::documents::read("short_conv", x, x.len_of(op) - 1, t)?;
+            cu.windows(2).for_each(|w| starts[w[0]..w[1]].fill(w[0]));
+        }
+        let state = if op.state { Some(x.real::<F>(2)?) } else { None };
+        Ok(Source { x: x.real::<F>(0)?, rows, pieces, state, starts, t, c, k })
+    }
+    /// Calls `f(channels, values)` for the input `back` steps before (b, t), if there is one.
+    fn past(&self, b: usize, t: usize, back: usize, mut f: impl FnMut(std::ops::Range<usize>, &[F])) {
+        if t >= self.starts[t] + back {
+            let at = self.rows.at(b * self.t + t - back);
+            let mut c = 0;
+            for (off, len) in &self.pieces {
+                f(c..c + len, &self.x[at + off..at + off + len]);
+                c += len;
+            }
+        } else if let Some(s) = &self.state {
+            let at = (b * (self.k - 1) + self.k - 1 + t - back) * self.c;
+            f(0..self.c, &s[at..at + self.c]);
+        }
+    }
+}
+
+trait LenOf {
+    fn len_of(&self, op: &ShortConv) -> usize;
+}
+impl LenOf for Inputs<'_> {
+    /// Number of forward inputs, also when the backward's follow.
+    fn len_of(&self, op: &ShortConv) -> usize {
+        op.inputs()
+    }
+}
+
+/// `[C, K]` as `[K, C]`.
+fn taps<F: Real>(w: &[F], c: usize, k: usize) -> Vec<F> {
+    (0..k * c).map(|i| w[i % c * k + i / c]).collect()
+}
+
+fn convolve<F: Real>(s: &Source<F>, w: &[F], b: usize, t: usize, y: &mut [F]) {
+    y.fill(F::ZERO);
+    for back in 0..s.k {
+        let tap = &w[(s.k - 1 - back) * s.c..][..s.c];
+        s.past(b, t, back, |ch, x| fma_row(x, &tap[ch.clone()], &mut y[ch]));
+    }
+}
+
+fn forward<F: Real>(op: &ShortConv, x: &Inputs, y: &mut Outputs) -> Result<()> {
+    let s = Source::<F>::new(op, x)?;
+    let (c, k) = (s.c, s.k);
+    let w = taps(&x.real::<F>(1)?, c, k);
+    let (mut out, mut last) = (y.real::<F>(0)?, y.real::<F>(1)?);
+    if c == 0 {
+        return Ok(());
+    }
+    out.par_chunks_mut(BLOCK * c).enumerate().for_each(|(block, rows)| {
+        for (i, row) in rows.chunks_mut(c).enumerate() {
+            let at = block * BLOCK + i;
+            convolve(&s, &w, at / s.t, at % s.t, row);
+            if op.silu {
+                silu_row(row);
+            }
+        }
+    });
+    last.fill(F::ZERO);
+    for (i, row) in last.chunks_mut(c).enumerate() {
+        // entry j of the state is the input K − 1 − j steps before the one that comes next
+        let (b, j) = (i / (k - 1), i % (k - 1));
+        let back = k - 1 - j;
+        if s.t >= back {
+            s.past(b, s.t - 1, back - 1, |ch, x| row[ch].copy_from_slice(x));
+        } else if let Some(st) = &s.state {
+            let from = (b * (k - 1) + k - 1 + s.t - back) * c;
+            row.copy_from_slice(&st[from..from + c]);
+        }
+    }
+    Ok(())
+}
+
+fn backward<F: Real>(op: &ShortConvBackward, x: &Inputs, y: &mut Outputs) -> Result<()> {
+    let s = Source::<F>::new(&op.conv, x)?;
+    let (c, k, t) = (s.c, s.k, s.t);
+    let n = op.conv.inputs();
+    let (w, dy) = (taps(&x.real::<F>(1)?, c, k), x.real::<F>(n)?);
+    let dlast = if op.state_grad { Some(x.real::<F>(n + 1)?) } else { None };
+    let (mut dx, mut dw) = (y.real::<F>(0)?, y.real::<F>(1)?);
+    if c == 0 {
+        return Ok(());
+    }
+    // gradient before the activation, and each block's share of dw
+    let mut g = dy.to_vec();
+    let parts: Vec<Vec<F>> = g
+        .par_chunks_mut(BLOCK * c)
+        .enumerate()
+        .map(|(block, rows)| {
+            let (mut part, mut z) = (vec![F::ZERO; k * c], vec![F::ZERO; c]);
+            for (i, g) in rows.chunks_mut(c).enumerate() {
+                let at = block * BLOCK + i;
+                if op.conv.silu {
+                    convolve(&s, &w, at / t, at % t, &mut z);
+                    silu_back_row(&mut z, g);
+                    g.copy_from_slice(&z);
+                }
+                for back in 0..k {
+                    let p = &mut part[(k - 1 - back) * c..][..c];
+                    s.past(at / t, at % t, back, |ch, x| fma_row(x, &g[ch.clone()], &mut p[ch]));
+                }
+            }
+            part
+        })
+        .collect();
+    let mut sum = vec![F::ZERO; k * c];
+    parts.iter().for_each(|p| sum.iter_mut().zip(p).for_each(|(a, b)| *a += *b));
+    for ch in 0..c {
+        for j in 0..k {
+            dw[ch * k + j] = sum[j * c + ch];
+        }
+    }
+    // dx[t] = Σ_back w[back] · g[t + back], while t + back is in the same document
+    let into = |b: usize, t0: isize, row: &mut [F]| {
+        for back in 0..k {
+            let at = t0 + back as isize;
+            if at < 0 || at >= t as isize {
+                continue;
+            }
+            let at = at as usize;
+            if t0 >= 0 && s.starts[at] as isize > t0 || t0 < 0 && s.starts[at] > 0 {
+                continue;
+            }
+            fma_row(&g[(b * t + at) * c..][..c], &w[(k - 1 - back) * c..][..c], row);
+        }
+        if let Some(d) = &dlast {
+            // this input is entry j of the final state, if it is among the last K − 1
+            let j = t0 - t as isize + k as isize - 1;
+            if j >= 0 {
+                let from = (b * (k - 1) + j as usize) * c;
+                row.iter_mut().zip(&d[from..from + c]).for_each(|(r, d)| *r += *d);
+            }
+        }
+    };
+    dx.par_chunks_mut(BLOCK * c).enumerate().for_each(|(block, rows)| {
+        for (i, row) in rows.chunks_mut(c).enumerate() {
+            let at = block * BLOCK + i;
+            row.fill(F::ZERO);
+            into(at / t, (at % t) as isize, row);
+        }
+    });
+    if op.conv.state {
+        let mut ds = y.real::<F>(2)?;
+        for (i, row) in ds.chunks_mut(c).enumerate() {
+            row.fill(F::ZERO);
+            into(i / (k - 1), (i % (k - 1)) as isize - (k as isize - 1), row);
+        }
+    }
+    Ok(())
+}
