@@ -1,6 +1,7 @@
 //! Fused operations, one folder each: contract, CPU kernels, tests against a reference.
 
 pub mod adamw;
+pub mod delta_rule;
 mod documents;
 pub mod rms_norm;
 pub mod rope;

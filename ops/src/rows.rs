@@ -13,11 +13,7 @@ impl Rows {
     pub fn new(l: &Layout) -> Self {
         let n = l.shape.len().saturating_sub(1);
         let last = l.shape.last().copied().unwrap_or(1);
-        Rows {
-            shape: l.shape[..n].to_vec(),
-            strides: l.strides[..n].iter().map(|s| *s as usize).collect(),
-            dense: l.is_contiguous().then_some(last),
-        }
+        Rows { shape: l.shape[..n].to_vec(), strides: l.strides[..n].iter().map(|s| *s as usize).collect(), dense: l.is_contiguous().then_some(last) }
     }
     /// Offset of row `i`.
     #[inline]

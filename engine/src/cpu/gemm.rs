@@ -13,7 +13,19 @@ const SMALL: usize = 64 * 64 * 64;
 ///
 /// With `beta` zero, C is written without being read. Panics when a slice is too short for its shape.
 #[allow(clippy::too_many_arguments)]
-pub fn gemm<F: Real>(m: usize, n: usize, k: usize, alpha: F, a: &[F], sa: (usize, usize), b: &[F], sb: (usize, usize), beta: F, c: &mut [F], rsc: usize) {
+pub fn gemm<F: Real>(
+    m: usize,
+    n: usize,
+    k: usize,
+    alpha: F,
+    a: &[F],
+    sa: (usize, usize),
+    b: &[F],
+    sb: (usize, usize),
+    beta: F,
+    c: &mut [F],
+    rsc: usize,
+) {
     if m == 0 || n == 0 {
         return;
     }
@@ -37,7 +49,19 @@ pub fn gemm<F: Real>(m: usize, n: usize, k: usize, alpha: F, a: &[F], sa: (usize
 }
 
 #[allow(clippy::too_many_arguments)]
-fn block<F: Real>(m: usize, n: usize, k: usize, alpha: F, a: &[F], sa: (usize, usize), b: &[F], sb: (usize, usize), beta: F, c: &mut [F], rsc: usize) {
+fn block<F: Real>(
+    m: usize,
+    n: usize,
+    k: usize,
+    alpha: F,
+    a: &[F],
+    sa: (usize, usize),
+    b: &[F],
+    sb: (usize, usize),
+    beta: F,
+    c: &mut [F],
+    rsc: usize,
+) {
     let (ra, ca, rb, cb, rc) = (sa.0 as isize, sa.1 as isize, sb.0 as isize, sb.1 as isize, rsc as isize);
     let (x, y) = (alpha.to_f64(), beta.to_f64());
     // SAFETY: the caller checked that the slices hold the shapes; `F` is the type that its TypeId says.

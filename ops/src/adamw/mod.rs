@@ -71,7 +71,11 @@ cpu_kernel!(AdamW => |op, x, y| dispatch_real!(x.dtype(0), |F| kernel::<F>(op, x
 
 fn kernel<F: Real>(op: &AdamW, x: &Inputs, y: &mut Outputs) -> Result<()> {
     let (g, mut p, mut m, mut v) = (x.real::<F>(0)?, y.slice::<F>(0)?, y.slice::<F>(1)?, y.slice::<F>(2)?);
-    p.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK)).zip(g.par_chunks(BLOCK)).for_each(|(((p, m), v), g)| update(op, p, m, v, g));
+    p.par_chunks_mut(BLOCK)
+        .zip(m.par_chunks_mut(BLOCK))
+        .zip(v.par_chunks_mut(BLOCK))
+        .zip(g.par_chunks(BLOCK))
+        .for_each(|(((p, m), v), g)| update(op, p, m, v, g));
     Ok(())
 }
 
@@ -89,7 +93,11 @@ impl Op for SumOfSquares {
         "sum_of_squares"
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
-        if x[0].dtype.is_float() { Ok(vec![Meta::new(&[], DType::F64)]) } else { Err(Error::dtype("sum_of_squares", "x", "a float dtype", x[0].dtype)) }
+        if x[0].dtype.is_float() {
+            Ok(vec![Meta::new(&[], DType::F64)])
+        } else {
+            Err(Error::dtype("sum_of_squares", "x", "a float dtype", x[0].dtype))
+        }
     }
     fn differentiable(&self) -> bool {
         false

@@ -88,7 +88,13 @@ impl Op for RmsNorm {
         }
         let mut out = run(back, &ins)?.into_iter();
         let (dx, dw, third) = (out.next(), out.next(), out.next());
-        Ok(if self.residual { vec![dx.clone(), dw, dx] } else if self.gate.is_some() { vec![dx, dw, third] } else { vec![dx, dw] })
+        Ok(if self.residual {
+            vec![dx.clone(), dw, dx]
+        } else if self.gate.is_some() {
+            vec![dx, dw, third]
+        } else {
+            vec![dx, dw]
+        })
     }
 }
 

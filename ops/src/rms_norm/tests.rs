@@ -18,7 +18,10 @@ fn gradients_of_every_form() {
             gradcheck(f, &[x.clone(), w.clone(), g.clone()], 1e-5).unwrap().within(1e-6).unwrap();
         }
         for act in [NormGate::Silu, NormGate::Sigmoid] {
-            gradcheck(|v| Ok(vec![rms_norm_gated(&v[0], &v[1], &v[2], 1e-6, act)?]), &[x.clone(), w.clone(), g.clone()], 1e-5).unwrap().within(1e-6).unwrap();
+            gradcheck(|v| Ok(vec![rms_norm_gated(&v[0], &v[1], &v[2], 1e-6, act)?]), &[x.clone(), w.clone(), g.clone()], 1e-5)
+                .unwrap()
+                .within(1e-6)
+                .unwrap();
         }
     }
 }

@@ -164,7 +164,10 @@ mod tests {
         let (x, w) = (randn(&[2, 3, 2, 6], 1), randn(&[6], 2));
         let p = Tensor::from_vec([0i64, 1, 0, 5, 6, 7], &[2, 3]).unwrap();
         gradcheck(|v| Ok(vec![rope(&v[0], 6, 1e4, Positions::From(3))?]), std::slice::from_ref(&x), 1e-5).unwrap().within(1e-6).unwrap();
-        gradcheck(|v| Ok(vec![norm_rope(&v[0], &v[1], 1e-6, true, 4, 1e4, Positions::Given(&p))?]), &[x.clone(), w], 1e-5).unwrap().within(1e-6).unwrap();
+        gradcheck(|v| Ok(vec![norm_rope(&v[0], &v[1], 1e-6, true, 4, 1e4, Positions::Given(&p))?]), &[x.clone(), w], 1e-5)
+            .unwrap()
+            .within(1e-6)
+            .unwrap();
         close(&rope(&x, 0, 1e4, Positions::From(3)).unwrap(), &x, 0.0);
         assert!(rope(&x, 8, 1e4, Positions::From(0)).is_err());
         assert!(rope(&x, 3, 1e4, Positions::From(0)).is_err());

@@ -68,7 +68,9 @@ impl Op for ShortConv {
     }
     fn backward(&self, s: &Saved, dy: &[Option<Tensor>], need: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let x = s.meta(0);
-        let zeros = |m: &Meta| Tensor::zeros(&m.shape, m.dtype, dy.iter().flatten().next().map(|t| t.device().clone()).as_ref().unwrap_or(&engine::Device::cpu()));
+        let zeros = |m: &Meta| {
+            Tensor::zeros(&m.shape, m.dtype, dy.iter().flatten().next().map(|t| t.device().clone()).as_ref().unwrap_or(&engine::Device::cpu()))
+        };
         if dy.iter().all(Option::is_none) {
             return Ok(vec![None; need.len()]);
         }

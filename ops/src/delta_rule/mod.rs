@@ -1,0 +1,198 @@
+//! The chunkwise gated delta rule (Gated Delta Networks, 2412.06464, Eq. 10 and §3.3), and its family.
+//!
+//! Per value head, with state `S [Dk, Dv]`, decay `α = exp(log_decay)` and write strength `β`:
+//!
+//! `S_t = α_t S_{t−1} − β_t k_t (k_tᵀ α_t S_{t−1}) + β_t k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.
+//!
+//! With decay and erase it is Gated DeltaNet; erase alone, DeltaNet (2406.06484); decay alone, Mamba2's state-space dual (2405.21060); neither, linear
+//! attention. In chunks of 64 steps, with `g` the running sum of log-decay inside a chunk, `D_ij = exp(g_i − g_j)` for i ≥ j, and h the state before it:
+//!
+//! `M = strictLower(β_i (K Kᵀ)_ij D_ij)`, `A = (I + M)⁻¹`, `R = β (V − e^g (K h))`, `V' = A R`,
+//! `O = scale (e^g (Q h) + tril(Q Kᵀ D) V')`, `h' = e^{g_last} h + (e^{g_last − g} K)ᵀ V'`.
+//!
+//! Only ratios of decays that are at most 1 are formed. The backward keeps the inputs and A, and computes the states again.
+
+mod cpu;
+mod kernel;
+#[cfg(test)]
+mod tests;
+
+use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, Want, no_grad, run};
+
+/// Steps per chunk.
+pub const CHUNK: usize = 64;
+
+/// Attributes of a call.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DeltaRule {
+    /// Subtract what the state already holds for the key before writing.
+    pub erase: bool,
+    /// L2-normalise q and k: `x · rsqrt(Σ x² + 1e-6)`.
+    pub qk_l2norm: bool,
+    /// Factor of the output, applied to q; `Dk^{-1/2}` if none.
+    pub scale: Option<f64>,
+    pub(crate) decay: bool,
+    pub(crate) beta: bool,
+    pub(crate) state: bool,
+    pub(crate) packed: bool,
+}
+
+/// Added under the root of the L2 norm.
+pub(crate) const L2_EPS: f64 = 1e-6;
+
+/// What a call gets beside q, k and v.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DeltaRuleInputs<'a> {
+    /// `[B, T, Hv]`, at most 0; f32 (f64 for f64 tensors). None: no decay.
+    pub log_decay: Option<&'a Tensor>,
+    /// `[B, T, Hv]`, the write strength itself, not a logit. None: 1.
+    pub beta: Option<&'a Tensor>,
+    /// `[N, Hv, Dk, Dv]`, f32 (f64 for f64 tensors): one per sequence. None: zeros.
+    pub initial_state: Option<&'a Tensor>,
+    /// `[N + 1]`, i32 or i64, with B = 1: packed documents, each of which starts from its own state.
+    pub cu_seqlens: Option<&'a Tensor>,
+}
+
+/// (B, T, Hk, Hv, Dk, Dv)
+pub(crate) fn sizes(q: &[usize], v: &[usize]) -> [usize; 6] {
+    [q[0], q[1], q[2], v[2], q[3], v[3]]
+}
+
+impl DeltaRule {
+    /// Erase on, L2 norms on, the default scale: Gated DeltaNet when decay is given.
+    pub fn gated_delta_net() -> Self {
+        DeltaRule { erase: true, qk_l2norm: true, scale: None, decay: false, beta: false, state: false, packed: false }
+    }
+    /// Number of forward inputs.
+    pub(crate) fn inputs(&self) -> usize {
+        3 + self.decay as usize + self.beta as usize + self.state as usize + self.packed as usize
+    }
+    pub(crate) fn at_decay(&self) -> Option<usize> {
+        self.decay.then_some(3)
+    }
+    pub(crate) fn at_beta(&self) -> Option<usize> {
+        self.beta.then_some(3 + self.decay as usize)
+    }
+    pub(crate) fn at_state(&self) -> Option<usize> {
+        self.state.then_some(3 + self.decay as usize + self.beta as usize)
+    }
+    pub(crate) fn at_cu(&self) -> Option<usize> {
+        self.packed.then(|| self.inputs() - 1)
+    }
+}
+
+fn acc(d: DType) -> DType {
+    if d == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+impl Op for DeltaRule {
+    fn name(&self) -> &'static str {
+        "delta_rule"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        let op = "delta_rule";
+        if x.len() != self.inputs() {
+            return Err(Error::invalid(op, format!("needs {} inputs, found {}", self.inputs(), x.len())));
+        }
+        for (i, n) in [(0, "q"), (1, "k"), (2, "v")] {
+            if x[i].shape.len() != 4 {
+                return Err(Error::shape(op, n, "[B, T, H, D]", &x[i].shape));
+            }
+            if !x[i].dtype.is_float() || x[i].dtype != x[0].dtype {
+                return Err(Error::dtype(op, n, "a float dtype, the same for q, k and v", x[i].dtype));
+            }
+        }
+        let [b, t, hk, hv, dk, dv] = sizes(&x[0].shape, &x[2].shape);
+        if x[1].shape != x[0].shape {
+            return Err(Error::shape(op, "k", format!("{:?} as q", x[0].shape), &x[1].shape));
+        }
+        if x[2].shape[..2] != [b, t] || hk == 0 || hv % hk != 0 {
+            return Err(Error::shape(op, "v", format!("[{b}, {t}, a multiple of {hk} heads, Dv]"), &x[2].shape));
+        }
+        for (i, n) in [(self.at_decay(), "log_decay"), (self.at_beta(), "beta")] {
+            let Some(i) = i else { continue };
+            if x[i].shape != [b, t, hv] {
+                return Err(Error::shape(op, n, format!("[{b}, {t}, {hv}]"), &x[i].shape));
+            }
+            if !x[i].dtype.is_float() || (n == "log_decay" && x[i].dtype != acc(x[0].dtype)) {
+                return Err(Error::dtype(op, n, if n == "beta" { "a float dtype".into() } else { acc(x[0].dtype).to_string() }, x[i].dtype));
+            }
+        }
+        let mut seqs = b;
+        if let Some(i) = self.at_cu() {
+            crate::documents::check_meta(op, &x[i], b)?;
+            seqs = x[i].shape[0] - 1;
+        }
+        let state = Meta::new(&[seqs, hv, dk, dv], acc(x[0].dtype));
+        if let Some(i) = self.at_state() {
+            if x[i] != state {
+                return Err(Error::invalid(op, format!("initial_state must be {state}, found {}", x[i])));
+            }
+        }
+        let factor = Meta::new(&[b, t, hv, if self.erase { CHUNK } else { 0 }], acc(x[0].dtype));
+        Ok(vec![x[2].clone(), state, factor])
+    }
+    fn hidden(&self) -> usize {
+        1
+    }
+    fn want(&self, i: usize) -> Want {
+        if i < 3 { Want::LastDimDense } else { Want::Contiguous }
+    }
+    fn saves(&self) -> (Vec<usize>, Vec<usize>) {
+        ((0..self.inputs()).collect(), vec![2])
+    }
+    fn backward(&self, s: &Saved, dy: &[Option<Tensor>], need: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let Some(any) = dy.iter().flatten().next() else { return Ok(vec![None; need.len()]) };
+        let v = s.meta(2);
+        let d_o = match &dy[0] {
+            Some(g) => g.clone(),
+            None => Tensor::zeros(&v.shape, v.dtype, any.device())?,
+        };
+        let mut ins: Vec<&Tensor> = (0..self.inputs()).map(|i| s.input(i)).collect::<Result<_>>()?;
+        ins.extend([s.output(2)?, &d_o]);
+        ins.extend(dy[1].as_ref());
+        let grads = run(DeltaRuleBackward { rule: *self, state_grad: dy[1].is_some() }, &ins)?;
+        let mut out: Vec<Option<Tensor>> = grads.into_iter().map(Some).collect();
+        out.resize(need.len(), None);
+        Ok(out)
+    }
+}
+
+/// Gradients of q, k, v, and of log_decay, beta and the initial state where they are given.
+/// Inputs: the forward's, the factor A, the output's gradient, and the final state's gradient if there is one.
+#[derive(Debug, Clone, Copy)]
+pub struct DeltaRuleBackward {
+    pub(crate) rule: DeltaRule,
+    pub(crate) state_grad: bool,
+}
+
+impl Op for DeltaRuleBackward {
+    fn name(&self) -> &'static str {
+        "delta_rule_backward"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        Ok(x[..self.rule.inputs() - self.rule.packed as usize].to_vec())
+    }
+    fn want(&self, i: usize) -> Want {
+        if i < 3 { Want::LastDimDense } else { Want::Contiguous }
+    }
+}
+
+/// Runs the rule over whole sequences. q, k `[B, T, Hk, Dk]`, v `[B, T, Hv, Dv]` (Hv a multiple of Hk; key head j serves value heads j·r … j·r + r − 1).
+/// Returns o `[B, T, Hv, Dv]` (dtype of v) and the final state `[N, Hv, Dk, Dv]` (f32; f64 for f64), both differentiable.
+pub fn delta_rule(op: DeltaRule, q: &Tensor, k: &Tensor, v: &Tensor, x: DeltaRuleInputs) -> Result<(Tensor, Tensor)> {
+    let op =
+        DeltaRule { decay: x.log_decay.is_some(), beta: x.beta.is_some(), state: x.initial_state.is_some(), packed: x.cu_seqlens.is_some(), ..op };
+    let ins: Vec<&Tensor> = [q, k, v].into_iter().chain(x.log_decay).chain(x.beta).chain(x.initial_state).chain(x.cu_seqlens).collect();
+    let mut y = run(op, &ins)?;
+    let state = y.remove(1);
+    Ok((y.remove(0), state))
+}
+
+/// One token for decoding: T = 1, from a state to the next; not recorded.
+pub fn delta_rule_step(op: DeltaRule, q: &Tensor, k: &Tensor, v: &Tensor, x: DeltaRuleInputs) -> Result<(Tensor, Tensor)> {
+    if q.dim(1) != 1 || x.initial_state.is_none() {
+        return Err(Error::invalid("delta_rule_step", format!("needs T = 1 and a state, found T = {}", q.dim(1))));
+    }
+    no_grad(|| delta_rule(op, q, k, v, x))
+}
