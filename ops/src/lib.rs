@@ -3,6 +3,8 @@
 pub mod adamw;
 pub mod delta_rule;
 mod documents;
+pub mod linear_cross_entropy;
+pub mod moe;
 pub mod rms_norm;
 pub mod rope;
 mod rows;

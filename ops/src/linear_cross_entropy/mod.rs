@@ -1,0 +1,199 @@
+//! The output projection and its cross-entropy in one: `loss = mean_t (logsumexp(W x_t) − (W x_t)[target_t])`, without ever holding a batch's logits.
+//!
+//! Rows are taken in blocks. Where a gradient is needed it is computed in the same pass, while a block's probabilities are at hand: computing the
+//! logits again in the backward would cost a third more.
+
+use engine::cpu::gemm::gemm;
+use engine::cpu::simd::Real;
+use engine::cpu::{Inputs, Outputs};
+use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch_real, grad_enabled, no_grad, run, vectorized};
+use rayon::prelude::*;
+
+/// Target of a position that does not count.
+pub const IGNORE: i64 = -100;
+
+/// The op; see [`linear_cross_entropy`].
+#[derive(Debug, Clone, Copy)]
+pub struct LinearCrossEntropy {
+    /// Compute the gradients along with the loss.
+    pub train: bool,
+}
+
+fn acc(d: DType) -> DType {
+    if d == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+impl Op for LinearCrossEntropy {
+    fn name(&self) -> &'static str {
+        "linear_cross_entropy"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        let op = "linear_cross_entropy";
+        let [n, h] = x[0].shape[..] else { return Err(Error::shape(op, "x", "[tokens, hidden]", &x[0].shape)) };
+        if x[1].shape.len() != 2 || x[1].shape[1] != h {
+            return Err(Error::shape(op, "weight", format!("[vocabulary, {h}]"), &x[1].shape));
+        }
+        if !x[0].dtype.is_float() || x[1].dtype != x[0].dtype {
+            return Err(Error::dtype(op, "weight", format!("the float dtype of x, {}", x[0].dtype), x[1].dtype));
+        }
+        if x[2].shape != [n] || x[2].dtype != DType::I64 {
+            return Err(Error::invalid(op, format!("targets must be i64 [{n}], found {}", x[2])));
+        }
+        let d = acc(x[0].dtype);
+        let mut y = vec![Meta::new(&[], d), Meta::new(&[n], d)];
+        if self.train {
+            y.extend([x[0].clone(), x[1].clone()]);
+        }
+        Ok(y)
+    }
+    fn hidden(&self) -> usize {
+        if self.train { 2 } else { 0 }
+    }
+    fn saves(&self) -> (Vec<usize>, Vec<usize>) {
+        (vec![], if self.train { vec![2, 3] } else { vec![] })
+    }
+    fn backward(&self, s: &Saved, dy: &[Option<Tensor>], need: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        if dy[1].is_some() {
+            return Err(Error::NoGrad { op: "linear_cross_entropy (per-token losses)" });
+        }
+        let Some(g) = &dy[0] else { return Ok(vec![None; 3]) };
+        let times = |i: usize| -> Result<Option<Tensor>> {
+            let t = s.output(2 + i)?;
+            Ok(if need[i] { Some(t.mul(&g.cast(t.dtype())?)?) } else { None })
+        };
+        Ok(vec![times(0)?, times(1)?, None])
+    }
+}
+cpu_kernel!(LinearCrossEntropy => |op, x, y| dispatch_real!(x.dtype(0), |F| kernel::<F>(op, x, y)));
+
+vectorized! {
+    /// Turns a row of logits into its loss, and into (softmax − onehot) · s if a gradient is wanted.
+    fn loss_row[F: Real](z: &mut [F], target: usize, s: F, grad: bool) -> F {
+        let mut top = [F::NEG_INFINITY; 16];
+        let (body, tail) = z.as_chunks::<16>();
+        for c in body { for (a, x) in top.iter_mut().zip(c) { *a = a.max(*x) } }
+        for (a, x) in top.iter_mut().zip(tail) { *a = a.max(*x) }
+        let m = top.iter().fold(F::NEG_INFINITY, |m, x| m.max(*x));
+        let hit = z[target];
+        for z in z.iter_mut() { *z = (*z - m).exp() }
+        let mut acc = [F::ZERO; 16];
+        let (body, tail) = z.as_chunks::<16>();
+        for c in body { for (a, x) in acc.iter_mut().zip(c) { *a += *x } }
+        for (a, x) in acc.iter_mut().zip(tail) { *a += *x }
+        let sum: F = acc.iter().copied().sum();
+        if grad {
+            let r = s / sum;
+            for z in z.iter_mut() { *z *= r }
+            z[target] -= s;
+        }
+        m + sum.ln() - hit
+    }
+}
+
+fn kernel<F: Real>(op: &LinearCrossEntropy, x: &Inputs, y: &mut Outputs) -> Result<()> {
+    let (v, w, targets) = (x.real::<F>(0)?, x.real::<F>(1)?, x.slice::<i64>(2)?);
+    let (n, h, vocab) = (x.shape(0)[0], x.shape(0)[1], x.shape(1)[0]);
+    if let Some((i, t)) = targets.iter().enumerate().find(|(_, t)| **t != IGNORE && !(0..vocab as i64).contains(t)) {
+        return Err(Error::invalid("linear_cross_entropy", format!("target {t} at position {i} is neither in 0..{vocab} nor {IGNORE}")));
+    }
+    let counted = targets.iter().filter(|t| **t != IGNORE).count();
+    if counted == 0 {
+        return Err(Error::invalid("linear_cross_entropy", format!("none of the {n} targets counts: all are {IGNORE}, or there are none")));
+    }
+    let (mut total, mut losses) = (y.slice::<F>(0)?, y.slice::<F>(1)?);
+    let (mut dx, mut dw) = if op.train { (Some(y.real::<F>(2)?), Some(y.real::<F>(3)?)) } else { (None, None) };
+    if let Some(dw) = &mut dw {
+        dw.fill(F::ZERO);
+    }
+    // about 8 MiB of f32 logits at a time, in whole tiles of rows
+    let rows = ((1 << 21) / vocab).clamp(64, 1024);
+    let mut z = vec![F::ZERO; rows.min(n) * vocab];
+    let share = F::from_f64(1.0 / counted as f64);
+    for at in (0..n).step_by(rows) {
+        let m = rows.min(n - at);
+        let z = &mut z[..m * vocab];
+        gemm(m, vocab, h, F::ONE, &v[at * h..], (h, 1), &w, (1, h), F::ZERO, z, vocab);
+        z.par_chunks_mut(16 * vocab).zip(losses[at..at + m].par_chunks_mut(16)).enumerate().for_each(|(b, (z, l))| {
+            for (i, (z, l)) in z.chunks_mut(vocab).zip(l.iter_mut()).enumerate() {
+                let t = targets[at + b * 16 + i];
+                *l = if t == IGNORE {
+                    z.fill(F::ZERO);
+                    F::ZERO
+                } else {
+                    loss_row(z, t as usize, share, op.train)
+                };
+            }
+        });
+        if let (Some(dx), Some(dw)) = (&mut dx, &mut dw) {
+            gemm(m, h, vocab, F::ONE, z, (vocab, 1), &w, (h, 1), F::ZERO, &mut dx[at * h..(at + m) * h], h);
+            gemm(vocab, h, m, F::ONE, z, (1, vocab), &v[at * h..], (h, 1), F::ONE, dw, h);
+        }
+    }
+    total[0] = F::from_f64(losses.iter().map(|l| l.to_f64()).sum::<f64>() / counted as f64);
+    Ok(())
+}
+
+/// Mean cross-entropy in nats of x `[N, H]` projected by `weight [V, H]`, against targets i64 `[N]` ([`IGNORE`] does not count).
+/// A scalar in f32 (f64 for f64), differentiable in x and weight.
+pub fn linear_cross_entropy(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let train = grad_enabled() && (x.is_tracked() || weight.is_tracked());
+    Ok(run(LinearCrossEntropy { train }, &[x, weight, targets])?.remove(0))
+}
+
+/// The loss of each position, `[N]` in nats (0 where ignored); not recorded.
+pub fn linear_cross_entropy_per_token(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    no_grad(|| Ok(run(LinearCrossEntropy { train: false }, &[x, weight, targets])?.remove(1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{close, randn};
+    use engine::gradcheck;
+
+    fn targets(n: usize, v: usize) -> Tensor {
+        Tensor::from_vec((0..n).map(|i| if i % 7 == 3 { IGNORE } else { (i * 13 % v) as i64 }).collect::<Vec<_>>(), &[n]).unwrap()
+    }
+    fn reference(x: &Tensor, w: &Tensor, t: &Tensor) -> Result<Tensor> {
+        let lp = x.linear(w)?.log_softmax(1)?;
+        let tv = t.to_vec::<i64>()?;
+        let keep: Vec<i64> = (0..tv.len()).filter(|i| tv[*i] != IGNORE).map(|i| i as i64).collect();
+        let pick: Vec<i64> = keep.iter().map(|i| tv[*i as usize]).collect();
+        let n = keep.len();
+        let rows = lp.index_select(0, &Tensor::from_vec(keep, &[n])?)?;
+        rows.gather(1, &Tensor::from_vec(pick, &[n, 1])?)?.mean(&[0, 1], false)?.neg()
+    }
+
+    #[test]
+    fn gradient_and_reference() {
+        for (n, h, v) in [(9, 5, 11), (1, 3, 2), (70, 4, 40_000)] {
+            let (x, w, t) = (randn(&[n, h], 1), randn(&[v, h], 2), targets(n, v));
+            let want = reference(&x, &w, &t).unwrap();
+            close(&linear_cross_entropy(&x, &w, &t).unwrap(), &want, 1e-12);
+            let grads = |f: &dyn Fn(&Tensor, &Tensor) -> Tensor| {
+                let (x, w) = (x.requires_grad(), w.requires_grad());
+                let g = f(&x, &w).affine(2.0, 0.0).unwrap().backward().unwrap();
+                [g.get(&x).unwrap().clone(), g.get(&w).unwrap().clone()]
+            };
+            let ours = grads(&|x, w| linear_cross_entropy(x, w, &t).unwrap());
+            let theirs = grads(&|x, w| reference(x, w, &t).unwrap());
+            close(&ours[0], &theirs[0], 1e-12);
+            close(&ours[1], &theirs[1], 1e-12);
+            let small = linear_cross_entropy(&x.cast(DType::F32).unwrap(), &w.cast(DType::F32).unwrap(), &t).unwrap();
+            close(&small, &want, 1e-5);
+        }
+        let (x, w, t) = (randn(&[9, 5], 1), randn(&[11, 5], 2), targets(9, 11));
+        gradcheck(|v| Ok(vec![linear_cross_entropy(&v[0], &v[1], &t)?]), &[x.clone(), w.clone()], 1e-5).unwrap().within(1e-7).unwrap();
+        let per = linear_cross_entropy_per_token(&x, &w, &t).unwrap().to_vec::<f64>().unwrap();
+        assert_eq!(per[3], 0.0);
+        assert!((per.iter().sum::<f64>() / 8.0 - reference(&x, &w, &t).unwrap().item().unwrap()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn bad_targets_are_named() {
+        let (x, w) = (randn(&[2, 3], 1), randn(&[4, 3], 2));
+        let e = linear_cross_entropy(&x, &w, &Tensor::from_vec([1i64, 4], &[2]).unwrap()).err().unwrap().to_string();
+        assert!(e.contains("target 4 at position 1"), "{e}");
+        assert!(linear_cross_entropy(&x, &w, &Tensor::from_vec([IGNORE; 2], &[2]).unwrap()).is_err());
+    }
+}

@@ -1,0 +1,218 @@
+//! Kernels: experts in parallel, each on its contiguous run of the sorted tokens.
+
+use super::{Moe, MoeBackward, sizes};
+use engine::cpu::gemm::gemm;
+use engine::cpu::simd::Real;
+use engine::cpu::{Inputs, Outputs};
+use engine::{Result, cpu_kernel, dispatch_real, vectorized};
+use rayon::prelude::*;
+
+cpu_kernel!(Moe => |op, x, y| dispatch_real!(x.dtype(0), |F| forward::<F>(op, x, y)));
+cpu_kernel!(MoeBackward => |op, x, y| dispatch_real!(x.dtype(0), |F| backward::<F>(op, x, y)));
+
+vectorized! {
+    fn swiglu[F: Real](gu: &[F], i: usize, act: &mut [F]) {
+        for (a, r) in act.chunks_mut(i).zip(gu.chunks(2 * i)) {
+            for ((a, g), u) in a.iter_mut().zip(&r[..i]).zip(&r[i..]) { *a = g.silu() * *u }
+        }
+    }
+    /// From dact (already weighted) to the gradient of the projections.
+    fn swiglu_back[F: Real](gu: &[F], dact: &[F], i: usize, dgu: &mut [F]) {
+        for ((d, r), o) in dact.chunks(i).zip(gu.chunks(2 * i)).zip(dgu.chunks_mut(2 * i)) {
+            let (og, ou) = o.split_at_mut(i);
+            for ((((d, g), u), og), ou) in d.iter().zip(&r[..i]).zip(&r[i..]).zip(og.iter_mut()).zip(ou.iter_mut()) {
+                let s = g.sigmoid();
+                *ou = *d * *g * s;
+                *og = *d * *u * s * (F::ONE + *g * (F::ONE - s));
+            }
+        }
+    }
+    fn axpy[F: Real](s: F, x: &[F], y: &mut [F]) { for (y, x) in y.iter_mut().zip(x) { *y = s.mul_add(*x, *y) } }
+    fn scale[F: Real](s: F, x: &mut [F]) { for x in x.iter_mut() { *x *= s } }
+    fn dot[F: Real](a: &[F], b: &[F]) -> F {
+        let mut acc = [F::ZERO; 16];
+        let (ca, ta) = a.as_chunks::<16>();
+        let (cb, tb) = b.as_chunks::<16>();
+        for (x, y) in ca.iter().zip(cb) { for i in 0..16 { acc[i] = x[i].mul_add(y[i], acc[i]) } }
+        for (i, (x, y)) in ta.iter().zip(tb).enumerate() { acc[i] = x.mul_add(*y, acc[i]) }
+        acc.iter().copied().sum()
+    }
+}
+
+/// Where each token goes. Slot = token·k + choice.
+struct Routing<F> {
+    probs: Vec<F>,
+    /// Expert and weight of each slot, and the sum that the weights were divided by, per token.
+    expert: Vec<usize>,
+    weight: Vec<F>,
+    total: Vec<F>,
+    /// Slots sorted by expert (stable), the place of each slot, and each expert's run.
+    order: Vec<usize>,
+    place: Vec<usize>,
+    runs: Vec<std::ops::Range<usize>>,
+}
+
+fn route<F: Real>(op: &Moe, logits: &[F], e: usize) -> Routing<F> {
+    let (n, k) = (logits.len() / e.max(1), op.top_k);
+    let mut r =
+        Routing { probs: logits.to_vec(), expert: vec![], weight: vec![], total: vec![], order: vec![0; n * k], place: vec![0; n * k], runs: vec![] };
+    let mut taken = vec![false; e];
+    for p in r.probs.chunks_mut(e) {
+        let m = p.iter().fold(F::NEG_INFINITY, |m, x| m.max(*x));
+        p.iter_mut().for_each(|x| *x = (*x - m).exp());
+        let sum: F = p.iter().copied().sum();
+        p.iter_mut().for_each(|x| *x = *x / sum);
+        taken.fill(false);
+        let mut total = F::ZERO;
+        for _ in 0..k {
+            let mut best = usize::MAX;
+            for (i, x) in p.iter().enumerate() {
+                if !taken[i] && (best == usize::MAX || *x > p[best]) {
+                    best = i;
+                }
+            }
+            taken[best] = true;
+            r.expert.push(best);
+            r.weight.push(p[best]);
+            total += p[best];
+        }
+        let total = if op.norm_topk { total } else { F::ONE };
+        let at = r.weight.len() - k;
+        r.weight[at..].iter_mut().for_each(|w| *w = *w / total);
+        r.total.push(total);
+    }
+    let mut count = vec![0; e];
+    r.expert.iter().for_each(|x| count[*x] += 1);
+    let mut next = vec![];
+    let mut at = 0;
+    for c in count {
+        next.push(at);
+        r.runs.push(at..at + c);
+        at += c;
+    }
+    for (slot, x) in r.expert.iter().enumerate() {
+        r.order[next[*x]] = slot;
+        r.place[slot] = next[*x];
+        next[*x] += 1;
+    }
+    r
+}
+
+/// Splits a `[slots, width]` buffer into the experts' runs.
+fn by_expert<'a, F>(mut buf: &'a mut [F], runs: &[std::ops::Range<usize>], width: usize) -> Vec<&'a mut [F]> {
+    runs.iter()
+        .map(|r| {
+            let (head, tail) = std::mem::take(&mut buf).split_at_mut(r.len() * width);
+            buf = tail;
+            head
+        })
+        .collect()
+}
+
+/// y[token] = Σ over its slots, in order, of factor(slot) · rows[place of slot].
+fn combine<F: Real>(r: &Routing<F>, k: usize, h: usize, rows: &[F], factor: impl Fn(usize) -> F + Sync, y: &mut [F]) {
+    const TOKENS: usize = 64;
+    y.par_chunks_mut(TOKENS * h).enumerate().for_each(|(b, ys)| {
+        for (i, y) in ys.chunks_mut(h).enumerate() {
+            y.fill(F::ZERO);
+            for j in 0..k {
+                let slot = (b * TOKENS + i) * k + j;
+                axpy(factor(slot), &rows[r.place[slot] * h..][..h], y);
+            }
+        }
+    });
+}
+
+fn gather<F: Real>(r: &Routing<F>, k: usize, h: usize, x: &[F], run: &std::ops::Range<usize>) -> Vec<F> {
+    let mut out = Vec::with_capacity(run.len() * h);
+    for p in run.clone() {
+        out.extend_from_slice(&x[r.order[p] / k * h..][..h]);
+    }
+    out
+}
+
+fn forward<F: Real>(op: &Moe, x: &Inputs, y: &mut Outputs) -> Result<()> {
+    let (_, h, e, i) = sizes(x.shape(0), x.shape(2));
+    let (v, w1, w2) = (x.real::<F>(0)?, x.real::<F>(2)?, x.real::<F>(3)?);
+    let r = route(op, &x.real::<F>(1)?, e);
+    let (mut out, mut counts, mut hidden) = (y.real::<F>(0)?, y.slice::<i64>(1)?, y.slice::<F>(2)?);
+    counts.iter_mut().zip(&r.runs).for_each(|(c, r)| *c = r.len() as i64);
+    if out.is_empty() || i == 0 {
+        out.fill(F::ZERO);
+        return Ok(());
+    }
+    let mut rows = vec![F::ZERO; r.order.len() * h];
+    let gus = by_expert(&mut hidden, &r.runs, 2 * i);
+    let ys = by_expert(&mut rows, &r.runs, h);
+    gus.into_par_iter().zip(ys).enumerate().for_each(|(ex, (gu, ye))| {
+        let n = r.runs[ex].len();
+        if n == 0 {
+            return;
+        }
+        let xe = gather(&r, op.top_k, h, &v, &r.runs[ex]);
+        gemm(n, 2 * i, h, F::ONE, &xe, (h, 1), &w1[ex * 2 * i * h..][..2 * i * h], (1, h), F::ZERO, gu, 2 * i);
+        let mut act = vec![F::ZERO; n * i];
+        swiglu(gu, i, &mut act);
+        gemm(n, h, i, F::ONE, &act, (i, 1), &w2[ex * h * i..][..h * i], (1, i), F::ZERO, ye, h);
+    });
+    combine(&r, op.top_k, h, &rows, |s| r.weight[s], &mut out);
+    Ok(())
+}
+
+fn backward<F: Real>(op: &MoeBackward, x: &Inputs, y: &mut Outputs) -> Result<()> {
+    let op = &op.0;
+    let (_, h, e, i) = sizes(x.shape(0), x.shape(2));
+    let k = op.top_k;
+    let (v, w1, w2, gu, dy) = (x.real::<F>(0)?, x.real::<F>(2)?, x.real::<F>(3)?, x.slice::<F>(4)?, x.real::<F>(5)?);
+    let r = route(op, &x.real::<F>(1)?, e);
+    let (mut dx, mut dlogits, mut dw1, mut dw2) = (y.real::<F>(0)?, y.real::<F>(1)?, y.real::<F>(2)?, y.real::<F>(3)?);
+    if dx.is_empty() || i == 0 {
+        [&mut dx, &mut dlogits, &mut dw1, &mut dw2].into_iter().for_each(|d| d.fill(F::ZERO));
+        return Ok(());
+    }
+    let slots = r.order.len();
+    let (mut rows, mut dweight) = (vec![F::ZERO; slots * h], vec![F::ZERO; slots]);
+    let tasks = by_expert(&mut rows, &r.runs, h).into_par_iter().zip(by_expert(&mut dweight, &r.runs, 1));
+    let tasks = tasks.zip(dw1.par_chunks_mut(2 * i * h)).zip(dw2.par_chunks_mut(h * i)).enumerate();
+    tasks.for_each(|(ex, (((dxe, dwt), dw1), dw2))| {
+        let run = &r.runs[ex];
+        let n = run.len();
+        if n == 0 {
+            dw1.fill(F::ZERO);
+            dw2.fill(F::ZERO);
+            return;
+        }
+        let (w1, w2, gu) = (&w1[ex * 2 * i * h..][..2 * i * h], &w2[ex * h * i..][..h * i], &gu[run.start * 2 * i..run.end * 2 * i]);
+        let (xe, mut ge) = (gather(&r, k, h, &v, run), gather(&r, k, h, &dy, run));
+        let (mut act, mut dact, mut dgu) = (vec![F::ZERO; n * i], vec![F::ZERO; n * i], vec![F::ZERO; n * 2 * i]);
+        swiglu(gu, i, &mut act);
+        gemm(n, i, h, F::ONE, &ge, (h, 1), w2, (i, 1), F::ZERO, &mut dact, i);
+        for (j, p) in run.clone().enumerate() {
+            let w = r.weight[r.order[p]];
+            // <dy, act downᵀ> = <dy down, act>: the expert's output is not needed
+            dwt[j] = dot(&dact[j * i..(j + 1) * i], &act[j * i..(j + 1) * i]);
+            scale(w, &mut dact[j * i..(j + 1) * i]);
+            scale(w, &mut ge[j * h..(j + 1) * h]);
+        }
+        gemm(h, i, n, F::ONE, &ge, (1, h), &act, (i, 1), F::ZERO, dw2, i);
+        swiglu_back(gu, &dact, i, &mut dgu);
+        gemm(2 * i, h, n, F::ONE, &dgu, (1, 2 * i), &xe, (h, 1), F::ZERO, dw1, h);
+        gemm(n, h, 2 * i, F::ONE, &dgu, (2 * i, 1), w1, (h, 1), F::ZERO, dxe, h);
+    });
+    combine(&r, k, h, &rows, |_| F::ONE, &mut dx);
+    for (t, d) in dlogits.chunks_mut(e).enumerate() {
+        d.fill(F::ZERO);
+        let slots = t * k..(t + 1) * k;
+        let dw = |s: usize| dweight[r.place[s]];
+        let mean: F = if op.norm_topk { slots.clone().map(|s| dw(s) * r.weight[s]).sum() } else { F::ZERO };
+        let p = &r.probs[t * e..(t + 1) * e];
+        let mut inner = F::ZERO;
+        for s in slots.clone() {
+            let dp = (dw(s) - mean) / r.total[t];
+            d[r.expert[s]] = dp;
+            inner += dp * p[r.expert[s]];
+        }
+        d.iter_mut().zip(p).for_each(|(d, p)| *d = *p * (*d - inner));
+    }
+    Ok(())
+}
