@@ -1,1 +1,2 @@
 //! Part of tidegate.
+pub mod gated_sdpa;

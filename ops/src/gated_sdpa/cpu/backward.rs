@@ -145,9 +145,8 @@ fn task_backward<F: Real>(
     dgate: Option<&Rows<F>>,
 ) -> Partial<F> {
     let (d, dv, group) = (p.d, p.dv, p.h / p.hkv);
-    let mut tiles: Vec<Queries<F>> = (run.0..run.1)
-        .map(|i| load(p, [b, hk], (i * times, (i * times + times).min(p.t)), q, gating, saved, dgate))
-        .collect();
+    let mut tiles: Vec<Queries<F>> =
+        (run.0..run.1).map(|i| load(p, [b, hk], (i * times, (i * times + times).min(p.t)), q, gating, saved, dgate)).collect();
 
     let (lo, hi) = bands.keys(run.0 * times, (run.1 * times).min(p.t));
     let mut out = Partial { k0: lo, k1: hi, dk: vec![F::ZERO; (hi - lo) * d], dv: vec![F::ZERO; (hi - lo) * dv] };
