@@ -7,12 +7,12 @@
 //! number of runs depends on shapes alone, so the result doesn't depend on threads, and the memory for them is linear in T.
 
 use super::{
-    Gating, Problem, gate,
+    Gating, Problem, gate, gemm::gemm,
     mask::{Bands, Tile},
     view::{Rows, View, pad16, transpose},
 };
 use engine::{
-    cpu::{simd::Real, tile::gemm},
+    cpu::simd::Real,
     vectorized,
 };
 use rayon::prelude::*;
@@ -171,8 +171,8 @@ fn task_backward<F: Real>(
             let width = pad16(cols);
             mask.by_key(keys, width, |j0, j1, a, b| {
                 let at = j0 * ld + a;
-                gemm(j1 - j0, b - a, d, F::ONE, &kt[j0 * d..], d, 1, &x.qt[a..], width, F::ZERO, &mut s[at..], ld);
-                gemm(j1 - j0, b - a, dv, F::ONE, &vt[j0 * dv..], dv, 1, &x.dut[a..], width, F::ZERO, &mut ds[at..], ld);
+                gemm(j1 - j0, b - a, d, &kt[j0 * d..], d, 1, &x.qt[a..], width, false, &mut s[at..], ld);
+                gemm(j1 - j0, b - a, dv, &vt[j0 * dv..], dv, 1, &x.dut[a..], width, false, &mut ds[at..], ld);
             });
             if mask.full {
                 score_grads_full(keys, width, ld, &mut s, &mut ds, &x.lse, &x.delta);
@@ -181,11 +181,11 @@ fn task_backward<F: Real>(
             }
             mask.by_key(keys, cols, |j0, j1, a, b| {
                 let at = j0 * ld + a;
-                gemm(j1 - j0, dv, b - a, F::ONE, &s[at..], ld, 1, &x.du[a * dv..], dv, F::ONE, &mut dvt[j0 * dv..], dv);
-                gemm(j1 - j0, d, b - a, F::ONE, &ds[at..], ld, 1, &x.q[a * d..], d, F::ONE, &mut dkt[j0 * d..], d);
+                gemm(j1 - j0, dv, b - a, &s[at..], ld, 1, &x.du[a * dv..], dv, true, &mut dvt[j0 * dv..], dv);
+                gemm(j1 - j0, d, b - a, &ds[at..], ld, 1, &x.q[a * d..], d, true, &mut dkt[j0 * d..], d);
             });
             mask.by_col(keys, cols, |c0, c1, a, b| {
-                gemm(c1 - c0, d, b - a, F::ONE, &ds[a * ld + c0..], 1, ld, &kt[a * d..], d, F::ONE, &mut x.dq[c0 * d..], d)
+                gemm(c1 - c0, d, b - a, &ds[a * ld + c0..], 1, ld, &kt[a * d..], d, true, &mut x.dq[c0 * d..], d)
             });
         }
     }

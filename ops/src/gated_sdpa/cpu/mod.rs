@@ -3,6 +3,8 @@
 mod backward;
 mod forward;
 mod gate;
+mod gemm;
+
 mod mask;
 mod pattern;
 mod view;
