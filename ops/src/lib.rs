@@ -3,6 +3,7 @@
 pub mod adamw;
 pub mod delta_rule;
 mod documents;
+pub mod gated_sdpa;
 pub mod linear_cross_entropy;
 pub mod moe;
 pub mod rms_norm;

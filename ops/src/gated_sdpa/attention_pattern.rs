@@ -1,0 +1,58 @@
+//! Softmax probabilities on demand: what the fused kernel never forms, for those who want to look at it.
+
+use super::{Attention, check_qk, sums};
+use engine::{DType, Error, Meta, Op, Result, Tensor, Want, run1};
+
+/// The attention pattern `softmax(scale·q kᵀ + mask)`, `[B, H, T, S]`, for `q [B, T, H, D]`, `k [B, S, Hkv, D]` and the masks of
+/// [`gated_sdpa`](super::gated_sdpa). In f32 (f64 for f64). Needs memory for all of it, and carries no gradient.
+pub fn attention_pattern(q: &Tensor, k: &Tensor, cu_seqlens: Option<&Tensor>, attention: Attention) -> Result<Tensor> {
+    let (q, k) = (q.detach(), k.detach());
+    let mut x = vec![&q, &k];
+    x.extend(cu_seqlens);
+    run1(AttentionPattern { attention, packed: cu_seqlens.is_some() }, &x)
+}
+
+/// The op behind [`attention_pattern`]: inputs q, k, then `cu_seqlens` if packed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionPattern {
+    /// Mask and scale.
+    pub attention: Attention,
+    /// Whether `cu_seqlens` is given.
+    pub packed: bool,
+}
+
+const NAME: &str = "attention_pattern";
+
+impl Op for AttentionPattern {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        let n = 2 + self.packed as usize;
+        if x.len() != n {
+            return Err(Error::invalid(NAME, format!("needs {n} inputs (q, k, cu_seqlens?), found {}", x.len())));
+        }
+        let [b, t, s, h, _, _] = check_qk(NAME, &self.attention, &x[0], &x[1])?;
+        if self.packed {
+            if x[2].shape.len() != 1 || x[2].shape[0] < 1 {
+                return Err(Error::shape(NAME, "cu_seqlens", "[documents + 1]", &x[2].shape));
+            }
+            if !matches!(x[2].dtype, DType::I32 | DType::I64) {
+                return Err(Error::dtype(NAME, "cu_seqlens", "i32 or i64", x[2].dtype));
+            }
+            if b != 1 || s != t {
+                return Err(Error::invalid(
+                    NAME,
+                    format!("packed documents need B = 1 and as many keys as queries, found B = {b}, T = {t}, S = {s}"),
+                ));
+            }
+        }
+        Ok(vec![Meta::new(&[b, h, t, s], sums(x[0].dtype))])
+    }
+    fn want(&self, _: usize) -> Want {
+        Want::LastDimDense
+    }
+    fn differentiable(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,75 @@
+//! The definition, in plain f64 loops over contiguous data: every score is formed and every mask asked cell by cell. Tests compare kernels with it.
+
+use super::{Activation, Attention, Gate};
+
+/// Sizes of a reference call.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Batch.
+    pub b: usize,
+    /// Queries.
+    pub t: usize,
+    /// Keys.
+    pub s: usize,
+    /// Query heads.
+    pub h: usize,
+    /// Key/value heads.
+    pub hkv: usize,
+    /// Head dim of q and k.
+    pub d: usize,
+    /// Head dim of v.
+    pub dv: usize,
+}
+
+/// The gate's activation.
+pub fn activate(a: Activation, x: f64) -> f64 {
+    let sigmoid = 1.0 / (1.0 + (-x).exp());
+    match a {
+        Activation::Sigmoid => sigmoid,
+        Activation::Silu => x * sigmoid,
+        Activation::NsSigmoid => 0.5 + 0.5 * sigmoid,
+        Activation::Identity => x,
+    }
+}
+
+/// Whether query t sees key j.
+pub fn sees(n: &Sizes, a: &Attention, cu: Option<&[usize]>, t: usize, j: usize) -> bool {
+    let at = t + n.s - n.t;
+    let document = |i: usize| cu.map(|cu| cu.iter().filter(|c| **c <= i).count());
+    (!a.causal || j <= at) && a.window.is_none_or(|w| at.abs_diff(j) < w) && document(t) == document(j)
+}
+
+/// The probabilities `[B, H, T, S]`.
+pub fn pattern(n: &Sizes, a: &Attention, cu: Option<&[usize]>, q: &[f64], k: &[f64]) -> Vec<f64> {
+    let mut y = vec![0.0; n.b * n.h * n.t * n.s];
+    for (i, row) in y.chunks_exact_mut(n.s).enumerate() {
+        let (b, h, t) = (i / n.t / n.h, i / n.t % n.h, i % n.t);
+        let hk = h / (n.h / n.hkv);
+        let mut sum = 0.0;
+        for (j, p) in row.iter_mut().enumerate().filter(|(j, _)| sees(n, a, cu, t, *j)) {
+            let (q, k) = (&q[((b * n.t + t) * n.h + h) * n.d..], &k[((b * n.s + j) * n.hkv + hk) * n.d..]);
+            let score: f64 = (0..n.d).map(|d| q[d] * k[d]).sum();
+            *p = (score * a.scale(n.d)).exp();
+            sum += *p;
+        }
+        row.iter_mut().for_each(|p| *p /= sum);
+    }
+    y
+}
+
+/// The op: `[B, T, H, Dv]`. `gate` holds B·T·H logits, or B·T·H·Dv.
+pub fn gated_sdpa(n: &Sizes, a: &Attention, cu: Option<&[usize]>, q: &[f64], k: &[f64], v: &[f64], gate: Option<(&[f64], Gate)>) -> Vec<f64> {
+    let p = pattern(n, a, cu, q, k);
+    let mut o = vec![0.0; n.b * n.t * n.h * n.dv];
+    for (i, o) in o.iter_mut().enumerate() {
+        let (row, e) = (i / n.dv, i % n.dv);
+        let (b, t, h) = (row / n.h / n.t, row / n.h % n.t, row % n.h);
+        let hk = h / (n.h / n.hkv);
+        *o = (0..n.s).map(|j| p[((b * n.h + h) * n.t + t) * n.s + j] * v[((b * n.s + j) * n.hkv + hk) * n.dv + e]).sum();
+        if let Some((x, g)) = gate {
+            let x = activate(g.activation, if x.len() == n.b * n.t * n.h { x[row] } else { x[i] });
+            *o = if g.additive { *o + x } else { *o * x };
+        }
+    }
+    o
+}
