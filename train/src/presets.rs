@@ -14,8 +14,8 @@ pub fn by_name(name: &str) -> Result<RunConfig> {
         "quickstart" => Ok(quickstart()),
         "smoke" => Ok(smoke()),
         _ => {
-            let hint = nearest(name, NAMES.iter().copied()).map(|n| format!("; did you mean `{n}`?")).unwrap_or_default();
-            Err(Error::Usage(format!("no preset and no file `{name}`{hint} The presets are {}", NAMES.join(", "))))
+            let hint = nearest(name, NAMES.iter().copied()).map(|n| format!(" (did you mean `{n}`?)")).unwrap_or_default();
+            Err(Error::Usage(format!("no preset and no file is called `{name}`{hint}; the presets are {}", NAMES.join(", "))))
         }
     }
 }

@@ -178,7 +178,8 @@ impl RunConfig {
     }
     /// Checks ranges that types can't express.
     pub fn validate(&self) -> Result<()> {
-        let wrong = |key: &str, expected: &str, found: &dyn std::fmt::Display| Err(Error::Usage(format!("{key}: expected {expected}, found {found}")));
+        let wrong =
+            |key: &str, expected: &str, found: &dyn std::fmt::Display| Err(Error::Usage(format!("{key}: expected {expected}, found {found}")));
         match self.budget()? {
             Budget::Minutes(m) if !(m.is_finite() && m > 0.0) => return wrong("train.minutes", "a positive number", &m),
             Budget::Tokens(0) => return wrong("train.tokens", "a positive number", &0),
@@ -186,7 +187,12 @@ impl RunConfig {
             _ => {}
         }
         let (d, o) = (&self.data, &self.optim);
-        for (key, v) in [("data.seq_len", d.seq_len), ("data.batch", d.batch), ("train.accumulate", self.train.accumulate), ("checkpoint.keep", self.checkpoint.keep)] {
+        for (key, v) in [
+            ("data.seq_len", d.seq_len),
+            ("data.batch", d.batch),
+            ("train.accumulate", self.train.accumulate),
+            ("checkpoint.keep", self.checkpoint.keep),
+        ] {
             if v == 0 {
                 return wrong(key, "at least 1", &v);
             }
@@ -208,7 +214,13 @@ impl RunConfig {
                 return wrong(key, "at least 0 and below 1", &v);
             }
         }
-        for (key, v) in [("optim.lr", o.lr), ("optim.weight_decay", o.weight_decay), ("optim.clip", o.clip), ("optim.eps", o.eps), ("sample.temperature", self.sample.temperature)] {
+        for (key, v) in [
+            ("optim.lr", o.lr),
+            ("optim.weight_decay", o.weight_decay),
+            ("optim.clip", o.clip),
+            ("optim.eps", o.eps),
+            ("sample.temperature", self.sample.temperature),
+        ] {
             if !(v.is_finite() && v >= 0.0) {
                 return wrong(key, "a finite number, not negative", &v);
             }

@@ -32,7 +32,8 @@ fn presets_are_valid() {
 
 #[test]
 fn values() {
-    let c = set(&["optim.lr=1e-3", "data.path=some/file.txt", "data.batch = 7", "optim.clip=2", "optim.schedule=wsd", "optim.no_decay=[\"x\"]"]).unwrap();
+    let c =
+        set(&["optim.lr=1e-3", "data.path=some/file.txt", "data.batch = 7", "optim.clip=2", "optim.schedule=wsd", "optim.no_decay=[\"x\"]"]).unwrap();
     assert_eq!((c.optim.lr, c.data.batch, c.optim.clip), (1e-3, 7, 2.0));
     assert_eq!(c.data.path, std::path::Path::new("some/file.txt"));
     assert_eq!(c.optim.schedule, Shape::Wsd);
@@ -57,9 +58,13 @@ fn one_budget() {
 
 #[test]
 fn unknown_keys_offer_the_nearest() {
-    for (key, offered) in
-        [("optim.lrr", "optim.lr"), ("train.minuets", "train.minutes"), ("optm.weight_decay", "optim.weight_decay"), ("batch", "data.batch"), ("seq_len", "data.seq_len")]
-    {
+    for (key, offered) in [
+        ("optim.lrr", "optim.lr"),
+        ("train.minuets", "train.minutes"),
+        ("optm.weight_decay", "optim.weight_decay"),
+        ("batch", "data.batch"),
+        ("seq_len", "data.seq_len"),
+    ] {
         let m = message(&[&format!("{key}=1")]);
         assert!(m.contains(&format!("`{offered}`")) && m.contains(key), "{m}");
     }

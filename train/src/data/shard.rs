@@ -36,8 +36,11 @@ pub(super) fn open(path: &Path, eot: Option<u32>) -> Result<Corpus> {
         let own = word(4).checked_sub(1);
         (HEADER_BYTES, wide, claimed as usize, own.or(eot))
     } else {
-        if size % 2 != 0 {
-            return Err(Error::data(path, format!("{size} bytes are no whole number of 16-bit tokens and there is no header: truncated, or not a shard")));
+        if !size.is_multiple_of(2) {
+            return Err(Error::data(
+                path,
+                format!("{size} bytes are no whole number of 16-bit tokens and there is no header: truncated, or not a shard"),
+            ));
         }
         (0, false, size / 2, eot)
     };
@@ -54,13 +57,7 @@ pub fn write_shard(path: &Path, tokens: &[u32], vocab_size: u32, eot: Option<u32
         return Err(Error::data(path, format!("token {t} is outside the vocabulary of {vocab_size}")));
     }
     let mut header = [0u32; HEADER_BYTES / 4];
-    header[..5].copy_from_slice(&[
-        if wide { MAGIC_U32 } else { MAGIC_U16 },
-        if wide { 7 } else { 1 },
-        n,
-        vocab_size,
-        eot.map_or(0, |t| t + 1),
-    ]);
+    header[..5].copy_from_slice(&[if wide { MAGIC_U32 } else { MAGIC_U16 }, if wide { 7 } else { 1 }, n, vocab_size, eot.map_or(0, |t| t + 1)]);
     let mut bytes: Vec<u8> = header.iter().flat_map(|w| w.to_le_bytes()).collect();
     for &t in tokens {
         if wide {
