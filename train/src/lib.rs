@@ -4,11 +4,14 @@
 //! [`data::Sampler`] needs no state, so a resumed run repeats the uninterrupted one bit for bit.
 
 pub mod checkpoint;
+pub mod cli;
 pub mod config;
 pub mod data;
 pub mod error;
 pub mod groups;
+pub mod learner;
 pub mod metrics;
+pub mod optim;
 pub mod presets;
 pub mod progress;
 pub mod rng;

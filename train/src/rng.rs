@@ -8,19 +8,10 @@ pub mod stream {
     pub const OFFSET: u64 = 2;
 }
 
-fn mix(mut z: u64) -> u64 {
-    // SplitMix64's finaliser (Steele, Lea, Flood 2014).
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 /// 64 random bits for (seed, stream, counter).
 pub fn bits(seed: u64, stream: u64, counter: u64) -> u64 {
-    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
-    let a = mix(seed.wrapping_add(GOLDEN));
-    let b = mix(a ^ stream.wrapping_mul(GOLDEN).wrapping_add(GOLDEN));
-    mix(b ^ counter.wrapping_mul(GOLDEN).wrapping_add(GOLDEN))
+    let w = engine::rng::philox(seed, stream, counter);
+    u64::from(w[0]) | u64::from(w[1]) << 32
 }
 
 /// A random integer below `n` (0 when `n` is 0 or 1).
