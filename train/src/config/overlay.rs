@@ -56,7 +56,7 @@ impl Layers {
         let table: toml::Table = toml::from_str(text).map_err(|e| Error::Usage(format!("configuration {source}: {e}")))?;
         let mut pairs = Vec::new();
         for (key, value) in table.into_iter().filter(|(k, _)| k != "preset") {
-            self.flatten(key, value, &mut pairs)?;
+            self.flatten(key, value, source, &mut pairs)?;
         }
         self.apply(pairs, source)
     }
@@ -70,20 +70,20 @@ impl Layers {
             };
             let (key, text) = (key.trim(), text.trim());
             let value = toml::from_str::<toml::Table>(&format!("v = {text}")).ok().and_then(|mut t| if t.len() == 1 { t.remove("v") } else { None });
-            self.flatten(key.to_string(), value.unwrap_or_else(|| toml::Value::String(text.to_string())), &mut pairs)?;
+            self.flatten(key.to_string(), value.unwrap_or_else(|| toml::Value::String(text.to_string())), "--set", &mut pairs)?;
         }
         self.apply(pairs, "--set")
     }
 
     /// Tables become dotted keys as far as the configuration itself has tables there.
-    fn flatten(&self, key: String, value: toml::Value, out: &mut Vec<(String, Value)>) -> Result<()> {
+    fn flatten(&self, key: String, value: toml::Value, source: &str, out: &mut Vec<(String, Value)>) -> Result<()> {
         match value {
             toml::Value::Table(t) if self.at(&key).is_none_or(Value::is_object) => {
                 if self.at(&key).is_none() {
-                    return Err(self.unknown(&key));
+                    return Err(self.unknown(&key, source));
                 }
                 for (k, v) in t {
-                    self.flatten(format!("{key}.{k}"), v, out)?;
+                    self.flatten(format!("{key}.{k}"), v, source, out)?;
                 }
             }
             v => {
@@ -98,12 +98,12 @@ impl Layers {
         key.split('.').try_fold(&self.tree, |v, part| v.as_object()?.get(part))
     }
 
-    fn unknown(&self, key: &str) -> Error {
+    fn unknown(&self, key: &str, source: &str) -> Error {
         let mut all = Vec::new();
         keys(&self.tree, "", &mut all);
         match nearest(key, all.iter().map(String::as_str)) {
-            Some(n) => Error::Usage(format!("unknown key `{key}`; did you mean `{n}`? (--print-config lists them all)")),
-            None => Error::Usage(format!("unknown key `{key}`; --print-config lists the keys there are")),
+            Some(n) => Error::Usage(format!("{source}: unknown key `{key}`; did you mean `{n}`? (--print-config lists them all)")),
+            None => Error::Usage(format!("{source}: unknown key `{key}`; --print-config lists the keys there are")),
         }
     }
 
@@ -120,7 +120,7 @@ impl Layers {
         }
         for (key, value) in pairs {
             match self.at(&key) {
-                None => return Err(self.unknown(&key)),
+                None => return Err(self.unknown(&key, source)),
                 Some(Value::Object(_)) => {
                     return Err(Error::Usage(format!("`{key}` is a table of keys, as `{key}.{}`; found {value}", first_key(self.at(&key)))));
                 }
