@@ -1,4 +1,4 @@
-//! The hybrid decoder as a [`Learner`](crate::trainer::Learner).
+//! The hybrid decoder as a [`Learner`].
 
 use crate::config::{ModelConfig, Optim};
 use crate::data::Batch;

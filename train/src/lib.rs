@@ -11,6 +11,7 @@ pub mod error;
 pub mod groups;
 pub mod learner;
 pub mod metrics;
+pub mod observe;
 pub mod optim;
 pub mod presets;
 pub mod progress;
