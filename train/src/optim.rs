@@ -2,7 +2,7 @@
 
 use crate::config::Optim;
 use crate::{Error, Result, groups};
-use engine::{DType, Grads, Tensor};
+use engine::{DType, Grads, Meta, Op, Tensor};
 use rayon::prelude::*;
 use safetensors::{Dtype as Stored, SafeTensors, tensor::TensorView};
 use std::collections::HashMap;
@@ -62,10 +62,21 @@ impl AdamW {
     pub fn step(&mut self, params: &[(&str, &Tensor)], grads: &Grads, step: u64, lr: f64, o: &Optim) -> Result<f64> {
         let norm = self.norm(params, grads)?;
         let scale = if o.clip > 0.0 && norm > o.clip { o.clip / (norm + 1e-6) } else { 1.0 };
+        let t = step.min(i32::MAX as u64) as i32;
         for (i, (name, p)) in params.iter().enumerate() {
             let Some(g) = grads.get(p) else { continue };
             let decay = if groups::decays(name, p.shape(), &o.no_decay) { o.weight_decay } else { 0.0 };
-            update(p, g, &self.m[i], &self.v[i], step, lr, decay, scale, o).map_err(engine_error)?;
+            let op = Update {
+                shape: p.shape().to_vec(),
+                rate: (lr / (1.0 - o.beta1.powi(t))) as f32,
+                unbias: (1.0 / (1.0 - o.beta2.powi(t)).sqrt()) as f32,
+                keep: (1.0 - lr * decay) as f32,
+                scale: scale as f32,
+                beta1: o.beta1 as f32,
+                beta2: o.beta2 as f32,
+                eps: o.eps as f32,
+            };
+            engine::run_in_place(op, &[p, &self.m[i], &self.v[i]], &[g]).map_err(engine_error)?;
         }
         Ok(norm)
     }
@@ -110,23 +121,57 @@ impl AdamW {
     }
 }
 
-#[allow(clippy::too_many_arguments)] // the formula's symbols
-fn update(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, step: u64, lr: f64, decay: f64, scale: f64, o: &Optim) -> engine::Result<()> {
-    let (mut pv, gv) = (p.cast(DType::F32)?.to_vec::<f32>()?, g.cast(DType::F32)?.to_vec::<f32>()?);
-    let (mut mv, mut vv) = (m.to_vec::<f32>()?, v.to_vec::<f32>()?);
-    let t = step.min(i32::MAX as u64) as i32;
-    let (c1, c2) = (1.0 - o.beta1.powi(t), (1.0 - o.beta2.powi(t)).sqrt());
-    for i in 0..pv.len() {
-        let g = f64::from(gv[i]) * scale;
-        let m = o.beta1 * f64::from(mv[i]) + (1.0 - o.beta1) * g;
-        let v = o.beta2 * f64::from(vv[i]) + (1.0 - o.beta2) * g * g;
-        let w = f64::from(pv[i]);
-        pv[i] = (w - lr * (m / c1 / (v.sqrt() / c2 + o.eps) + decay * w)) as f32;
-        (mv[i], vv[i]) = (m as f32, v as f32);
+/// One fused AdamW update, in place: the kernel's outputs are parameter, `m` and `v` themselves; its input is the gradient.
+#[derive(Debug)]
+struct Update {
+    shape: Vec<usize>,
+    /// lr / (1 - β₁ᵗ)
+    rate: f32,
+    /// 1 / √(1 - β₂ᵗ)
+    unbias: f32,
+    /// 1 - lr λ
+    keep: f32,
+    /// Clipping's factor on the gradient.
+    scale: f32,
+    beta1: f32,
+    beta2: f32,
+    eps: f32,
+}
+
+impl Op for Update {
+    fn name(&self) -> &'static str {
+        "adamw"
     }
-    p.assign(&Tensor::from_vec(pv, p.shape())?.cast(p.dtype())?)?;
-    m.assign(&Tensor::from_vec(mv, m.shape())?)?;
-    v.assign(&Tensor::from_vec(vv, v.shape())?)
+    fn infer(&self, x: &[Meta]) -> engine::Result<Vec<Meta>> {
+        match x {
+            [g] if g.shape == self.shape && g.dtype.is_float() => Ok(vec![Meta::new(&self.shape, DType::F32); 3]),
+            [g] => Err(engine::Error::shape(self.name(), "the gradient", format!("the parameter's {:?}", self.shape), &g.shape)),
+            _ => Err(engine::Error::invalid(self.name(), format!("takes one gradient, found {} inputs", x.len()))),
+        }
+    }
+    fn differentiable(&self) -> bool {
+        false
+    }
+}
+
+engine::cpu_kernel!(Update => |o, x, y| {
+    const CHUNK: usize = 1 << 14;
+    let (mut p, mut m, mut v) = (y.slice::<f32>(0)?, y.slice::<f32>(1)?, y.slice::<f32>(2)?);
+    let g = x.real::<f32>(0)?;
+    let chunks = p.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK)).zip(g.par_chunks(CHUNK));
+    chunks.for_each(|(((p, m), v), g)| update(o, p, m, v, g));
+    Ok(())
+});
+
+engine::vectorized! {
+    fn update(o: &Update, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+        for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
+            let g = g * o.scale;
+            *m += (1.0 - o.beta1) * (g - *m);
+            *v += (1.0 - o.beta2) * (g * g - *v);
+            *p = *p * o.keep - o.rate * *m / (v.sqrt() * o.unbias + o.eps);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -88,15 +88,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
 fn go(resolved: &Resolved, dir: &Path, resuming: bool, from: Option<PathBuf>) -> Result<()> {
     let config = &resolved.config;
     let corpus = Corpus::open(&config.data.path, config.data.eot)?;
-    let mut model = Hybrid::new(&config.model, config.seed)?;
+    let mut model = Hybrid::create(&config.model, config.seed)?;
     let run = RunDir::open(dir, resuming)?;
     let from = from.or(if resuming { checkpoint::checkpoints(dir)?.pop().map(|c| c.1) } else { None });
     let command: Vec<String> = std::env::args().collect();
-    run.write_config(resolved, &command, &model.config_json()?)?;
+    run.write_config(resolved, &command, &model.net().config_json()?)?;
     let say = |text: String| drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{text}\n")));
     let bytes = corpus.len();
     let unit = if corpus.is_bytes() { "bytes" } else { "tokens" };
-    say(format!("{}: {}", config.name, model.describe()));
+    say(format!("{}: {} parameters", config.name, model.parameters()));
     say(format!(
         "data {}: {bytes} {unit}, the last {:.0}% held out; run folder {}",
         corpus.path().display(),
