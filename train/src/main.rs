@@ -1,6 +1,6 @@
-//! The `tidegate` command line; see [`tidegate_train::cli`].
+//! The `tidegate` command line; see [`train::cli`].
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    tidegate_train::cli::main()
+    train::cli::main()
 }
