@@ -20,8 +20,31 @@ pub fn by_name(name: &str) -> Result<RunConfig> {
     }
 }
 
-fn model() -> ModelConfig {
-    serde_json::json!({ "vocab_size": 256 })
+/// Fields as transformers' `qwen3_next` names them: three layers of Gated DeltaNet to one of gated attention, a mixture of experts in each.
+fn model(hidden: usize, experts: usize) -> ModelConfig {
+    serde_json::json!({
+        "vocab_size": 256,
+        "hidden_size": hidden,
+        "num_hidden_layers": 4,
+        "full_attention_interval": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden / 4,
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10_000.0,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": hidden / 4,
+        "linear_value_head_dim": hidden / 4,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": hidden,
+        "shared_expert_intermediate_size": hidden,
+        "norm_topk_prob": true,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": true,
+    })
 }
 
 /// A small hybrid mixture-of-experts model on Moby-Dick: five minutes on two cores.
@@ -29,7 +52,7 @@ pub fn quickstart() -> RunConfig {
     RunConfig {
         name: "quickstart".into(),
         seed: 1,
-        model: model(),
+        model: model(128, 8),
         data: Data { path: MOBY_DICK_PATH.into(), held_out: 0.1, seq_len: 128, batch: 12, packing: Packing::Windows, eot: None },
         train: Train { minutes: Some(5.0), tokens: None, steps: None, accumulate: 1, observe_every: 1, log_every: 50 },
         optim: Optim {
@@ -55,6 +78,7 @@ pub fn quickstart() -> RunConfig {
 pub fn smoke() -> RunConfig {
     let mut c = quickstart();
     c.name = "smoke".into();
+    c.model = model(64, 4);
     c.data.seq_len = 64;
     c.data.batch = 4;
     c.train = Train { minutes: None, tokens: None, steps: Some(30), log_every: 10, ..c.train };
