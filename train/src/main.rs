@@ -1,2 +1,6 @@
-//! The `tidegate` command line.
-fn main() {}
+//! The `tidegate` command line; see [`train::cli`].
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    train::cli::main()
+}

@@ -1,0 +1,231 @@
+//! Layers of configuration: a preset, a TOML file, `--set`s; each value remembers which layer it came from.
+
+use super::RunConfig;
+use crate::{Error, Result};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+
+const BUDGET: [&str; 3] = ["train.minutes", "train.tokens", "train.steps"];
+
+/// A configuration under construction.
+#[derive(Clone, Debug)]
+pub struct Layers {
+    tree: Value,
+    source: BTreeMap<String, String>,
+    base: String,
+}
+
+/// A checked configuration, with each value's origin.
+#[derive(Clone, Debug)]
+pub struct Resolved {
+    /// The typed configuration.
+    pub config: RunConfig,
+    tree: Value,
+    source: BTreeMap<String, String>,
+    base: String,
+}
+
+impl Layers {
+    /// Starts from a typed preset.
+    pub fn preset(config: &RunConfig) -> Result<Layers> {
+        let tree = serde_json::to_value(config).map_err(|e| Error::Usage(format!("preset {}: {e}", config.name)))?;
+        Ok(Layers { tree, source: BTreeMap::new(), base: format!("preset {}", config.name) })
+    }
+
+    /// Lays a TOML file on top. Its top-level key `preset`, if any, was read by [`base_of`](Self::base_of) before.
+    pub fn file(&mut self, path: &Path) -> Result<()> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::Usage(format!("configuration {}: {e}", path.display())))?;
+        self.toml(&text, &path.display().to_string())
+    }
+
+    /// The preset that a TOML file names, if it does.
+    pub fn base_of(path: &Path) -> Result<Option<String>> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::Usage(format!("configuration {}: {e}", path.display())))?;
+        let table: toml::Table = toml::from_str(&text).map_err(|e| Error::Usage(format!("configuration {}: {e}", path.display())))?;
+        match table.get("preset") {
+            None => Ok(None),
+            Some(toml::Value::String(s)) => Ok(Some(s.clone())),
+            Some(v) => Err(Error::Usage(format!("configuration {}: preset: expected a preset's name, found {v}", path.display()))),
+        }
+    }
+
+    /// Lays TOML text on top; `source` names it in messages.
+    pub fn toml(&mut self, text: &str, source: &str) -> Result<()> {
+        let table: toml::Table = toml::from_str(text).map_err(|e| Error::Usage(format!("configuration {source}: {e}")))?;
+        let mut pairs = Vec::new();
+        for (key, value) in table.into_iter().filter(|(k, _)| k != "preset") {
+            self.flatten(key, value, source, &mut pairs)?;
+        }
+        self.apply(pairs, source)
+    }
+
+    /// Lays `a.b=c` on top, where `c` is a TOML value or a bare string.
+    pub fn set(&mut self, assignments: &[String]) -> Result<()> {
+        let mut pairs = Vec::new();
+        for a in assignments {
+            let Some((key, text)) = a.split_once('=') else {
+                return Err(Error::Usage(format!("--set {a}: expected key=value, as in --set train.minutes=0.5")));
+            };
+            let (key, text) = (key.trim(), text.trim());
+            let value = toml::from_str::<toml::Table>(&format!("v = {text}")).ok().and_then(|mut t| if t.len() == 1 { t.remove("v") } else { None });
+            self.flatten(key.to_string(), value.unwrap_or_else(|| toml::Value::String(text.to_string())), "--set", &mut pairs)?;
+        }
+        self.apply(pairs, "--set")
+    }
+
+    /// Tables become dotted keys as far as the configuration itself has tables there.
+    fn flatten(&self, key: String, value: toml::Value, source: &str, out: &mut Vec<(String, Value)>) -> Result<()> {
+        match value {
+            toml::Value::Table(t) if self.at(&key).is_none_or(Value::is_object) => {
+                if self.at(&key).is_none() {
+                    return Err(self.unknown(&key, source));
+                }
+                for (k, v) in t {
+                    self.flatten(format!("{key}.{k}"), v, source, out)?;
+                }
+            }
+            v => {
+                let v = serde_json::to_value(v).map_err(|e| Error::Usage(format!("{key}: {e}")))?;
+                out.push((key, v));
+            }
+        }
+        Ok(())
+    }
+
+    fn at(&self, key: &str) -> Option<&Value> {
+        key.split('.').try_fold(&self.tree, |v, part| v.as_object()?.get(part))
+    }
+
+    fn unknown(&self, key: &str, source: &str) -> Error {
+        let mut all = Vec::new();
+        keys(&self.tree, "", &mut all);
+        match nearest(key, all.iter().map(String::as_str)) {
+            Some(n) => Error::Usage(format!("{source}: unknown key `{key}`; did you mean `{n}`? (--print-config lists them all)")),
+            None => Error::Usage(format!("{source}: unknown key `{key}`; --print-config lists the keys there are")),
+        }
+    }
+
+    fn apply(&mut self, pairs: Vec<(String, Value)>, source: &str) -> Result<()> {
+        let budgets: Vec<&str> = pairs.iter().map(|(k, _)| k.as_str()).filter(|k| BUDGET.contains(k)).collect();
+        if budgets.windows(2).any(|w| w[0] != w[1]) {
+            return Err(Error::Usage(format!("{source} sets {}: a run has one budget, set one of them", budgets.join(" and "))));
+        }
+        if !budgets.is_empty() {
+            for other in BUDGET.iter().filter(|b| !budgets.contains(b)) {
+                self.source.insert(other.to_string(), source.into());
+                self.put(other, Value::Null);
+            }
+        }
+        for (key, value) in pairs {
+            match self.at(&key) {
+                None => return Err(self.unknown(&key, source)),
+                Some(Value::Object(_)) => {
+                    return Err(Error::Usage(format!("`{key}` is a table of keys, as `{key}.{}`; found {value}", first_key(self.at(&key)))));
+                }
+                Some(_) => {}
+            }
+            let old = self.put(&key, value.clone());
+            if let Err(e) = serde_json::from_value::<RunConfig>(self.tree.clone()) {
+                self.put(&key, old.clone());
+                return Err(Error::Usage(format!("{key} = {value} ({source}): {e}; it is now {old}")));
+            }
+            self.source.insert(key, source.into());
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, key: &str, value: Value) -> Value {
+        let slot = key.split('.').try_fold(&mut self.tree, |v, part| v.as_object_mut()?.get_mut(part));
+        slot.map_or(Value::Null, |slot| std::mem::replace(slot, value))
+    }
+
+    /// Checks the whole and gives the typed configuration.
+    pub fn resolve(self) -> Result<Resolved> {
+        let config: RunConfig = serde_json::from_value(self.tree.clone()).map_err(|e| Error::Usage(format!("configuration: {e}")))?;
+        config.validate()?;
+        Ok(Resolved { config, tree: self.tree, source: self.source, base: self.base })
+    }
+}
+
+fn first_key(v: Option<&Value>) -> String {
+    v.and_then(Value::as_object).and_then(|o| o.keys().next()).cloned().unwrap_or_default()
+}
+
+impl Resolved {
+    /// The whole configuration as TOML of dotted keys, each with its origin: what `--print-config` shows and a run folder keeps. It is a
+    /// valid overlay file itself.
+    pub fn to_toml(&self) -> String {
+        let mut out = String::new();
+        let mut all = Vec::new();
+        keys(&self.tree, "", &mut all);
+        let mut section = String::new();
+        for key in all {
+            let Some(value) = key.split('.').try_fold(&self.tree, |v, p| v.as_object()?.get(p)) else { continue };
+            let head = key.split('.').next().unwrap_or_default().to_string();
+            if head != section && key.contains('.') {
+                out.push('\n');
+            }
+            section = head;
+            let source = self.source.get(&key).unwrap_or(&self.base);
+            match toml::Value::try_from(value) {
+                Ok(v) if !value.is_null() => {
+                    let line = format!("{key} = {v}");
+                    let _ = writeln!(out, "{line:<50} # {source}");
+                }
+                _ => {
+                    let line = format!("# {key} is not set");
+                    let _ = writeln!(out, "{line:<50} # {source}");
+                }
+            }
+        }
+        out
+    }
+}
+
+fn keys(v: &Value, prefix: &str, out: &mut Vec<String>) {
+    if let Value::Object(o) = v {
+        // Plain values before tables, so that the listing reads well.
+        for (k, v) in o.iter().filter(|(_, v)| !v.is_object()).chain(o.iter().filter(|(_, v)| v.is_object())) {
+            keys(v, &if prefix.is_empty() { k.clone() } else { format!("{prefix}.{k}") }, out);
+        }
+    } else {
+        out.push(prefix.to_string());
+    }
+}
+
+/// The candidate with the smallest edit distance to `key`, if it is near enough to be meant. A candidate's last part alone counts too.
+pub fn nearest<'a>(key: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let last = key.rsplit('.').next().unwrap_or(key);
+    candidates
+        .map(|c| {
+            let whole = distance(key, c);
+            let part = distance(last, c.rsplit('.').next().unwrap_or(c)) + usize::from(key.contains('.'));
+            (whole.min(part), whole, c)
+        })
+        .min()
+        .filter(|&(d, _, _)| d <= 2.max(last.len() / 2))
+        .map(|(_, _, c)| c)
+}
+
+/// Optimal string alignment: insertions, deletions, substitutions, and swaps of neighbours.
+fn distance(a: &str, b: &str) -> usize {
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    let mut d = vec![vec![0; b.len() + 1]; a.len() + 1];
+    for i in 0..=a.len() {
+        for j in 0..=b.len() {
+            d[i][j] = if i == 0 || j == 0 {
+                i + j
+            } else {
+                let replaced = d[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
+                let mut best = replaced.min(d[i - 1][j] + 1).min(d[i][j - 1] + 1);
+                if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                    best = best.min(d[i - 2][j - 2] + 1);
+                }
+                best
+            };
+        }
+    }
+    d[a.len()][b.len()]
+}

@@ -1,0 +1,105 @@
+use super::*;
+use crate::presets;
+
+fn layers() -> Layers {
+    Layers::preset(&presets::quickstart()).unwrap()
+}
+fn set(assignments: &[&str]) -> Result<RunConfig> {
+    let mut l = layers();
+    l.set(&assignments.iter().map(|s| s.to_string()).collect::<Vec<_>>())?;
+    Ok(l.resolve()?.config)
+}
+fn message(assignments: &[&str]) -> String {
+    let e = set(assignments).unwrap_err();
+    assert_eq!(e.exit_code(), 2);
+    e.to_string()
+}
+
+#[test]
+fn presets_are_valid() {
+    for name in presets::NAMES {
+        let c = presets::by_name(name).unwrap();
+        assert_eq!(&c.name, name);
+        c.validate().unwrap();
+        // The printed form is an overlay that changes nothing.
+        let resolved = Layers::preset(&c).unwrap().resolve().unwrap();
+        let mut again = Layers::preset(&c).unwrap();
+        again.toml(&resolved.to_toml(), "again").unwrap();
+        assert_eq!(again.resolve().unwrap().config, c);
+    }
+    assert!(presets::by_name("quikstart").unwrap_err().to_string().contains("`quickstart`"));
+}
+
+#[test]
+fn values() {
+    let c =
+        set(&["optim.lr=1e-3", "data.path=some/file.txt", "data.batch = 7", "optim.clip=2", "optim.schedule=wsd", "optim.no_decay=[\"x\"]"]).unwrap();
+    assert_eq!((c.optim.lr, c.data.batch, c.optim.clip), (1e-3, 7, 2.0));
+    assert_eq!(c.data.path, std::path::Path::new("some/file.txt"));
+    assert_eq!(c.optim.schedule, Shape::Wsd);
+    assert_eq!(c.optim.no_decay, ["x"]);
+}
+
+#[test]
+fn one_budget() {
+    assert_eq!(set(&[]).unwrap().budget().unwrap(), Budget::Minutes(5.0));
+    assert_eq!(set(&["train.steps=10"]).unwrap().budget().unwrap(), Budget::Steps(10));
+    assert_eq!(set(&["train.tokens=1000"]).unwrap().budget().unwrap(), Budget::Tokens(1000));
+    assert_eq!(set(&["train.minutes=0.5"]).unwrap().budget().unwrap(), Budget::Minutes(0.5));
+    assert_eq!(set(&["train.steps=10", "train.steps=20"]).unwrap().budget().unwrap(), Budget::Steps(20));
+    assert!(message(&["train.steps=10", "train.minutes=1"]).contains("one budget"));
+    assert!(message(&["train.steps=0"]).contains("positive"));
+    assert!(message(&["train.minutes=-1"]).contains("positive"));
+    let mut l = layers();
+    l.toml("train.steps = 3", "file").unwrap();
+    l.set(&["train.tokens=9".into()]).unwrap();
+    assert_eq!(l.resolve().unwrap().config.budget().unwrap(), Budget::Tokens(9));
+}
+
+#[test]
+fn unknown_keys_offer_the_nearest() {
+    for (key, offered) in [
+        ("optim.lrr", "optim.lr"),
+        ("train.minuets", "train.minutes"),
+        ("optm.weight_decay", "optim.weight_decay"),
+        ("batch", "data.batch"),
+        ("seq_len", "data.seq_len"),
+    ] {
+        let m = message(&[&format!("{key}=1")]);
+        assert!(m.contains(&format!("`{offered}`")) && m.contains(key), "{m}");
+    }
+    assert!(!message(&["xylophone_zebra=1"]).contains("did you mean"));
+    let mut l = layers();
+    let m = l.toml("[data]\nsqe_len = 3\n", "run.toml").unwrap_err().to_string();
+    assert!(m.contains("data.seq_len"), "{m}");
+    let m = l.toml("[dta]\nseq_len = 3\n", "run.toml").unwrap_err().to_string();
+    assert!(m.contains("dta"), "{m}");
+}
+
+#[test]
+fn wrong_types_say_what_was_expected() {
+    let m = message(&["data.batch=many"]);
+    assert!(m.contains("data.batch") && m.contains("expected usize") && m.contains("many"), "{m}");
+    let m = message(&["data.batch=-3"]);
+    assert!(m.contains("data.batch") && m.contains("-3"), "{m}");
+    let m = message(&["optim.schedule=cosin"]);
+    assert!(m.contains("cosine") && m.contains("wsd"), "{m}");
+    let m = message(&["train=3"]);
+    assert!(m.contains("table"), "{m}");
+    assert!(message(&["data.batch"]).contains("key=value"));
+    assert!(message(&["optim.beta2=1.0"]).contains("below 1"));
+    assert!(message(&["data.seq_len=4294967296", "data.batch=4294967296"]).contains("2^30"));
+}
+
+#[test]
+fn print_config_names_origins() {
+    let mut l = layers();
+    l.toml("optim.lr = 0.5", "run.toml").unwrap();
+    l.set(&["train.steps=3".into()]).unwrap();
+    let text = l.resolve().unwrap().to_toml();
+    let line = |key: &str| text.lines().find(|l| l.contains(key)).unwrap_or_else(|| panic!("{key} in {text}"));
+    assert!(line("optim.lr ").ends_with("# run.toml"));
+    assert!(line("train.steps").ends_with("# --set"));
+    assert!(line("train.minutes").starts_with("# train.minutes is not set"));
+    assert!(line("data.path").ends_with("# preset quickstart"));
+}

@@ -1,0 +1,53 @@
+//! Parameter groups by name.
+
+/// Whether weight decay applies to a parameter: not to vectors and scalars (norms, biases, `A_log`, `dt_bias`), nor to names that match one
+/// of the patterns. A pattern matches where it is a whole dotted part of the name, or, with `*`, as a shell's glob over the whole name.
+pub fn decays(name: &str, shape: &[usize], no_decay: &[String]) -> bool {
+    shape.iter().filter(|&&d| d > 1).count() >= 2 && !no_decay.iter().any(|p| matches(p, name))
+}
+
+/// Whether `pattern` matches `name`: as a whole dotted part (`A_log` in `layers.0.mixer.A_log`), or, with `*`, as a glob.
+pub fn matches(pattern: &str, name: &str) -> bool {
+    if pattern.contains('*') { glob(pattern.as_bytes(), name.as_bytes()) } else { name == pattern || name.split('.').any(|part| part == pattern) }
+}
+
+fn glob(p: &[u8], s: &[u8]) -> bool {
+    let (mut i, mut j, mut star) = (0, 0, None);
+    while j < s.len() {
+        if p.get(i) == Some(&b'*') {
+            star = Some((i, j));
+            i += 1;
+        } else if p.get(i) == Some(&s[j]) {
+            (i, j) = (i + 1, j + 1);
+        } else if let Some((pi, sj)) = star {
+            star = Some((pi, sj + 1));
+            (i, j) = (pi + 1, sj + 1);
+        } else {
+            return false;
+        }
+    }
+    p[i..].iter().all(|&c| c == b'*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        let none: Vec<String> = ["A_log", "dt_bias", "*norm*", "*.bias"].map(String::from).to_vec();
+        for (name, shape, expected) in [
+            ("model.layers.0.linear_attn.A_log", &[4usize][..], false),
+            ("model.layers.0.linear_attn.A_log", &[4, 4], false),
+            ("model.layers.0.linear_attn.in_proj_qkvz.weight", &[64, 32], true),
+            ("model.norm.weight", &[64], false),
+            ("model.layers.0.input_layernorm.weight", &[8, 8], false),
+            ("lm_head.bias", &[9, 9], false),
+            ("x.weight", &[1, 64], false),
+            ("lm_head.weight", &[256, 64], true),
+        ] {
+            assert_eq!(decays(name, shape, &none), expected, "{name}");
+        }
+        assert!(glob(b"a*b*c", b"aXXbYYbc") && !glob(b"a*b*c", b"aXXbYY") && glob(b"*", b""));
+    }
+}

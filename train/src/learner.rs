@@ -1,0 +1,319 @@
+//! A network on the engine, with AdamW, as a [`Learner`].
+
+use crate::config::Optim;
+use crate::data::Batch;
+use crate::metrics::Scalars;
+use crate::optim::{AdamW, engine_error};
+use crate::trainer::{Learner, Sampling};
+use crate::{Error, Result, checkpoint, observe};
+use engine::{DType, Grads, Tensor};
+use std::path::Path;
+
+/// Sees named tensors as a network computes them.
+pub type Tap<'a> = &'a mut dyn FnMut(&str, &Tensor);
+
+/// What a forward pass gives.
+pub struct Loss {
+    /// What is minimised: the mean negative log-likelihood plus auxiliary losses, a scalar.
+    pub objective: Tensor,
+    /// The mean negative log-likelihood in nats a token, a scalar.
+    pub nll: Tensor,
+}
+
+/// What training asks of a network. Its parameters are leaves of the tape, updated in place.
+pub trait Network {
+    /// Every parameter with its name, always in the same order.
+    fn params(&self) -> Vec<(&str, &Tensor)>;
+    /// The loss over a batch; named tensors go to `tap`.
+    fn loss(&self, batch: &Batch, tap: Option<Tap>) -> Result<Loss>;
+    /// Continues a prompt; returns the new tokens.
+    fn generate(&self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>>;
+    /// Writes `model.safetensors` and `config.json` into `dir`.
+    fn save(&self, dir: &Path) -> Result<()>;
+    /// Reads parameters of the same configuration back, in place.
+    fn load(&mut self, dir: &Path) -> Result<()>;
+    /// One past the largest token.
+    fn vocab_size(&self) -> usize;
+    /// Routed experts in a layer (0: none).
+    fn experts(&self) -> usize {
+        0
+    }
+}
+
+/// A network, its optimizer, and the gradients held between micro-batches.
+pub struct Trained<N> {
+    net: N,
+    optim: Option<AdamW>,
+    grads: Grads,
+}
+
+impl<N: Network> Trained<N> {
+    /// A network that has no optimizer state yet; that is made at the first update.
+    pub fn new(net: N) -> Trained<N> {
+        Trained { net, optim: None, grads: Grads::new() }
+    }
+    /// The network.
+    pub fn net(&self) -> &N {
+        &self.net
+    }
+    /// How many numbers the parameters are.
+    pub fn parameters(&self) -> usize {
+        self.net.params().iter().map(|(_, t)| t.numel()).sum()
+    }
+}
+
+fn scalar(t: &Tensor) -> Result<f64> {
+    t.item().map_err(engine_error)
+}
+
+/// The values of a tap as f32, when they are numbers.
+fn values(t: &Tensor) -> Option<Vec<f32>> {
+    t.detach().cast(DType::F32).and_then(|t| t.to_vec::<f32>()).ok()
+}
+
+impl<N: Network> Learner for Trained<N> {
+    fn micro_step(&mut self, batch: &Batch, weight: f64, observed: Option<&mut Scalars>) -> Result<f64> {
+        let experts = self.net.experts();
+        let loss = match observed {
+            None => self.net.loss(batch, None)?,
+            Some(scalars) => {
+                let mut tap = |name: &str, t: &Tensor| {
+                    if let Some(v) = values(t) {
+                        observe::summarise(scalars, name, t.shape(), &v, experts);
+                    }
+                };
+                let loss = self.net.loss(batch, Some(&mut tap))?;
+                let auxiliary = scalar(&loss.objective)? - scalar(&loss.nll)?;
+                scalars.insert("loss_auxiliary".into(), auxiliary);
+                loss
+            }
+        };
+        let nll = scalar(&loss.nll)?;
+        let objective = scalar(&loss.objective)?;
+        // A loss that isn't finite is for the caller to report; its gradients would only hide where it began.
+        if nll.is_finite() && objective.is_finite() {
+            let weighted = if weight == 1.0 { loss.objective } else { loss.objective.affine(weight, 0.0).map_err(engine_error)? };
+            weighted.backward_into(&mut self.grads).map_err(engine_error)?;
+        }
+        Ok(if objective.is_finite() { nll } else { objective })
+    }
+
+    fn update(&mut self, step: u64, lr: f64, optim: &Optim) -> Result<f64> {
+        let grads = std::mem::take(&mut self.grads);
+        let params = self.net.params();
+        let state = match &mut self.optim {
+            Some(state) => state,
+            None => self.optim.insert(AdamW::new(&params)?),
+        };
+        state.step(&params, &grads, step, lr, optim)
+    }
+
+    fn nll(&mut self, batch: &Batch) -> Result<f64> {
+        let loss = engine::no_grad(|| self.net.loss(batch, None))?;
+        Ok(scalar(&loss.nll)? * batch.targets.len() as f64)
+    }
+
+    fn sample(&mut self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {
+        engine::no_grad(|| self.net.generate(prompt, how))
+    }
+
+    fn diagnose(&mut self, batch: &Batch) -> String {
+        for (name, t) in self.net.params() {
+            if values(t).is_some_and(|v| v.iter().any(|x| !x.is_finite())) {
+                return format!("the parameter `{name}` is not finite");
+            }
+        }
+        let mut first: Option<String> = None;
+        let mut tap = |name: &str, t: &Tensor| {
+            // A log-decay of minus infinity forgets everything, which is no fault; NaN always is.
+            let bad = |x: &f32| x.is_nan() || (x.is_infinite() && !name.ends_with("log_decay"));
+            if first.is_none() && values(t).is_some_and(|v| v.iter().any(bad)) {
+                first = Some(name.to_string());
+            }
+        };
+        match engine::no_grad(|| self.net.loss(batch, Some(&mut tap))) {
+            Err(e) => format!("and looking for where it began failed: {e}"),
+            Ok(_) => {
+                first.map_or("it began in `lm_head` or the loss, after the last tensor that is watched".into(), |n| format!("it began at `{n}`"))
+            }
+        }
+    }
+
+    fn save(&self, dir: &Path) -> Result<()> {
+        self.net.save(dir)?;
+        match &self.optim {
+            Some(state) => state.save(&dir.join(checkpoint::OPTIMIZER)),
+            None => AdamW::new(&self.net.params())?.save(&dir.join(checkpoint::OPTIMIZER)),
+        }
+    }
+
+    fn load(&mut self, dir: &Path) -> Result<()> {
+        self.net.load(dir)?;
+        let mut state = AdamW::new(&self.net.params())?;
+        state.load(&dir.join(checkpoint::OPTIMIZER))?;
+        (self.optim, self.grads) = (Some(state), Grads::new());
+        Ok(())
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.net.vocab_size()
+    }
+}
+
+/// The hybrid decoder.
+pub struct Hybrid {}
+
+impl Hybrid {
+    /// A new model.
+    pub fn create(_config: &crate::config::ModelConfig, _seed: u64) -> Result<Trained<Hybrid>> {
+        Err(Error::Model("no model yet".into()))
+    }
+    /// The model of a checkpoint.
+    pub fn open(_dir: &Path) -> Result<Trained<Hybrid>> {
+        Err(Error::Model("no model yet".into()))
+    }
+    /// The model's `config.json`.
+    pub fn config_json(&self) -> Result<String> {
+        Ok(String::new())
+    }
+}
+
+impl Network for Hybrid {
+    fn params(&self) -> Vec<(&str, &Tensor)> {
+        vec![]
+    }
+    fn loss(&self, _: &Batch, _: Option<Tap>) -> Result<Loss> {
+        Err(Error::Model("no model yet".into()))
+    }
+    fn generate(&self, _: &[u32], _: &Sampling) -> Result<Vec<u32>> {
+        Ok(vec![])
+    }
+    fn save(&self, _: &Path) -> Result<()> {
+        Ok(())
+    }
+    fn load(&mut self, _: &Path) -> Result<()> {
+        Ok(())
+    }
+    fn vocab_size(&self) -> usize {
+        256
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::{RunDir, find};
+    use crate::config::RunConfig;
+    use crate::data::Corpus;
+    use crate::{presets, trainer};
+
+    /// Embedding, SiLU, output matrix: the smallest network that goes through tape, optimizer and files.
+    struct Tiny {
+        params: [(&'static str, Tensor); 2],
+        break_at: Option<f32>,
+    }
+    fn tiny() -> Tiny {
+        let make = |shape: &[usize], stream| Tensor::randn(shape, DType::F32, &engine::Device::cpu(), 5, stream).unwrap().affine(0.3, 0.0).unwrap();
+        Tiny { params: [("embed", make(&[128, 16], 0).requires_grad()), ("head", make(&[128, 16], 1).requires_grad())], break_at: None }
+    }
+    impl Network for Tiny {
+        fn params(&self) -> Vec<(&str, &Tensor)> {
+            self.params.iter().map(|(n, t)| (*n, t)).collect()
+        }
+        fn loss(&self, batch: &Batch, mut tap: Option<Tap>) -> Result<Loss> {
+            let mut run = || -> engine::Result<Loss> {
+                let ids = |v: &[u32]| Tensor::from_vec(v.iter().map(|&t| i64::from(t)).collect::<Vec<_>>(), &[v.len()]);
+                let mut h = self.params[0].1.embedding(&ids(&batch.tokens)?)?;
+                if let Some(at) = self.break_at {
+                    h = h.affine(f64::from(at), 0.0)?;
+                }
+                if let Some(tap) = &mut tap {
+                    tap("blocks.0.hook_resid_post", &h);
+                }
+                let logits = h.silu()?.linear(&self.params[1].1)?.log_softmax(1)?;
+                let picked = logits.gather(1, &ids(&batch.targets)?.reshape(&[batch.targets.len(), 1])?)?;
+                let nll = picked.mean(&[0, 1], false)?.neg()?;
+                Ok(Loss { objective: nll.clone(), nll })
+            };
+            run().map_err(engine_error)
+        }
+        fn generate(&self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {
+            Ok(vec![prompt[0]; how.tokens])
+        }
+        fn save(&self, dir: &Path) -> Result<()> {
+            let bytes: Vec<u8> = self.params.iter().flat_map(|p| p.1.to_vec::<f32>().unwrap()).flat_map(f32::to_le_bytes).collect();
+            std::fs::write(dir.join(checkpoint::MODEL), bytes).map_err(Error::io("writing", dir))
+        }
+        fn load(&mut self, dir: &Path) -> Result<()> {
+            let bytes = std::fs::read(dir.join(checkpoint::MODEL)).unwrap();
+            let all: Vec<f32> = bytes.chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect();
+            for (part, p) in all.chunks_exact(128 * 16).zip(&self.params) {
+                p.1.assign(&Tensor::from_vec(part, &[128, 16]).unwrap()).unwrap();
+            }
+            Ok(())
+        }
+        fn vocab_size(&self) -> usize {
+            128
+        }
+    }
+    fn setup(steps: u64) -> (Corpus, RunConfig) {
+        let mut c = presets::smoke();
+        c.train.steps = Some(steps);
+        c.train.accumulate = 2;
+        c.checkpoint.every = 7;
+        c.optim.lr = 0.05;
+        (Corpus::from_documents(&["It was the whiteness of the whale that above all things appalled me. ".repeat(50)]), c)
+    }
+
+    #[test]
+    fn learns_on_the_engine_and_resumes_bit_for_bit() {
+        let tmp = tempfile::tempdir().unwrap();
+        let (corpus, config) = setup(40);
+        let whole = RunDir::open(&tmp.path().join("whole"), false).unwrap();
+        let mut a = Trained::new(tiny());
+        let s = trainer::train(&mut a, &corpus, &config, &whole, None).unwrap();
+        assert!(s.held_out.unwrap() < 4.0, "{s:?}");
+        let half = RunDir::open(&tmp.path().join("half"), false).unwrap();
+        let stop = RunConfig { checkpoint: crate::config::Checkpoint { every: 7, keep: 9 }, ..config.clone() };
+        trainer::train(&mut Trained::new(tiny()), &corpus, &stop, &half, None).unwrap();
+        let newest = tmp.path().join("half/checkpoints/step-00000021");
+        let mut b = Trained::new(tiny());
+        let again = trainer::train(&mut b, &corpus, &config, &half, Some(&newest)).unwrap();
+        assert_eq!(s.held_out.unwrap().to_bits(), again.held_out.unwrap().to_bits());
+        for (x, y) in a.net().params.iter().zip(&b.net().params) {
+            assert_eq!(x.1.to_vec::<f32>().unwrap(), y.1.to_vec::<f32>().unwrap());
+        }
+        assert!(find(whole.path()).unwrap().join(checkpoint::OPTIMIZER).is_file());
+        let metrics = std::fs::read_to_string(whole.path().join("metrics.jsonl")).unwrap();
+        assert!(metrics.lines().next().unwrap().contains("blocks.0.resid_post_rms"));
+    }
+
+    #[test]
+    fn accumulation_is_one_large_batch() {
+        let (corpus, config) = setup(1);
+        let sampler = |rows, micro| crate::data::Sampler::new(&corpus, 0..3000, 1, rows, 32, micro, Default::default()).unwrap();
+        let (small, large) = (sampler(2, 3), sampler(6, 1));
+        let (mut a, mut b) = (Trained::new(tiny()), Trained::new(tiny()));
+        for m in 0..3 {
+            a.micro_step(&small.batch(&corpus, 0, m), 1.0 / 3.0, None).unwrap();
+        }
+        b.micro_step(&large.batch(&corpus, 0, 0), 1.0, None).unwrap();
+        let (na, nb) = (a.update(1, 0.01, &config.optim).unwrap(), b.update(1, 0.01, &config.optim).unwrap());
+        assert!((na - nb).abs() < 1e-5 * nb, "{na} {nb}");
+    }
+
+    #[test]
+    fn the_first_tensor_that_is_not_finite_is_named() {
+        let (corpus, config) = setup(3);
+        let tmp = tempfile::tempdir().unwrap();
+        let run = RunDir::open(&tmp.path().join("a"), false).unwrap();
+        let mut net = Trained::new(Tiny { break_at: Some(f32::NAN), ..tiny() });
+        let e = trainer::train(&mut net, &corpus, &config, &run, None).unwrap_err();
+        assert!(e.exit_code() == 1 && e.to_string().contains("`blocks.0.hook_resid_post`"), "{e}");
+        let net = tiny();
+        net.params[1].1.assign(&Tensor::full(f64::NAN, &[128, 16], DType::F32, &engine::Device::cpu()).unwrap()).unwrap();
+        let run = RunDir::open(&tmp.path().join("b"), false).unwrap();
+        let e = trainer::train(&mut Trained::new(net), &corpus, &config, &run, None).unwrap_err();
+        assert!(e.to_string().contains("`head`"), "{e}");
+    }
+}

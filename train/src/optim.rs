@@ -1,0 +1,247 @@
+//! AdamW over named parameters: groups, clipping, and its state in a file.
+
+use crate::config::Optim;
+use crate::{Error, Result, groups};
+use engine::{DType, Grads, Meta, Op, Tensor};
+use rayon::prelude::*;
+use safetensors::{Dtype as Stored, SafeTensors, tensor::TensorView};
+use std::collections::HashMap;
+use std::path::Path;
+
+/// Moments of every parameter, in f32.
+#[derive(Debug)]
+pub struct AdamW {
+    names: Vec<String>,
+    m: Vec<Tensor>,
+    v: Vec<Tensor>,
+}
+
+pub(crate) fn engine_error(e: engine::Error) -> Error {
+    Error::Model(e.to_string())
+}
+
+/// Sum of squares in f64, in an order that depends on the length alone.
+fn square_sum(x: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; 8];
+    let chunks = x.chunks_exact(8);
+    let rest: f64 = chunks.remainder().iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+    for c in chunks {
+        for (l, &v) in lanes.iter_mut().zip(c) {
+            *l += f64::from(v) * f64::from(v);
+        }
+    }
+    lanes.iter().sum::<f64>() + rest
+}
+
+impl AdamW {
+    /// Zero moments for these parameters.
+    pub fn new(params: &[(&str, &Tensor)]) -> Result<AdamW> {
+        let zeros =
+            || params.iter().map(|(_, t)| Tensor::zeros(t.shape(), DType::F32, t.device())).collect::<engine::Result<Vec<_>>>().map_err(engine_error);
+        Ok(AdamW { names: params.iter().map(|(n, _)| n.to_string()).collect(), m: zeros()?, v: zeros()? })
+    }
+
+    /// The global norm of the gradients, in f64. A gradient that isn't finite is an error that names its parameter.
+    pub fn norm(&self, params: &[(&str, &Tensor)], grads: &Grads) -> Result<f64> {
+        let sums: Vec<engine::Result<f64>> =
+            params.par_iter().map(|(_, t)| grads.get(t).map_or(Ok(0.0), |g| Ok(square_sum(&g.cast(DType::F32)?.to_vec::<f32>()?)))).collect();
+        let mut total = 0.0;
+        for ((name, _), sum) in params.iter().zip(sums) {
+            let sum = sum.map_err(engine_error)?;
+            if !sum.is_finite() {
+                return Err(Error::NonFinite(format!("the gradient of `{name}` is not finite")));
+            }
+            total += sum;
+        }
+        Ok(total.sqrt())
+    }
+
+    /// Clips, and takes step number `step` (from 1). Returns the norm before clipping. Parameters without a gradient stay as they are.
+    ///
+    /// `m = β₁m + (1-β₁)g`, `v = β₂v + (1-β₂)g²`, `p = p - lr (m̂ / (√v̂ + ε) + λp)` (Loshchilov & Hutter 2019, algorithm 2).
+    pub fn step(&mut self, params: &[(&str, &Tensor)], grads: &Grads, step: u64, lr: f64, o: &Optim) -> Result<f64> {
+        let norm = self.norm(params, grads)?;
+        let scale = if o.clip > 0.0 && norm > o.clip { o.clip / (norm + 1e-6) } else { 1.0 };
+        let t = step.min(i32::MAX as u64) as i32;
+        for (i, (name, p)) in params.iter().enumerate() {
+            let Some(g) = grads.get(p) else { continue };
+            let decay = if groups::decays(name, p.shape(), &o.no_decay) { o.weight_decay } else { 0.0 };
+            let op = Update {
+                shape: p.shape().to_vec(),
+                rate: (lr / (1.0 - o.beta1.powi(t))) as f32,
+                unbias: (1.0 / (1.0 - o.beta2.powi(t)).sqrt()) as f32,
+                keep: (1.0 - lr * decay) as f32,
+                scale: scale as f32,
+                beta1: o.beta1 as f32,
+                beta2: o.beta2 as f32,
+                eps: o.eps as f32,
+            };
+            engine::run_in_place(op, &[p, &self.m[i], &self.v[i]], &[g]).map_err(engine_error)?;
+        }
+        Ok(norm)
+    }
+
+    /// Writes the moments, as `m.NAME` and `v.NAME`.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let mut bytes: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+        for (i, name) in self.names.iter().enumerate() {
+            for (kind, t) in [("m", &self.m[i]), ("v", &self.v[i])] {
+                let data = t.to_vec::<f32>().map_err(engine_error)?;
+                bytes.push((format!("{kind}.{name}"), t.shape().to_vec(), data.iter().flat_map(|x| x.to_le_bytes()).collect()));
+            }
+        }
+        let wrong = |e| Error::Checkpoint(format!("{}: {e}", path.display()));
+        let views = bytes
+            .iter()
+            .map(|(n, s, b)| TensorView::new(Stored::F32, s.clone(), b).map(|v| (n.as_str(), v)))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(wrong)?;
+        let file = safetensors::serialize(views, None).map_err(wrong)?;
+        std::fs::write(path, file).map_err(Error::io("writing", path))
+    }
+
+    /// Reads what [`save`](Self::save) wrote: every moment, in its shape.
+    pub fn load(&mut self, path: &Path) -> Result<()> {
+        let bytes = std::fs::read(path).map_err(Error::io("reading", path))?;
+        let file = SafeTensors::deserialize(&bytes)
+            .map_err(|e| Error::Checkpoint(format!("{}: {e}; the file is damaged, resume from an older checkpoint", path.display())))?;
+        let found: HashMap<String, TensorView> = file.tensors().into_iter().collect();
+        for (i, name) in self.names.iter().enumerate() {
+            for (kind, t) in [("m", &self.m[i]), ("v", &self.v[i])] {
+                let key = format!("{kind}.{name}");
+                let Some(view) = found.get(&key).filter(|v| v.dtype() == Stored::F32 && v.shape() == t.shape()) else {
+                    let f = found.get(&key).map_or("none".into(), |v| format!("{:?} {:?}", v.dtype(), v.shape()));
+                    return Err(Error::Checkpoint(format!("{}: `{key}`: expected F32 {:?}, found {f}", path.display(), t.shape())));
+                };
+                let data: Vec<f32> = view.data().chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
+                t.assign(&Tensor::from_vec(data, t.shape()).map_err(engine_error)?).map_err(engine_error)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One fused AdamW update, in place: the kernel's outputs are parameter, `m` and `v` themselves; its input is the gradient.
+#[derive(Debug)]
+struct Update {
+    shape: Vec<usize>,
+    /// lr / (1 - β₁ᵗ)
+    rate: f32,
+    /// 1 / √(1 - β₂ᵗ)
+    unbias: f32,
+    /// 1 - lr λ
+    keep: f32,
+    /// Clipping's factor on the gradient.
+    scale: f32,
+    beta1: f32,
+    beta2: f32,
+    eps: f32,
+}
+
+impl Op for Update {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+    fn infer(&self, x: &[Meta]) -> engine::Result<Vec<Meta>> {
+        match x {
+            [g] if g.shape == self.shape && g.dtype.is_float() => Ok(vec![Meta::new(&self.shape, DType::F32); 3]),
+            [g] => Err(engine::Error::shape(self.name(), "the gradient", format!("the parameter's {:?}", self.shape), &g.shape)),
+            _ => Err(engine::Error::invalid(self.name(), format!("takes one gradient, found {} inputs", x.len()))),
+        }
+    }
+    fn differentiable(&self) -> bool {
+        false
+    }
+}
+
+engine::cpu_kernel!(Update => |o, x, y| {
+    const CHUNK: usize = 1 << 14;
+    let (mut p, mut m, mut v) = (y.slice::<f32>(0)?, y.slice::<f32>(1)?, y.slice::<f32>(2)?);
+    let g = x.real::<f32>(0)?;
+    let chunks = p.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK)).zip(g.par_chunks(CHUNK));
+    chunks.for_each(|(((p, m), v), g)| update(o, p, m, v, g));
+    Ok(())
+});
+
+engine::vectorized! {
+    fn update(o: &Update, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+        for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
+            let g = g * o.scale;
+            *m += (1.0 - o.beta1) * (g - *m);
+            *v += (1.0 - o.beta2) * (g * g - *v);
+            *p = *p * o.keep - o.rate * *m / (v.sqrt() * o.unbias + o.eps);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::presets;
+
+    fn setup() -> (Tensor, Tensor) {
+        let w = Tensor::from_vec([1.0f32, -2.0, 3.0, 0.5], &[2, 2]).unwrap().requires_grad();
+        let b = Tensor::from_vec([0.25f32, -0.25], &[2]).unwrap().requires_grad();
+        (w, b)
+    }
+    fn grads(w: &Tensor, b: &Tensor) -> Grads {
+        w.mul(w).unwrap().add(b).unwrap().sum(&[0, 1], false).unwrap().backward().unwrap()
+    }
+
+    #[test]
+    fn groups_clipping_and_the_formula() {
+        let (w, b) = setup();
+        let params = [("w", &w), ("b", &b)];
+        let mut a = AdamW::new(&params).unwrap();
+        let o = presets::quickstart().optim;
+        let norm = a.step(&params, &grads(&w, &b), 1, 0.1, &o).unwrap();
+        // g = 2w, and 2 for each of b.
+        let expected = (4.0 * (1.0f64 + 4.0 + 9.0 + 0.25) + 8.0).sqrt();
+        assert!((norm - expected).abs() < 1e-9, "{norm}");
+        // The first step is lr times the gradient's sign, plus decay on the matrix alone.
+        let (wv, bv) = (w.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap());
+        for (new, old) in wv.iter().zip([1.0f32, -2.0, 3.0, 0.5]) {
+            assert!((new - (old - 0.1 * (old.signum() + 0.1 * old))).abs() < 1e-5, "{new} {old}");
+        }
+        assert!((bv[0] - 0.15).abs() < 1e-5 && (bv[1] + 0.35).abs() < 1e-5);
+    }
+
+    #[test]
+    fn saved_and_loaded_goes_on_bit_for_bit() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("o.safetensors");
+        let o = presets::quickstart().optim;
+        let (w, b) = setup();
+        let mut a = AdamW::new(&[("w", &w), ("b", &b)]).unwrap();
+        a.step(&[("w", &w), ("b", &b)], &grads(&w, &b), 1, 0.1, &o).unwrap();
+        a.save(&path).unwrap();
+        let (w2, b2) = (w.detach().add(&w.detach()).unwrap(), b.detach());
+        let w2 = Tensor::from_vec(w2.to_vec::<f32>().unwrap().iter().map(|x| x / 2.0).collect::<Vec<_>>(), &[2, 2]).unwrap().requires_grad();
+        let b2 = Tensor::from_vec(b2.to_vec::<f32>().unwrap(), &[2]).unwrap().requires_grad();
+        let mut c = AdamW::new(&[("w", &w2), ("b", &b2)]).unwrap();
+        c.load(&path).unwrap();
+        a.step(&[("w", &w), ("b", &b)], &grads(&w, &b), 2, 0.1, &o).unwrap();
+        c.step(&[("w", &w2), ("b", &b2)], &grads(&w2, &b2), 2, 0.1, &o).unwrap();
+        assert_eq!(w.to_vec::<f32>().unwrap(), w2.to_vec::<f32>().unwrap());
+        assert_eq!(b.to_vec::<f32>().unwrap(), b2.to_vec::<f32>().unwrap());
+        // Damage is an error.
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() - 3]).unwrap();
+        assert!(c.load(&path).unwrap_err().to_string().contains("damaged"));
+        let mut other = AdamW::new(&[("x", &w2)]).unwrap();
+        std::fs::write(&path, &bytes).unwrap();
+        assert!(other.load(&path).unwrap_err().to_string().contains("`m.x`"));
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_is_named() {
+        let (w, b) = setup();
+        let params = [("layers.0.w", &w), ("layers.0.b", &b)];
+        let mut a = AdamW::new(&params).unwrap();
+        let bad = Tensor::from_vec([f32::INFINITY, 1.0], &[2]).unwrap();
+        let g = b.mul(&bad).unwrap().sum(&[0], false).unwrap().backward().unwrap();
+        let e = a.step(&params, &g, 1, 0.1, &presets::quickstart().optim).unwrap_err();
+        assert!(matches!(&e, Error::NonFinite(m) if m.contains("`layers.0.b`")), "{e}");
+        assert_eq!(b.to_vec::<f32>().unwrap(), [0.25, -0.25]);
+    }
+}

@@ -1,0 +1,89 @@
+//! Typed presets: functions that return the whole configuration.
+
+use crate::config::{Checkpoint, Data, Eval, ModelConfig, Optim, RunConfig, Sample, Train, nearest};
+use crate::data::{MOBY_DICK_PATH, Packing};
+use crate::schedule::Shape;
+use crate::{Error, Result};
+
+/// The names of all presets.
+pub const NAMES: &[&str] = &["quickstart", "smoke"];
+
+/// The preset of that name.
+pub fn by_name(name: &str) -> Result<RunConfig> {
+    match name {
+        "quickstart" => Ok(quickstart()),
+        "smoke" => Ok(smoke()),
+        _ => {
+            let hint = nearest(name, NAMES.iter().copied()).map(|n| format!(" (did you mean `{n}`?)")).unwrap_or_default();
+            Err(Error::Usage(format!("no preset and no file is called `{name}`{hint}; the presets are {}", NAMES.join(", "))))
+        }
+    }
+}
+
+/// Fields as transformers' `qwen3_next` names them: three layers of Gated DeltaNet to one of gated attention, a mixture of experts in each.
+fn model(hidden: usize, experts: usize) -> ModelConfig {
+    serde_json::json!({
+        "vocab_size": 256,
+        "hidden_size": hidden,
+        "num_hidden_layers": 4,
+        "full_attention_interval": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden / 4,
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10_000.0,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": hidden / 4,
+        "linear_value_head_dim": hidden / 4,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": hidden,
+        "shared_expert_intermediate_size": hidden,
+        "norm_topk_prob": true,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": true,
+    })
+}
+
+/// A small hybrid mixture-of-experts model on Moby-Dick: five minutes on two cores.
+pub fn quickstart() -> RunConfig {
+    RunConfig {
+        name: "quickstart".into(),
+        seed: 1,
+        model: model(128, 8),
+        data: Data { path: MOBY_DICK_PATH.into(), held_out: 0.1, seq_len: 128, batch: 12, packing: Packing::Windows, eot: None },
+        train: Train { minutes: Some(5.0), tokens: None, steps: None, accumulate: 1, observe_every: 1, log_every: 50 },
+        optim: Optim {
+            lr: 2e-3,
+            schedule: Shape::Cosine,
+            warmup: 0.02,
+            decay: 0.3,
+            end: 0.05,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            no_decay: ["A_log", "dt_bias", "*norm*", "*.bias"].map(String::from).to_vec(),
+            clip: 1.0,
+        },
+        eval: Eval { every: 250, tokens: 16_384 },
+        checkpoint: Checkpoint { every: 500, keep: 2 },
+        sample: Sample { count: 4, tokens: 200, prompt: "The whale ".into(), temperature: 0.8, top_k: 0 },
+    }
+}
+
+/// Seconds of training that go through everything: for continuous integration.
+pub fn smoke() -> RunConfig {
+    let mut c = quickstart();
+    c.name = "smoke".into();
+    c.model = model(64, 4);
+    c.data.seq_len = 64;
+    c.data.batch = 4;
+    c.train = Train { minutes: None, tokens: None, steps: Some(30), log_every: 10, ..c.train };
+    c.eval = Eval { every: 15, tokens: 1024 };
+    c.checkpoint.every = 10;
+    c.sample = Sample { count: 1, tokens: 40, ..c.sample };
+    c
+}

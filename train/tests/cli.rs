@@ -1,0 +1,68 @@
+//! The command line as a person meets it: usage, messages and exit codes.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn tidegate(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_tidegate")).args(args).current_dir(dir).output().unwrap()
+}
+fn fails(args: &[&str], code: i32, words: &[&str]) {
+    let tmp = tempfile::tempdir().unwrap();
+    let o = tidegate(tmp.path(), args);
+    let e = String::from_utf8_lossy(&o.stderr);
+    assert_eq!(o.status.code(), Some(code), "{args:?}: {e}");
+    assert!(words.iter().all(|w| e.contains(w)), "{args:?}: {e}");
+    assert!(!e.contains("panicked"));
+}
+
+#[test]
+fn wrong_usage_ends_with_two() {
+    fails(&[], 2, &["Usage"]);
+    fails(&["tarin"], 2, &["train"]);
+    fails(&["train"], 2, &["quickstart"]);
+    fails(&["train", "smok"], 2, &["did you mean `smoke`"]);
+    fails(&["train", "smoke", "--set", "optim.lrr=1"], 2, &["unknown key `optim.lrr`", "did you mean `optim.lr`"]);
+    fails(&["train", "smoke", "--set", "data.batch=x"], 2, &["data.batch", "expected"]);
+    fails(&["train", "smoke", "--set", "train.steps=1", "--set", "train.minutes=1"], 2, &["one budget"]);
+    fails(&["train", "smoke", "--bogus"], 2, &["--bogus"]);
+    fails(&["train", "nowhere.toml"], 2, &["nowhere.toml"]);
+    fails(&["train", "smoke", "--resume", "nowhere"], 2, &["nowhere does not exist"]);
+    fails(&["generate", "nowhere"], 2, &["nowhere does not exist"]);
+    fails(&["generate", "nowhere", "--top-p", "2"], 2, &["--top-p"]);
+    fails(&["generate", "nowhere", "--temperature=-1"], 2, &["--temperature"]);
+    fails(&["eval", "nowhere"], 2, &["nowhere does not exist"]);
+}
+
+#[test]
+fn bad_data_ends_with_one() {
+    fails(&["train", "smoke", "--set", "data.path=nowhere.txt"], 1, &["nowhere.txt", "not found"]);
+    let tmp = tempfile::tempdir().unwrap();
+    std::fs::write(tmp.path().join("x.txt"), b"fine \xc3(").unwrap();
+    let o = tidegate(tmp.path(), &["train", "smoke", "--set", "data.path=x.txt"]);
+    let e = String::from_utf8_lossy(&o.stderr);
+    assert!(o.status.code() == Some(1) && e.contains("byte offset 5"), "{e}");
+    assert!(!tmp.path().join("runs").exists(), "nothing is left behind by a run that never began");
+}
+
+#[test]
+fn help_version_doctor_and_config() {
+    let tmp = tempfile::tempdir().unwrap();
+    for args in [&["--help"][..], &["train", "--help"], &["--version"], &["doctor"]] {
+        let o = tidegate(tmp.path(), args);
+        assert!(o.status.success() && !o.stdout.is_empty(), "{args:?}: {}", String::from_utf8_lossy(&o.stderr));
+    }
+    let doctor = String::from_utf8(tidegate(tmp.path(), &["doctor"]).stdout).unwrap();
+    assert!(["vectors", "threads", "ok       matmul"].iter().all(|w| doctor.contains(w)), "{doctor}");
+    std::fs::write(tmp.path().join("mine.toml"), "preset = \"smoke\"\n[train]\nsteps = 7\n").unwrap();
+    let o = tidegate(tmp.path(), &["train", "mine.toml", "--set", "optim.lr=0.25", "--print-config"]);
+    let text = String::from_utf8(o.stdout).unwrap();
+    for (key, source) in
+        [("train.steps = 7", "# mine.toml"), ("optim.lr = 0.25", "# --set"), ("data.seq_len = 64", "# preset"), ("name = \"mine\"", "# preset")]
+    {
+        assert!(text.lines().any(|l| l.starts_with(key) && l.contains(source)), "{key} in {text}");
+    }
+    std::fs::write(tmp.path().join("bad.toml"), "[train]\nstesp = 7\n").unwrap();
+    let o = tidegate(tmp.path(), &["train", "bad.toml", "--print-config"]);
+    let e = String::from_utf8_lossy(&o.stderr);
+    assert!(o.status.code() == Some(2) && e.contains("bad.toml") && e.contains("train.steps"), "{e}");
+}
