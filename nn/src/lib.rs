@@ -1,1 +1,15 @@
-//! Part of tidegate.
+//! Layers, mixers, the mixture-of-experts decoder, its configuration, checkpoints and generation.
+
+mod checkpoint;
+mod config;
+mod decoder;
+mod error;
+mod generate;
+mod init;
+mod layers;
+
+pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate};
+pub use decoder::{Decoder, Losses, Tap};
+pub use error::{Error, Result};
+pub use generate::{Generator, Sampler};
+pub use layers::{Cache, Param};

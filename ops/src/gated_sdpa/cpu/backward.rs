@@ -7,14 +7,12 @@
 //! number of runs depends on shapes alone, so the result doesn't depend on threads, and the memory for them is linear in T.
 
 use super::{
-    Gating, Problem, gate, gemm::gemm,
+    Gating, Problem, gate,
+    gemm::gemm,
     mask::{Bands, Tile},
     view::{Rows, View, pad16, transpose},
 };
-use engine::{
-    cpu::simd::Real,
-    vectorized,
-};
+use engine::{cpu::simd::Real, vectorized};
 use rayon::prelude::*;
 
 /// Keys per tile.
@@ -184,9 +182,7 @@ fn task_backward<F: Real>(
                 gemm(j1 - j0, dv, b - a, &s[at..], ld, 1, &x.du[a * dv..], dv, true, &mut dvt[j0 * dv..], dv);
                 gemm(j1 - j0, d, b - a, &ds[at..], ld, 1, &x.q[a * d..], d, true, &mut dkt[j0 * d..], d);
             });
-            mask.by_col(keys, cols, |c0, c1, a, b| {
-                gemm(c1 - c0, d, b - a, &ds[a * ld + c0..], 1, ld, &kt[a * d..], d, true, &mut x.dq[c0 * d..], d)
-            });
+            mask.by_col(keys, cols, |c0, c1, a, b| gemm(c1 - c0, d, b - a, &ds[a * ld + c0..], 1, ld, &kt[a * d..], d, true, &mut x.dq[c0 * d..], d));
         }
     }
 

@@ -5,14 +5,12 @@
 //! key/value head stand side by side as columns of the same tile.
 
 use super::{
-    Gating, Problem, gate, gemm::gemm,
+    Gating, Problem, gate,
+    gemm::gemm,
     mask::{Bands, Tile},
     view::{Rows, View, pad16, transpose},
 };
-use engine::{
-    cpu::simd::Real,
-    vectorized,
-};
+use engine::{cpu::simd::Real, vectorized};
 use rayon::prelude::*;
 
 /// Keys per tile.

@@ -1,0 +1,197 @@
+//! The decoder: embedding, pre-norm residual blocks, final norm, output projection.
+
+use crate::config::{LayerType, ModelConfig};
+use crate::init::Builder;
+use crate::layers::{Attention, Cache, Context, Dense, GatedDeltaNet, Param, Sparse, Taps};
+use crate::{Error, Result};
+use engine::{DType, Tensor};
+use ops::linear_cross_entropy::{linear_cross_entropy, linear_cross_entropy_per_token};
+use ops::moe::{load_balancing_loss, router_z_loss};
+use ops::rms_norm::{rms_norm, rms_norm_residual};
+
+/// Sees named tensors as the model computes them: `blocks.{i}.attn.hook_gate`, `…hook_beta`, `…hook_log_decay`, `blocks.{i}.mlp.hook_router_probs`,
+/// `blocks.{i}.hook_resid_post`, … (TransformerLens's names). What nobody looks at costs nothing.
+pub type Tap<'a> = &'a mut dyn FnMut(&str, &Tensor);
+
+enum Mixer {
+    Softmax(Attention),
+    Delta(GatedDeltaNet),
+}
+
+enum FeedForward {
+    Dense(Dense),
+    Sparse(Sparse),
+}
+
+struct Block {
+    input_norm: Tensor,
+    mixer: Mixer,
+    post_norm: Tensor,
+    feed_forward: FeedForward,
+}
+
+/// The losses of a batch, scalars.
+pub struct Losses {
+    /// What is minimised: `nll` plus the router's losses with their coefficients.
+    pub objective: Tensor,
+    /// Mean negative log-likelihood in nats per token.
+    pub nll: Tensor,
+    /// The load-balancing loss before its coefficient (0-dimensional; none without experts).
+    pub load_balancing: Option<Tensor>,
+}
+
+/// The hybrid mixture-of-experts language model. Parameters are leaves, updated in place by an optimizer.
+pub struct Decoder {
+    config: ModelConfig,
+    params: Vec<Param>,
+    embed: Tensor,
+    blocks: Vec<Block>,
+    norm: Tensor,
+    head: Tensor,
+}
+
+impl Decoder {
+    /// A model with initial values that are a function of `seed`. `dtype` is that of the parameters and the computation: f32, or f64 for checks.
+    pub fn new(config: &ModelConfig, seed: u64, dtype: DType) -> Result<Self> {
+        config.validate()?;
+        if !matches!(dtype, DType::F32 | DType::F64) {
+            return Err(Error::Config(format!("parameters are kept in f32 (or f64 for checks), found {dtype}")));
+        }
+        let c = config.clone();
+        let h = c.hidden_size;
+        let mut b = Builder { params: vec![], seed, std: c.initializer_range, dtype, prefix: "model.".into() };
+        let embed = b.normal("embed_tokens.weight", &[c.vocab_size, h])?;
+        let mut blocks = vec![];
+        for i in 0..c.num_hidden_layers {
+            b.prefix = format!("model.layers.{i}.");
+            let input_norm = b.constant("input_layernorm.weight", &[h], 0.0)?;
+            let mixer = match c.layer_type(i) {
+                LayerType::LinearAttention => Mixer::Delta(GatedDeltaNet::new(&mut b, &c)?),
+                kind => Mixer::Softmax(Attention::new(&mut b, &c, kind)?),
+            };
+            let post_norm = b.constant("post_attention_layernorm.weight", &[h], 0.0)?;
+            let feed_forward = if c.is_sparse(i) {
+                FeedForward::Sparse(Sparse::new(&mut b, &c)?)
+            } else {
+                FeedForward::Dense(Dense::new(&mut b, "mlp", h, c.intermediate_size)?)
+            };
+            blocks.push(Block { input_norm, mixer, post_norm, feed_forward });
+        }
+        b.prefix = "model.".into();
+        let norm = b.constant("norm.weight", &[h], 0.0)?;
+        b.prefix = String::new();
+        let head = if c.tie_word_embeddings { embed.clone() } else { b.normal("lm_head.weight", &[c.vocab_size, h])? };
+        Ok(Decoder { config: c, params: b.params, embed, blocks, norm, head })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+    /// Every parameter, always in the same order.
+    pub fn params(&self) -> &[Param] {
+        &self.params
+    }
+
+    /// Final hidden states `[B, T, H]` of tokens `[B, T]` (any integer dtype), and the router logits of each sparse layer.
+    ///
+    /// `cu_seqlens [n + 1]` (B = 1) keeps packed documents apart: in attention, convolution, state and positions. `caches`, one per layer, carry a context
+    /// from call to call; `offset` is how many tokens they hold.
+    pub fn forward(
+        &self,
+        tokens: &Tensor,
+        cu_seqlens: Option<&Tensor>,
+        caches: Option<(&mut [Cache], usize)>,
+        tap: Option<Tap>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        let c = &self.config;
+        if tokens.rank() != 2 {
+            return Err(engine::Error::shape("decoder", "tokens", "[B, T]", tokens.shape()).into());
+        }
+        let positions = cu_seqlens.map(|cu| restarted(cu, tokens.dim(1))).transpose()?;
+        let (mut caches, offset) = match caches {
+            Some((c, n)) => (Some(c), n),
+            None => (None, 0),
+        };
+        if caches.as_ref().is_some_and(|k| k.len() != c.num_hidden_layers) {
+            return Err(Error::Usage(format!("the model has {} layers and needs as many caches", c.num_hidden_layers)));
+        }
+        let ctx = Context { cu_seqlens, positions: positions.as_ref(), offset };
+        let mut taps = Taps { sink: tap, layer: 0 };
+        let mut stream = self.embed.embedding(tokens)?;
+        let mut delta: Option<Tensor> = None;
+        let mut routers = vec![];
+        for (i, block) in self.blocks.iter().enumerate() {
+            taps.layer = i;
+            let (x, h) = add_norm(delta.take(), stream, &block.input_norm, c)?;
+            taps.see("hook_resid_pre", || Ok(h.clone()))?;
+            let cache = caches.as_mut().map(|k| &mut k[i]);
+            let y = match &block.mixer {
+                Mixer::Softmax(m) => m.forward(&x, c, &ctx, cache, &mut taps)?,
+                Mixer::Delta(m) => m.forward(&x, c, &ctx, cache, &mut taps)?,
+            };
+            let (x, h) = add_norm(Some(y), h, &block.post_norm, c)?;
+            taps.see("hook_resid_mid", || Ok(h.clone()))?;
+            let y = match &block.feed_forward {
+                FeedForward::Dense(f) => f.forward(&x)?,
+                FeedForward::Sparse(f) => {
+                    let (y, logits) = f.forward(&x, c, &mut taps)?;
+                    routers.push(logits);
+                    y
+                }
+            };
+            taps.see("hook_resid_post", || h.add(&y))?;
+            (stream, delta) = (h, Some(y));
+        }
+        Ok((add_norm(delta, stream, &self.norm, c)?.0, routers))
+    }
+
+    /// Logits `[N, V]` of hidden states `[N, H]`.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(hidden.linear(&self.head)?)
+    }
+
+    /// The loss of predicting `targets [B·T]` (i64, −100 where none is asked) from `tokens [B, T]`.
+    pub fn loss(&self, tokens: &Tensor, targets: &Tensor, cu_seqlens: Option<&Tensor>, tap: Option<Tap>) -> Result<Losses> {
+        let c = &self.config;
+        let (x, routers) = self.forward(tokens, cu_seqlens, None, tap)?;
+        let nll = linear_cross_entropy(&x.reshape(&[tokens.numel(), c.hidden_size])?, &self.head, targets)?;
+        let mut objective = nll.clone();
+        let routers: Vec<&Tensor> = routers.iter().collect();
+        let mut load_balancing = None;
+        if !routers.is_empty() && c.router_aux_loss_coef != 0.0 {
+            let l = load_balancing_loss(&routers, c.num_experts_per_tok)?;
+            objective = objective.add(&l.affine(c.router_aux_loss_coef, 0.0)?)?;
+            load_balancing = Some(l);
+        }
+        if !routers.is_empty() && c.router_z_loss_coef != 0.0 {
+            objective = objective.add(&router_z_loss(&routers)?.affine(c.router_z_loss_coef, 0.0)?)?;
+        }
+        Ok(Losses { objective, nll, load_balancing })
+    }
+
+    /// Negative log-likelihood of each position in nats, `[B·T]`.
+    pub fn token_losses(&self, tokens: &Tensor, targets: &Tensor, cu_seqlens: Option<&Tensor>) -> Result<Tensor> {
+        let (x, _) = engine::no_grad(|| self.forward(tokens, cu_seqlens, None, None))?;
+        Ok(linear_cross_entropy_per_token(&x.reshape(&[tokens.numel(), self.config.hidden_size])?, &self.head, targets)?)
+    }
+}
+
+/// `h = stream + delta`, and its norm.
+fn add_norm(delta: Option<Tensor>, stream: Tensor, weight: &Tensor, c: &ModelConfig) -> Result<(Tensor, Tensor)> {
+    Ok(match delta {
+        Some(d) => rms_norm_residual(&d, &stream, weight, c.rms_norm_eps, true)?,
+        None => (rms_norm(&stream, weight, c.rms_norm_eps, true)?, stream),
+    })
+}
+
+/// Positions `[1, T]` that restart at each document.
+fn restarted(cu: &Tensor, t: usize) -> Result<Tensor> {
+    let mut p = vec![0i64; t];
+    for w in cu.to_vec::<i64>()?.windows(2) {
+        if let (Ok(a), Ok(b)) = (usize::try_from(w[0]), usize::try_from(w[1])) {
+            p.get_mut(a..b.min(t)).into_iter().flatten().enumerate().for_each(|(i, x)| *x = i as i64);
+        }
+    }
+    Ok(Tensor::from_vec(p, &[1, t])?)
+}

@@ -1,0 +1,253 @@
+//! The layers of the decoder: mixers, feed-forwards, and the caches that they decode with.
+
+use crate::config::{GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate};
+use crate::init::Builder;
+use engine::{DType, Result, Tensor, no_grad};
+use ops::delta_rule::{DeltaRule, DeltaRuleInputs, delta_rule};
+use ops::gated_sdpa::{Activation, Attention as Sdpa, Gate, gated_sdpa};
+use ops::moe::{Moe as MoeOp, moe};
+use ops::rms_norm::{NormGate, rms_norm_gated};
+use ops::rope::{Positions, norm_rope};
+use ops::short_conv::short_conv;
+use ops::swiglu::swiglu;
+
+/// A parameter: its name (transformers', but for fused projections, which checkpoints hold apart) and its leaf.
+#[derive(Clone, Debug)]
+pub struct Param {
+    /// Name.
+    pub name: String,
+    /// A leaf, updated in place.
+    pub tensor: Tensor,
+}
+
+/// What a layer remembers between calls while decoding.
+#[derive(Clone, Debug, Default)]
+pub enum Cache {
+    /// Nothing yet.
+    #[default]
+    Empty,
+    /// Keys and values so far, `[B, S, Hkv, D]`.
+    KeyValue(Tensor, Tensor),
+    /// The convolutions' last inputs (q, k, v) and the delta rule's state.
+    Recurrent([Tensor; 3], Tensor),
+}
+
+/// Sees named tensors; see [`crate::Decoder::forward`].
+pub(crate) struct Taps<'a, 'b> {
+    pub sink: Option<&'a mut (dyn FnMut(&str, &Tensor) + 'b)>,
+    pub layer: usize,
+}
+
+impl Taps<'_, '_> {
+    /// Shows `f()` to the observer, if there is one.
+    pub fn see(&mut self, name: &str, f: impl FnOnce() -> Result<Tensor>) -> Result<()> {
+        if let Some(sink) = &mut self.sink {
+            let t = no_grad(f)?;
+            sink(&format!("blocks.{}.{name}", self.layer), &t);
+        }
+        Ok(())
+    }
+}
+
+/// What every layer is told about a batch.
+pub(crate) struct Context<'a> {
+    pub cu_seqlens: Option<&'a Tensor>,
+    pub positions: Option<&'a Tensor>,
+    pub offset: usize,
+}
+
+/// Softmax attention with a gate.
+pub(crate) struct Attention {
+    q_proj: Tensor,
+    k_proj: Tensor,
+    v_proj: Tensor,
+    o_proj: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    window: Option<usize>,
+}
+
+impl Attention {
+    pub fn new(b: &mut Builder, c: &ModelConfig, kind: LayerType) -> Result<Self> {
+        let (h, d) = (c.hidden_size, c.head_dim);
+        Ok(Attention {
+            q_proj: b.normal("self_attn.q_proj.weight", &[c.num_attention_heads * (d + c.gate_dim()), h])?,
+            k_proj: b.normal("self_attn.k_proj.weight", &[c.num_key_value_heads * d, h])?,
+            v_proj: b.normal("self_attn.v_proj.weight", &[c.num_key_value_heads * d, h])?,
+            o_proj: b.normal("self_attn.o_proj.weight", &[h, c.num_attention_heads * d])?,
+            q_norm: b.constant("self_attn.q_norm.weight", &[d], 0.0)?,
+            k_norm: b.constant("self_attn.k_norm.weight", &[d], 0.0)?,
+            window: (kind == LayerType::SlidingAttention).then_some(c.sliding_window),
+        })
+    }
+
+    pub fn forward(&self, x: &Tensor, c: &ModelConfig, ctx: &Context, cache: Option<&mut Cache>, taps: &mut Taps) -> Result<Tensor> {
+        let (b, t, d) = (x.dim(0), x.dim(1), c.head_dim);
+        let qg = x.linear(&self.q_proj)?.reshape(&[b, t, c.num_attention_heads, d + c.gate_dim()])?;
+        let k = x.linear(&self.k_proj)?.reshape(&[b, t, c.num_key_value_heads, d])?;
+        let v = x.linear(&self.v_proj)?.reshape(&[b, t, c.num_key_value_heads, d])?;
+        let at = || ctx.positions.map_or(Positions::From(ctx.offset), Positions::Given);
+        let turn = |x: &Tensor, w: &Tensor| norm_rope(x, w, c.rms_norm_eps, true, c.rotary_dim(), c.rope_theta, at());
+        let (q, mut k) = (turn(&qg.narrow(3, 0, d)?, &self.q_norm)?, turn(&k, &self.k_norm)?);
+        let mut v = v;
+        if let Some(cache) = cache {
+            if let Cache::KeyValue(pk, pv) = cache {
+                (k, v) = (Tensor::cat(&[pk, &k], 1)?, Tensor::cat(&[pv, &v], 1)?);
+            }
+            *cache = Cache::KeyValue(k.clone(), v.clone());
+        }
+        let gate = match c.attention_gate.granularity {
+            GateGranularity::None => None,
+            GateGranularity::Headwise => Some(qg.narrow(3, d, 1)?.reshape(&[b, t, c.num_attention_heads])?),
+            GateGranularity::Elementwise => Some(qg.narrow(3, d, d)?),
+        };
+        let how = Gate {
+            activation: match c.attention_gate.activation {
+                GateActivation::Sigmoid => Activation::Sigmoid,
+                GateActivation::Silu => Activation::Silu,
+                GateActivation::NsSigmoid => Activation::NsSigmoid,
+                GateActivation::Identity => Activation::Identity,
+            },
+            additive: c.attention_gate.op == GateOp::Add,
+        };
+        taps.see("attn.hook_q", || Ok(q.clone()))?;
+        taps.see("attn.hook_k", || Ok(k.clone()))?;
+        taps.see("attn.hook_v", || Ok(v.clone()))?;
+        if let Some(g) = &gate {
+            taps.see("attn.hook_gate", || match how.activation {
+                Activation::Sigmoid => g.sigmoid(),
+                Activation::Silu => g.silu(),
+                Activation::NsSigmoid => g.sigmoid()?.affine(0.5, 0.5),
+                Activation::Identity => Ok(g.clone()),
+            })?;
+        }
+        let o = gated_sdpa(&q, &k, &v, gate.as_ref().map(|g| (g, how)), ctx.cu_seqlens, Sdpa { causal: true, window: self.window, scale: None })?;
+        taps.see("attn.hook_z", || Ok(o.clone()))?;
+        o.reshape(&[b, t, c.num_attention_heads * d])?.linear(&self.o_proj)
+    }
+}
+
+/// Gated DeltaNet (2412.06464 §3.4), with the row order of Qwen3-Next's projections: per key head, [q | k | v | z] and [b | a].
+pub(crate) struct GatedDeltaNet {
+    in_proj_qkvz: Tensor,
+    in_proj_ba: Tensor,
+    conv1d: Tensor,
+    dt_bias: Tensor,
+    a_log: Tensor,
+    norm: Tensor,
+    out_proj: Tensor,
+}
+
+impl GatedDeltaNet {
+    pub fn new(b: &mut Builder, c: &ModelConfig) -> Result<Self> {
+        let (h, nv) = (c.hidden_size, c.linear_num_value_heads);
+        let (k, v) = (c.linear_num_key_heads * c.linear_key_head_dim, nv * c.linear_value_head_dim);
+        Ok(GatedDeltaNet {
+            in_proj_qkvz: b.normal("linear_attn.in_proj_qkvz.weight", &[2 * k + 2 * v, h])?,
+            in_proj_ba: b.normal("linear_attn.in_proj_ba.weight", &[2 * nv, h])?,
+            conv1d: b.conv("linear_attn.conv1d.weight", 2 * k + v, c.linear_conv_kernel_dim)?,
+            dt_bias: b.dt_bias("linear_attn.dt_bias", nv)?,
+            a_log: b.a_log("linear_attn.A_log", nv)?,
+            norm: b.constant("linear_attn.norm.weight", &[c.linear_value_head_dim], 1.0)?,
+            out_proj: b.normal("linear_attn.out_proj.weight", &[h, v])?,
+        })
+    }
+
+    pub fn forward(&self, x: &Tensor, c: &ModelConfig, ctx: &Context, cache: Option<&mut Cache>, taps: &mut Taps) -> Result<Tensor> {
+        let (b, t, nk, nv) = (x.dim(0), x.dim(1), c.linear_num_key_heads, c.linear_num_value_heads);
+        let (dk, dv, r) = (c.linear_key_head_dim, c.linear_value_head_dim, nv / nk);
+        let qkvz = x.linear(&self.in_proj_qkvz)?.reshape(&[b, t, nk, 2 * dk + 2 * r * dv])?;
+        let ba = x.linear(&self.in_proj_ba)?.reshape(&[b, t, nk, 2 * r])?;
+        let (old, state) = match &cache {
+            Some(Cache::Recurrent(conv, state)) => (Some(conv.clone()), Some(state.clone())),
+            _ => (None, None),
+        };
+        // the convolution runs over [all q | all k | all v], channel by channel: three calls read their parts in place
+        let conv = |i: usize, at: usize, d: usize, row: usize| -> Result<(Tensor, Tensor)> {
+            let w = self.conv1d.narrow(0, row, nk * d)?;
+            short_conv(&qkvz.narrow(3, at, d)?, &w, true, old.as_ref().map(|o| &o[i]), ctx.cu_seqlens)
+        };
+        let (q, sq) = conv(0, 0, dk, 0)?;
+        let (k, sk) = conv(1, dk, dk, nk * dk)?;
+        let (v, sv) = conv(2, 2 * dk, r * dv, 2 * nk * dk)?;
+        let v = v.reshape(&[b, t, nv, dv])?;
+        let z = qkvz.narrow(3, 2 * dk + r * dv, r * dv)?.reshape(&[b, t, nk, r, dv])?;
+        let beta = ba.narrow(3, 0, r)?.reshape(&[b, t, nv])?.sigmoid()?;
+        let beta = if c.linear_allow_neg_eigval { beta.affine(2.0, 0.0)? } else { beta };
+        let acc = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let a = ba.narrow(3, r, r)?.reshape(&[b, t, nv])?.cast(acc)?;
+        let log_decay = a.add(&self.dt_bias.cast(acc)?)?.softplus()?.mul(&self.a_log.cast(acc)?.exp()?.neg()?)?;
+        taps.see("attn.hook_q", || Ok(q.clone()))?;
+        taps.see("attn.hook_k", || Ok(k.clone()))?;
+        taps.see("attn.hook_v", || Ok(v.clone()))?;
+        taps.see("attn.hook_beta", || Ok(beta.clone()))?;
+        taps.see("attn.hook_log_decay", || Ok(log_decay.clone()))?;
+        let inputs = DeltaRuleInputs { log_decay: Some(&log_decay), beta: Some(&beta), initial_state: state.as_ref(), cu_seqlens: ctx.cu_seqlens };
+        let (o, last) = delta_rule(DeltaRule::gated_delta_net(), &q, &k, &v, inputs)?;
+        taps.see("attn.hook_recurrence_out", || Ok(o.clone()))?;
+        taps.see("attn.hook_gate_input", || Ok(z.clone()))?;
+        if let Some(cache) = cache {
+            *cache = Cache::Recurrent([sq, sk, sv], last);
+        }
+        let act = if c.output_gate_type == OutputGate::Silu { NormGate::Silu } else { NormGate::Sigmoid };
+        let y = rms_norm_gated(&o.reshape(&[b, t, nk, r, dv])?, &self.norm, &z, c.rms_norm_eps, act)?;
+        y.reshape(&[b, t, nv * dv])?.linear(&self.out_proj)
+    }
+}
+
+/// A dense SwiGLU feed-forward; gate and up are one projection.
+pub(crate) struct Dense {
+    gate_up: Tensor,
+    down: Tensor,
+}
+
+impl Dense {
+    pub fn new(b: &mut Builder, name: &str, h: usize, i: usize) -> Result<Self> {
+        Ok(Dense {
+            gate_up: b.normal(&format!("{name}.gate_up_proj.weight"), &[2 * i, h])?,
+            down: b.normal(&format!("{name}.down_proj.weight"), &[h, i])?,
+        })
+    }
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        swiglu(&x.linear(&self.gate_up)?)?.linear(&self.down)
+    }
+}
+
+/// A mixture of experts with a shared one.
+pub(crate) struct Sparse {
+    gate: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    shared: Option<(Dense, Tensor)>,
+}
+
+impl Sparse {
+    pub fn new(b: &mut Builder, c: &ModelConfig) -> Result<Self> {
+        let (h, e, i) = (c.hidden_size, c.num_experts, c.moe_intermediate_size);
+        let s = c.shared_expert_intermediate_size;
+        Ok(Sparse {
+            gate: b.normal("mlp.gate.weight", &[e, h])?,
+            gate_up: b.normal("mlp.experts.gate_up_proj", &[e, 2 * i, h])?,
+            down: b.normal("mlp.experts.down_proj", &[e, h, i])?,
+            shared: if s > 0 { Some((Dense::new(b, "mlp.shared_expert", h, s)?, b.normal("mlp.shared_expert_gate.weight", &[1, h])?)) } else { None },
+        })
+    }
+    /// The output, and the router's logits `[N, E]`.
+    pub fn forward(&self, x: &Tensor, c: &ModelConfig, taps: &mut Taps) -> Result<(Tensor, Tensor)> {
+        let h = c.hidden_size;
+        let flat = x.reshape(&[x.numel() / h, h])?;
+        let logits = flat.linear(&self.gate)?;
+        let acc = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let logits = logits.cast(acc)?;
+        taps.see("mlp.hook_router_logits", || Ok(logits.clone()))?;
+        taps.see("mlp.hook_router_probs", || logits.softmax(1))?;
+        taps.see("mlp.hook_router_index", || Ok(logits.topk(c.num_experts_per_tok)?.1))?;
+        let (mut y, _) = moe(MoeOp { top_k: c.num_experts_per_tok, norm_topk: c.norm_topk_prob }, &flat, &logits, &self.gate_up, &self.down)?;
+        if let Some((dense, gate)) = &self.shared {
+            let g = flat.linear(gate)?.sigmoid()?;
+            taps.see("mlp.hook_shared_gate", || Ok(g.clone()))?;
+            y = y.add(&dense.forward(&flat)?.mul(&g)?)?;
+        }
+        Ok((y.reshape(x.shape())?, logits))
+    }
+}
