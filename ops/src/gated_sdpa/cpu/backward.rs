@@ -7,14 +7,12 @@
 //! number of runs depends on shapes alone, so the result doesn't depend on threads, and the memory for them is linear in T.
 
 use super::{
-    Gating, Problem, gate, gemm::gemm,
+    Gating, Problem, gate,
+    gemm::gemm,
     mask::{Bands, Tile},
     view::{Rows, View, pad16, transpose},
 };
-use engine::{
-    cpu::simd::Real,
-    vectorized,
-};
+use engine::{cpu::simd::Real, vectorized};
 use rayon::prelude::*;
 
 /// Keys per tile.
@@ -152,13 +150,14 @@ fn task_backward<F: Real>(
     let mut out = Partial { k0: lo, k1: hi, dk: vec![F::ZERO; (hi - lo) * d], dv: vec![F::ZERO; (hi - lo) * dv] };
     let ld = pad16(times * group) + 16; // rows a power of two apart would share cache sets
     let (mut s, mut ds) = (vec![F::ZERO; KEYS * ld], vec![F::ZERO; KEYS * ld]);
-    let (mut kt, mut vt) = (vec![F::ZERO; KEYS * d], vec![F::ZERO; KEYS * dv]);
+    let ldk = d + 16;
+    let (mut kt, mut vt) = (vec![F::ZERO; KEYS * ldk], vec![F::ZERO; KEYS * dv]);
     let mut mask = Tile::default();
     for k0 in (lo..hi).step_by(KEYS) {
         let k1 = (k0 + KEYS).min(hi);
         let keys = k1 - k0;
         for j in 0..keys {
-            k.row([b, k0 + j, hk], F::ONE, &mut kt[j * d..(j + 1) * d]);
+            k.row([b, k0 + j, hk], F::ONE, &mut kt[j * ldk..j * ldk + d]);
             v.row([b, k0 + j, hk], F::ONE, &mut vt[j * dv..(j + 1) * dv]);
         }
         let dkt = &mut out.dk[(k0 - lo) * d..(k1 - lo) * d];
@@ -171,7 +170,7 @@ fn task_backward<F: Real>(
             let width = pad16(cols);
             mask.by_key(keys, width, |j0, j1, a, b| {
                 let at = j0 * ld + a;
-                gemm(j1 - j0, b - a, d, &kt[j0 * d..], d, 1, &x.qt[a..], width, false, &mut s[at..], ld);
+                gemm(j1 - j0, b - a, d, &kt[j0 * ldk..], ldk, 1, &x.qt[a..], width, false, &mut s[at..], ld);
                 gemm(j1 - j0, b - a, dv, &vt[j0 * dv..], dv, 1, &x.dut[a..], width, false, &mut ds[at..], ld);
             });
             if mask.full {
@@ -185,7 +184,7 @@ fn task_backward<F: Real>(
                 gemm(j1 - j0, d, b - a, &ds[at..], ld, 1, &x.q[a * d..], d, true, &mut dkt[j0 * d..], d);
             });
             mask.by_col(keys, cols, |c0, c1, a, b| {
-                gemm(c1 - c0, d, b - a, &ds[a * ld + c0..], 1, ld, &kt[a * d..], d, true, &mut x.dq[c0 * d..], d)
+                gemm(c1 - c0, d, b - a, &ds[a * ld + c0..], 1, ld, &kt[a * ldk..], ldk, true, &mut x.dq[c0 * d..], d)
             });
         }
     }

@@ -5,14 +5,12 @@
 //! key/value head stand side by side as columns of the same tile.
 
 use super::{
-    Gating, Problem, gate, gemm::gemm,
+    Gating, Problem, gate,
+    gemm::gemm,
     mask::{Bands, Tile},
     view::{Rows, View, pad16, transpose},
 };
-use engine::{
-    cpu::simd::Real,
-    vectorized,
-};
+use engine::{cpu::simd::Real, vectorized};
 use rayon::prelude::*;
 
 /// Keys per tile.
@@ -37,7 +35,7 @@ pub fn forward<F: Real>(
         return lse.fill(F::NEG_INFINITY);
     }
     let group = p.h / p.hkv;
-    let (ldk, ldv) = (p.d, p.dv);
+    let (ldk, ldv) = (p.d + 16, p.dv + 16); // rows a power of two apart would share cache sets
     let packed_k = pack::<F>(p, k, p.d, ldk);
     let packed_v = pack::<F>(p, v, p.dv, ldv);
     let times = (COLS / group).clamp(1, p.t);

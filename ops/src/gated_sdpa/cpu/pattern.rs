@@ -1,10 +1,7 @@
 //! Attention patterns: whole rows of probabilities, for looking at.
 
 use super::{Problem, forward::pack, gemm::gemm, mask::Bands, view::View};
-use engine::{
-    cpu::simd::Real,
-    vectorized,
-};
+use engine::{cpu::simd::Real, vectorized};
 use rayon::prelude::*;
 
 /// Writes `softmax(scale·q kᵀ + mask)`, `[B, H, T, S]`.
