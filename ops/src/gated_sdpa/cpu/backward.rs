@@ -67,6 +67,7 @@ struct Queries<F> {
 }
 
 /// Runs the backward pass.
+#[allow(clippy::too_many_arguments)]
 pub fn backward<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, v: View, gating: Option<Gating>, saved: Saved<F>, grads: Grads<F>) {
     let Grads { dq, dk, dv, dgate } = grads;
     if p.b * p.t * p.h == 0 {
@@ -118,8 +119,8 @@ fn runs(p: &Problem, bands: &Bands, times: usize) -> Vec<(usize, usize)> {
     let total: usize = work.iter().sum();
     let want = (TASKS / (p.b * p.hkv)).clamp(1, tiles);
     let (mut runs, mut start, mut done) = (vec![], 0, 0);
-    for i in 0..tiles {
-        done += work[i];
+    for (i, work) in work.iter().enumerate() {
+        done += work;
         if done * want >= total * (runs.len() + 1) || i + 1 == tiles {
             runs.push((start, i + 1));
             start = i + 1;

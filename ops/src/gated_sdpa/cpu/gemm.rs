@@ -3,9 +3,10 @@
 use engine::{cpu::simd::Real, vectorized};
 
 vectorized! {
-    /// `C = beta·C + A·B` for `A [m,k]` (strides `rsa`, `csa`), `B [k,n]` (row stride `rsb`), `C [m,n]` (row stride `rsc`); beta is 0 or 1.
+    /// `C = A·B`, or `C += A·B` if `add`, for `A [m,k]` (strides `rsa`, `csa`), `B [k,n]` (row stride `rsb`), `C [m,n]` (row stride `rsc`).
     ///
     /// Panics when a slice is too short for its shape.
+    #[allow(clippy::too_many_arguments)]
     pub fn gemm[F: Real](m: usize, n: usize, k: usize, a: &[F], rsa: usize, csa: usize, b: &[F], rsb: usize, add: bool, c: &mut [F], rsc: usize) {
         if m == 0 || n == 0 {
             return;
