@@ -161,41 +161,60 @@ impl<N: Network> Learner for Trained<N> {
 }
 
 /// The hybrid decoder.
-pub struct Hybrid {}
+pub struct Hybrid {
+    model: nn::Decoder,
+}
+
+fn model_error(e: nn::Error) -> Error {
+    Error::Model(e.to_string())
+}
 
 impl Hybrid {
     /// A new model.
-    pub fn create(_config: &crate::config::ModelConfig, _seed: u64) -> Result<Trained<Hybrid>> {
-        Err(Error::Model("no model yet".into()))
+    pub fn create(config: &crate::config::ModelConfig, seed: u64) -> Result<Trained<Hybrid>> {
+        let config = nn::ModelConfig::from_json(config.clone()).map_err(|e| Error::Usage(e.to_string()))?;
+        Ok(Trained::new(Hybrid { model: nn::Decoder::new(&config, seed, DType::F32).map_err(model_error)? }))
     }
     /// The model of a checkpoint.
-    pub fn open(_dir: &Path) -> Result<Trained<Hybrid>> {
-        Err(Error::Model("no model yet".into()))
+    pub fn open(dir: &Path) -> Result<Trained<Hybrid>> {
+        Ok(Trained::new(Hybrid { model: nn::Decoder::open(dir).map_err(model_error)? }))
     }
-    /// The model's `config.json`.
-    pub fn config_json(&self) -> Result<String> {
-        Ok(String::new())
+    /// The model.
+    pub fn model(&self) -> &nn::Decoder {
+        &self.model
     }
 }
 
 impl Network for Hybrid {
     fn params(&self) -> Vec<(&str, &Tensor)> {
-        vec![]
+        self.model.params().iter().map(|p| (p.name.as_str(), &p.tensor)).collect()
     }
-    fn loss(&self, _: &Batch, _: Option<Tap>) -> Result<Loss> {
-        Err(Error::Model("no model yet".into()))
+    fn loss(&self, batch: &Batch, tap: Option<Tap>) -> Result<Loss> {
+        let make = || -> engine::Result<(Tensor, Tensor, Option<Tensor>)> {
+            let tokens = Tensor::from_vec(&batch.tokens, &[batch.rows, batch.time])?;
+            let targets = Tensor::from_vec(batch.targets.iter().map(|t| i64::from(*t)).collect::<Vec<_>>(), &[batch.targets.len()])?;
+            let bounds = |cu: &Vec<u32>| Tensor::from_vec(cu.iter().map(|c| i64::from(*c)).collect::<Vec<_>>(), &[cu.len()]);
+            Ok((tokens, targets, batch.cu_seqlens.as_ref().map(bounds).transpose()?))
+        };
+        let (tokens, targets, cu) = make().map_err(engine_error)?;
+        let l = self.model.loss(&tokens, &targets, cu.as_ref(), tap).map_err(model_error)?;
+        Ok(Loss { objective: l.objective, nll: l.nll })
     }
-    fn generate(&self, _: &[u32], _: &Sampling) -> Result<Vec<u32>> {
-        Ok(vec![])
+    fn generate(&self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {
+        let sampler = nn::Sampler { temperature: how.temperature, top_k: how.top_k, top_p: how.top_p, seed: how.seed };
+        nn::Generator::new(&self.model).generate(prompt, how.tokens, &sampler, |_| {}).map_err(model_error)
     }
-    fn save(&self, _: &Path) -> Result<()> {
-        Ok(())
+    fn save(&self, dir: &Path) -> Result<()> {
+        self.model.save(dir).map_err(model_error)
     }
-    fn load(&mut self, _: &Path) -> Result<()> {
-        Ok(())
+    fn load(&mut self, dir: &Path) -> Result<()> {
+        self.model.load(dir).map_err(model_error)
     }
     fn vocab_size(&self) -> usize {
-        256
+        self.model.config().vocab_size
+    }
+    fn experts(&self) -> usize {
+        self.model.config().num_experts
     }
 }
 

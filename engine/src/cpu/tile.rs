@@ -1,23 +1,130 @@
-//! A matrix product for tiles that already lie in cache: no packing, no threads. Fused kernels are built from it.
+//! A matrix product for tiles that already lie in cache: accumulators in registers, no packing, no threads. Fused kernels are built from it.
 
 use super::simd::Real;
+use crate::vectorized;
 
-/// `C = beta·C + alpha·A·B` for `A [m,k]` (strides `rsa`, `csa`), `B [k,n]` (row stride `rsb`, columns dense), `C [m,n]` (row stride `rsc`, columns dense).
-///
-/// With `beta` zero, C is written without being read. Panics when a slice is too short for its shape.
-#[allow(clippy::too_many_arguments)]
-pub fn gemm<F: Real>(m: usize, n: usize, k: usize, alpha: F, a: &[F], rsa: usize, csa: usize, b: &[F], rsb: usize, beta: F, c: &mut [F], rsc: usize) {
-    for i in 0..m {
-        let row = &mut c[i * rsc..i * rsc + n];
-        if beta == F::ZERO {
-            row.fill(F::ZERO)
-        } else {
-            row.iter_mut().for_each(|x| *x *= beta)
+vectorized! {
+    /// `C = A·B`, or `C += A·B` if `add`, for `A [m,k]` (strides `rsa`, `csa`), `B [k,n]` (row stride `rsb`), `C [m,n]` (row stride `rsc`).
+    ///
+    /// Panics when a slice is too short for its shape.
+    #[allow(clippy::too_many_arguments)]
+    pub fn gemm[F: Real](m: usize, n: usize, k: usize, alpha: F, a: &[F], rsa: usize, csa: usize, b: &[F], rsb: usize, beta: F, c: &mut [F], rsc: usize) {
+        if m == 0 || n == 0 {
+            return;
         }
-        for p in 0..k {
-            let x = alpha * a[i * rsa + p * csa];
-            for (y, b) in row.iter_mut().zip(&b[p * rsb..p * rsb + n]) {
-                *y = x.mul_add(*b, *y)
+        if k == 0 {
+            for i in 0..m {
+                c[i * rsc..i * rsc + n].iter_mut().for_each(|x| *x = if beta == F::ZERO { F::ZERO } else { *x * beta });
+            }
+            return;
+        }
+        assert!((m - 1) * rsa + (k - 1) * csa < a.len() && (k - 1) * rsb + n <= b.len() && (m - 1) * rsc + n <= c.len(), "a tile is too short");
+        let t = Tile { k, a: a.as_ptr(), rsa, csa, rsb, alpha, beta, rsc };
+        // a panel of B's columns stays in the first cache while all rows of A pass by
+        let (b, c) = (b.as_ptr(), c.as_mut_ptr());
+        let mut j = 0;
+        // SAFETY: the assertion above keeps every row of a panel `j .. j + width <= n` in bounds.
+        unsafe {
+            while j + 16 <= n {
+                t.panel::<16>(m, b.add(j), c.add(j));
+                j += 16;
+            }
+            while j + 8 <= n {
+                t.panel::<8>(m, b.add(j), c.add(j));
+                j += 8;
+            }
+            while j < n {
+                t.panel::<1>(m, b.add(j), c.add(j));
+                j += 1;
+            }
+        }
+    }
+}
+
+struct Tile<F> {
+    k: usize,
+    a: *const F,
+    rsa: usize,
+    csa: usize,
+    rsb: usize,
+    alpha: F,
+    beta: F,
+    rsc: usize,
+}
+
+impl<F: Real> Tile<F> {
+    /// All m rows of a panel of N columns.
+    #[inline(always)]
+    unsafe fn panel<const N: usize>(&self, m: usize, b: *const F, c: *mut F) {
+        let mut i = 0;
+        // SAFETY: rows `i .. i + M <= m`; the rest is the caller's promise.
+        unsafe {
+            while i + 6 <= m {
+                self.micro::<6, N>(i, b, c);
+                i += 6;
+            }
+            match m - i {
+                5 => self.micro::<5, N>(i, b, c),
+                4 => self.micro::<4, N>(i, b, c),
+                3 => self.micro::<3, N>(i, b, c),
+                2 => self.micro::<2, N>(i, b, c),
+                1 => self.micro::<1, N>(i, b, c),
+                _ => {}
+            }
+        }
+    }
+
+    /// M rows from row i on. Six rows of sixteen f32 fill twelve of AVX2's sixteen registers and leave room for B's row and A's element.
+    #[inline(always)]
+    unsafe fn micro<const M: usize, const N: usize>(&self, i: usize, b: *const F, c: *mut F) {
+        let mut acc = [[F::ZERO; N]; M];
+        // SAFETY: the caller checked that the rows of A and C and the rows of B lie in their slices.
+        unsafe {
+            let a = self.a.add(i * self.rsa);
+            for p in 0..self.k {
+                let row = *b.add(p * self.rsb).cast::<[F; N]>();
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = *a.add(r * self.rsa + p * self.csa);
+                    for (y, b) in acc.iter_mut().zip(&row) {
+                        *y = x.mul_add(*b, *y);
+                    }
+                }
+            }
+            for (r, acc) in acc.iter().enumerate() {
+                let row = &mut *c.add((i + r) * self.rsc).cast::<[F; N]>();
+                for (y, x) in row.iter_mut().zip(acc) {
+                    *y = if self.beta == F::ZERO { self.alpha * *x } else { self.beta.mul_add(*y, self.alpha * *x) };
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng;
+
+    #[test]
+    fn every_ragged_size_matches_a_plain_loop() {
+        for m in [1, 2, 5, 6, 7, 13, 64] {
+            for n in [1, 3, 8, 15, 16, 17, 31, 64] {
+                for k in [0, 1, 2, 9, 64] {
+                    for (alpha, beta) in [(1.0, 0.0), (1.0, 1.0), (-0.5, 2.0)] {
+                        for transposed in [false, true] {
+                            let (a, b, c) = (rng::normal(1, 0, m * k), rng::normal(1, 1, k * (n + 3)), rng::normal(1, 2, m * (n + 2)));
+                            let (rsa, csa) = if transposed { (1, m) } else { (k, 1) };
+                            let mut got = c.clone();
+                            gemm(m, n, k, alpha, &a, rsa, csa, &b, n + 3, beta, &mut got, n + 2);
+                            for (i, (got, old)) in got.iter().zip(&c).enumerate() {
+                                let (r, j) = (i / (n + 2), i % (n + 2));
+                                let sum: f64 = (0..k).map(|p| if j < n { a[r * rsa + p * csa] * b[p * (n + 3) + j] } else { 0.0 }).sum();
+                                let want = if j < n { alpha * sum + beta * old } else { *old };
+                                assert!((got - want).abs() < 1e-12, "{m} {n} {k}");
+                            }
+                        }
+                    }
+                }
             }
         }
     }

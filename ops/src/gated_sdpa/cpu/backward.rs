@@ -8,11 +8,13 @@
 
 use super::{
     Gating, Problem, gate,
-    gemm::gemm,
     mask::{Bands, Tile},
     view::{Rows, View, pad16, transpose},
 };
-use engine::{cpu::simd::Real, vectorized};
+use engine::{
+    cpu::{simd::Real, tile::gemm},
+    vectorized,
+};
 use rayon::prelude::*;
 
 /// Keys per tile.
@@ -67,6 +69,7 @@ struct Queries<F> {
 }
 
 /// Runs the backward pass.
+#[allow(clippy::too_many_arguments)]
 pub fn backward<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, v: View, gating: Option<Gating>, saved: Saved<F>, grads: Grads<F>) {
     let Grads { dq, dk, dv, dgate } = grads;
     if p.b * p.t * p.h == 0 {
@@ -118,8 +121,8 @@ fn runs(p: &Problem, bands: &Bands, times: usize) -> Vec<(usize, usize)> {
     let total: usize = work.iter().sum();
     let want = (TASKS / (p.b * p.hkv)).clamp(1, tiles);
     let (mut runs, mut start, mut done) = (vec![], 0, 0);
-    for i in 0..tiles {
-        done += work[i];
+    for (i, work) in work.iter().enumerate() {
+        done += work;
         if done * want >= total * (runs.len() + 1) || i + 1 == tiles {
             runs.push((start, i + 1));
             start = i + 1;
@@ -150,13 +153,14 @@ fn task_backward<F: Real>(
     let mut out = Partial { k0: lo, k1: hi, dk: vec![F::ZERO; (hi - lo) * d], dv: vec![F::ZERO; (hi - lo) * dv] };
     let ld = pad16(times * group) + 16; // rows a power of two apart would share cache sets
     let (mut s, mut ds) = (vec![F::ZERO; KEYS * ld], vec![F::ZERO; KEYS * ld]);
-    let (mut kt, mut vt) = (vec![F::ZERO; KEYS * d], vec![F::ZERO; KEYS * dv]);
+    let ldk = d + 16;
+    let (mut kt, mut vt) = (vec![F::ZERO; KEYS * ldk], vec![F::ZERO; KEYS * dv]);
     let mut mask = Tile::default();
     for k0 in (lo..hi).step_by(KEYS) {
         let k1 = (k0 + KEYS).min(hi);
         let keys = k1 - k0;
         for j in 0..keys {
-            k.row([b, k0 + j, hk], F::ONE, &mut kt[j * d..(j + 1) * d]);
+            k.row([b, k0 + j, hk], F::ONE, &mut kt[j * ldk..j * ldk + d]);
             v.row([b, k0 + j, hk], F::ONE, &mut vt[j * dv..(j + 1) * dv]);
         }
         let dkt = &mut out.dk[(k0 - lo) * d..(k1 - lo) * d];
@@ -169,8 +173,8 @@ fn task_backward<F: Real>(
             let width = pad16(cols);
             mask.by_key(keys, width, |j0, j1, a, b| {
                 let at = j0 * ld + a;
-                gemm(j1 - j0, b - a, d, &kt[j0 * d..], d, 1, &x.qt[a..], width, false, &mut s[at..], ld);
-                gemm(j1 - j0, b - a, dv, &vt[j0 * dv..], dv, 1, &x.dut[a..], width, false, &mut ds[at..], ld);
+                gemm(j1 - j0, b - a, d, F::ONE, &kt[j0 * ldk..], ldk, 1, &x.qt[a..], width, F::ZERO, &mut s[at..], ld);
+                gemm(j1 - j0, b - a, dv, F::ONE, &vt[j0 * dv..], dv, 1, &x.dut[a..], width, F::ZERO, &mut ds[at..], ld);
             });
             if mask.full {
                 score_grads_full(keys, width, ld, &mut s, &mut ds, &x.lse, &x.delta);
@@ -179,10 +183,12 @@ fn task_backward<F: Real>(
             }
             mask.by_key(keys, cols, |j0, j1, a, b| {
                 let at = j0 * ld + a;
-                gemm(j1 - j0, dv, b - a, &s[at..], ld, 1, &x.du[a * dv..], dv, true, &mut dvt[j0 * dv..], dv);
-                gemm(j1 - j0, d, b - a, &ds[at..], ld, 1, &x.q[a * d..], d, true, &mut dkt[j0 * d..], d);
+                gemm(j1 - j0, dv, b - a, F::ONE, &s[at..], ld, 1, &x.du[a * dv..], dv, F::ONE, &mut dvt[j0 * dv..], dv);
+                gemm(j1 - j0, d, b - a, F::ONE, &ds[at..], ld, 1, &x.q[a * d..], d, F::ONE, &mut dkt[j0 * d..], d);
             });
-            mask.by_col(keys, cols, |c0, c1, a, b| gemm(c1 - c0, d, b - a, &ds[a * ld + c0..], 1, ld, &kt[a * d..], d, true, &mut x.dq[c0 * d..], d));
+            mask.by_col(keys, cols, |c0, c1, a, b| {
+                gemm(c1 - c0, d, b - a, F::ONE, &ds[a * ld + c0..], 1, ld, &kt[a * ldk..], ldk, F::ONE, &mut x.dq[c0 * d..], d)
+            });
         }
     }
 

@@ -6,11 +6,13 @@
 
 use super::{
     Gating, Problem, gate,
-    gemm::gemm,
     mask::{Bands, Tile},
     view::{Rows, View, pad16, transpose},
 };
-use engine::{cpu::simd::Real, vectorized};
+use engine::{
+    cpu::{simd::Real, tile::gemm},
+    vectorized,
+};
 use rayon::prelude::*;
 
 /// Keys per tile.
@@ -35,7 +37,7 @@ pub fn forward<F: Real>(
         return lse.fill(F::NEG_INFINITY);
     }
     let group = p.h / p.hkv;
-    let (ldk, ldv) = (p.d, p.dv);
+    let (ldk, ldv) = (p.d + 16, p.dv + 16); // rows a power of two apart would share cache sets
     let packed_k = pack::<F>(p, k, p.d, ldk);
     let packed_v = pack::<F>(p, v, p.dv, ldv);
     let times = (COLS / group).clamp(1, p.t);
@@ -70,7 +72,7 @@ pub fn forward<F: Real>(
             let kt = &packed_k[(bh * p.s + k0) * ldk..];
             let vt = &packed_v[(bh * p.s + k0) * ldv..];
             mask.by_key(k1 - k0, width, |j0, j1, a, b| {
-                gemm(j1 - j0, b - a, p.d, &kt[j0 * ldk..], ldk, 1, &qt[a..], width, false, &mut s[j0 * ld + a..], ld)
+                gemm(j1 - j0, b - a, p.d, F::ONE, &kt[j0 * ldk..], ldk, 1, &qt[a..], width, F::ZERO, &mut s[j0 * ld + a..], ld)
             });
             if mask.full {
                 softmax_full(&mut s, ld, k1 - k0, &mut max, &mut sum, &mut alpha);
@@ -79,7 +81,7 @@ pub fn forward<F: Real>(
             }
             rescale(&alpha[..cols], &mut acc);
             mask.by_col(k1 - k0, cols, |c0, c1, a, b| {
-                gemm(c1 - c0, p.dv, b - a, &s[a * ld + c0..], 1, ld, &vt[a * ldv..], ldv, true, &mut acc[c0 * p.dv..], p.dv)
+                gemm(c1 - c0, p.dv, b - a, F::ONE, &s[a * ld + c0..], 1, ld, &vt[a * ldv..], ldv, F::ONE, &mut acc[c0 * p.dv..], p.dv)
             });
         }
 

@@ -54,7 +54,7 @@ vectorized! {
     }
 }
 
-/// The inner product, in eight lanes.
+/// The inner product, in sixteen lanes.
 #[inline(always)]
 pub fn dot<F: Real>(a: &[F], b: &[F]) -> F {
     let mut lanes = [F::ZERO; 16];

@@ -51,7 +51,7 @@ pub struct Tile {
 }
 
 impl Tile {
-    /// Looks the tile up in the bands. `None` when every cell is masked.
+    /// Looks the tile up in the bands; false when every cell is masked.
     pub fn set(&mut self, bands: &Bands, (k0, k1): (usize, usize), (t0, t1): (usize, usize), group: usize) -> bool {
         let (lo, hi) = (&bands.lo[t0..t1], &bands.hi[t0..t1]);
         if hi[hi.len() - 1] <= k0 || lo[0] >= k1 {

@@ -3,7 +3,6 @@
 mod backward;
 mod forward;
 mod gate;
-mod gemm;
 
 mod mask;
 mod pattern;
