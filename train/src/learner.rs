@@ -179,6 +179,10 @@ impl Hybrid {
     pub fn open(dir: &Path) -> Result<Trained<Hybrid>> {
         Ok(Trained::new(Hybrid { model: nn::Decoder::open(dir).map_err(model_error)? }))
     }
+    /// The model's `config.json`.
+    pub fn config_json(&self) -> Result<String> {
+        serde_json::to_string_pretty(self.model.config()).map_err(|e| Error::Model(e.to_string()))
+    }
     /// The model.
     pub fn model(&self) -> &nn::Decoder {
         &self.model

@@ -1,7 +1,10 @@
 //! Attention patterns: whole rows of probabilities, for looking at.
 
 use super::{Problem, forward::pack, mask::Bands, view::View};
-use engine::{cpu::simd::Real, vectorized};
+use engine::{
+    cpu::{simd::Real, tile::gemm},
+    vectorized,
+};
 use rayon::prelude::*;
 
 /// Writes `softmax(scale·q kᵀ + mask)`, `[B, H, T, S]`.
@@ -16,7 +19,7 @@ pub fn pattern<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, y: &mut [F
         row.fill(F::ZERO);
         let keys = &packed[((b * p.hkv + h / group) * p.s + lo) * p.d..];
         // keys are the rows of the product, the query its only column
-        gemm(hi - lo, 1, p.d, keys, p.d, 1, &x, 1, F::ZERO, &mut row[lo..hi], 1);
+        gemm(hi - lo, 1, p.d, F::ONE, keys, p.d, 1, &x, 1, F::ZERO, &mut row[lo..hi], 1);
         softmax(&mut row[lo..hi]);
     });
 }
