@@ -1,0 +1,137 @@
+//! The whole model: gradients by central differences, decoding, packing, files.
+
+use engine::{DType, Device, Tensor, no_grad, rng};
+use nn::{AttentionGate, Decoder, GateGranularity, Generator, LayerType, ModelConfig, Sampler};
+
+fn tiny() -> ModelConfig {
+    ModelConfig {
+        vocab_size: 11,
+        hidden_size: 6,
+        num_hidden_layers: 3,
+        layer_types: vec![LayerType::LinearAttention, LayerType::FullAttention, LayerType::SlidingAttention],
+        sliding_window: 3,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 4,
+        partial_rotary_factor: 0.5,
+        linear_num_key_heads: 1,
+        linear_num_value_heads: 2,
+        linear_key_head_dim: 4,
+        linear_value_head_dim: 3,
+        num_experts: 3,
+        num_experts_per_tok: 2,
+        moe_intermediate_size: 4,
+        shared_expert_intermediate_size: 5,
+        mlp_only_layers: vec![2],
+        intermediate_size: 4,
+        router_aux_loss_coef: 0.01,
+        router_z_loss_coef: 0.01,
+        initializer_range: 0.5,
+        ..Default::default()
+    }
+}
+fn tokens(b: usize, t: usize) -> Tensor {
+    let v: Vec<u32> = rng::uniform(5, 0, b * t).into_iter().map(|u| (u * 11.0) as u32).collect();
+    Tensor::from_vec(v, &[b, t]).unwrap()
+}
+fn targets(n: usize) -> Tensor {
+    let v: Vec<i64> = rng::uniform(6, 0, n).into_iter().map(|u| (u * 11.0) as i64).collect();
+    Tensor::from_vec(v, &[n]).unwrap()
+}
+fn close(a: &[f64], b: &[f64], tol: f64) {
+    let d: f64 = a.iter().zip(b).map(|(x, y)| (x - y).powi(2)).sum();
+    let r: f64 = b.iter().map(|y| y * y).sum();
+    assert!(a.len() == b.len() && (d / r).sqrt() <= tol, "{}", (d / r).sqrt());
+}
+
+#[test]
+fn every_parameters_gradient_is_that_of_the_loss() {
+    for granularity in [GateGranularity::Elementwise, GateGranularity::Headwise, GateGranularity::None] {
+        let c = ModelConfig { attention_gate: AttentionGate { granularity, ..Default::default() }, ..tiny() };
+        let m = Decoder::new(&c, 3, DType::F64).unwrap();
+        let (x, y) = (tokens(2, 5), targets(10));
+        let loss = || m.loss(&x, &y, None, None).unwrap().objective;
+        let grads = loss().backward().unwrap();
+        for p in m.params() {
+            let g = grads.get(&p.tensor).unwrap_or_else(|| panic!("{} got no gradient", p.name)).to_vec::<f64>().unwrap();
+            let base = p.tensor.to_vec::<f64>().unwrap();
+            for i in [0, base.len() / 2, base.len() - 1] {
+                let at = |d: f64| {
+                    let mut v = base.clone();
+                    v[i] += d;
+                    p.tensor.assign(&Tensor::from_vec(v, p.tensor.shape()).unwrap()).unwrap();
+                    no_grad(loss).item().unwrap()
+                };
+                let n = (at(1e-5) - at(-1e-5)) / 2e-5;
+                at(0.0);
+                assert!((g[i] - n).abs() <= 1e-6 * n.abs().max(1.0), "{} [{i}]: {} against {n}", p.name, g[i]);
+            }
+        }
+    }
+}
+
+#[test]
+fn decoding_token_by_token_is_the_parallel_forward() {
+    let m = Decoder::new(&tiny(), 3, DType::F64).unwrap();
+    let x = tokens(1, 70);
+    let (h, _) = no_grad(|| m.forward(&x, None, None, None)).unwrap();
+    let want = no_grad(|| m.logits(&h.reshape(&[70, 6]).unwrap())).unwrap().to_vec::<f64>().unwrap();
+    let mut g = Generator::new(&m);
+    let ids = x.to_vec::<u32>().unwrap();
+    close(&g.feed(&ids[..9]).unwrap(), &want[8 * 11..9 * 11], 1e-9);
+    for t in 9..70 {
+        close(&g.feed(&ids[t..=t]).unwrap(), &want[t * 11..(t + 1) * 11], 1e-9);
+    }
+    let how = Sampler { temperature: 0.9, top_k: 5, top_p: 0.9, seed: 4 };
+    let write = || Generator::new(&m).generate(&[1, 2], 20, &how, |_| {}).unwrap();
+    assert_eq!(write(), write());
+    assert!(Generator::new(&m).feed(&[]).is_err());
+}
+
+#[test]
+fn packed_documents_do_not_see_each_other() {
+    let m = Decoder::new(&tiny(), 3, DType::F64).unwrap();
+    let x = tokens(1, 80);
+    let cu = Tensor::from_vec([0i64, 5, 70, 80], &[4]).unwrap();
+    let packed = no_grad(|| m.forward(&x, Some(&cu), None, None)).unwrap().0;
+    for (a, n) in [(0, 5), (5, 65), (70, 10)] {
+        let alone = no_grad(|| m.forward(&x.narrow(1, a, n).unwrap(), None, None, None)).unwrap().0;
+        close(&packed.narrow(1, a, n).unwrap().to_vec::<f64>().unwrap(), &alone.to_vec::<f64>().unwrap(), 1e-12);
+    }
+}
+
+#[test]
+fn files_go_both_ways_and_bad_ones_are_refused() {
+    let dir = std::env::temp_dir().join(format!("tidegate-nn-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let m = Decoder::new(&tiny(), 3, DType::F32).unwrap();
+    m.save(&dir).unwrap();
+    let back = Decoder::open(&dir).unwrap();
+    for (a, b) in m.params().iter().zip(back.params()) {
+        assert_eq!((&a.name, a.tensor.to_vec::<f32>().unwrap()), (&b.name, b.tensor.to_vec::<f32>().unwrap()));
+    }
+    let file = dir.join("model.safetensors");
+    let whole = std::fs::read(&file).unwrap();
+    let text = String::from_utf8_lossy(&whole);
+    assert!(text.contains("model.layers.0.mlp.experts.2.up_proj.weight") && text.contains("model.layers.0.linear_attn.A_log"));
+    for bad in [&whole[..whole.len() / 2], &whole[..4], &[255u8; 64][..], b""] {
+        std::fs::write(&file, bad).unwrap();
+        let e = Decoder::open(&dir).err().unwrap().to_string();
+        assert!(e.contains("model.safetensors"), "{e}");
+    }
+    std::fs::write(&file, &whole).unwrap();
+    let other = Decoder::new(&ModelConfig { vocab_size: 12, ..tiny() }, 0, DType::F32).unwrap();
+    let e = other.load(&dir).unwrap_err().to_string();
+    assert!(e.contains("embed_tokens") && e.contains("[11, 6]") && e.contains("[12, 6]"), "{e}");
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn counts_are_those_of_the_parameters() {
+    for tie in [false, true] {
+        let c = ModelConfig { tie_word_embeddings: tie, ..tiny() };
+        let m = Decoder::new(&c, 0, DType::F32).unwrap();
+        assert_eq!(m.params().iter().map(|p| p.tensor.numel()).sum::<usize>(), c.parameters().0);
+    }
+    let _ = Device::cpu();
+}
