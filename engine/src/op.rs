@@ -41,7 +41,7 @@ pub enum Want {
     Contiguous,
 }
 
-/// An operation: a plain struct of attributes, free of devices. Kernels for it are rows in the [registry](crate::registry).
+/// An operation: a plain struct of attributes, free of devices. Kernels for it are rows in the [registry].
 ///
 /// A hand-written backward is itself an `Op` with kernels of its own; `backward` just runs it.
 pub trait Op: Any + Send + Sync + Debug {

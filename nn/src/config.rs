@@ -251,19 +251,19 @@ impl ModelConfig {
                 return fail(format!("`{name}` must be from 1 to {}, found {n}", 1 << 24));
             }
         }
-        if self.num_attention_heads % self.num_key_value_heads != 0 {
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return fail(format!(
                 "`num_attention_heads` = {} must be a multiple of `num_key_value_heads` = {}",
                 self.num_attention_heads, self.num_key_value_heads
             ));
         }
-        if self.linear_num_value_heads % self.linear_num_key_heads != 0 {
+        if !self.linear_num_value_heads.is_multiple_of(self.linear_num_key_heads) {
             return fail(format!(
                 "`linear_num_value_heads` = {} must be a multiple of `linear_num_key_heads` = {}",
                 self.linear_num_value_heads, self.linear_num_key_heads
             ));
         }
-        if !(0.0..=1.0).contains(&self.partial_rotary_factor) || self.rotary_dim() % 2 != 0 {
+        if !(0.0..=1.0).contains(&self.partial_rotary_factor) || !self.rotary_dim().is_multiple_of(2) {
             return fail(format!(
                 "`partial_rotary_factor` = {} of `head_dim` = {} must give an even number of rotated dimensions",
                 self.partial_rotary_factor, self.head_dim
@@ -290,14 +290,14 @@ impl ModelConfig {
     pub fn layer_type(&self, i: usize) -> LayerType {
         match self.layer_types.get(i) {
             Some(t) => *t,
-            None if (i + 1) % self.full_attention_interval.max(1) == 0 => LayerType::FullAttention,
+            None if (i + 1).is_multiple_of(self.full_attention_interval.max(1)) => LayerType::FullAttention,
             None => LayerType::LinearAttention,
         }
     }
 
     /// Whether layer `i` has a mixture of experts (else a dense feed-forward).
     pub fn is_sparse(&self, i: usize) -> bool {
-        self.num_experts > 0 && !self.mlp_only_layers.contains(&i) && (i + 1) % self.decoder_sparse_step.max(1) == 0
+        self.num_experts > 0 && !self.mlp_only_layers.contains(&i) && (i + 1).is_multiple_of(self.decoder_sparse_step.max(1))
     }
 
     /// Rotated dimensions of a head.

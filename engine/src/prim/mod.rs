@@ -1,4 +1,4 @@
-//! Primitive operations: each a plain [`Op`] with its gradient and its CPU kernel, offered as methods of [`Tensor`].
+//! Primitive operations: each a plain [`Op`](crate::Op) with its gradient and its CPU kernel, offered as methods of [`Tensor`](crate::Tensor).
 
 mod binary;
 mod cast;

@@ -14,7 +14,7 @@ vectorized! {
         for c in body { for (a, x) in acc.iter_mut().zip(c) { *a += *x } }
         for (a, x) in acc.iter_mut().zip(tail) { *a += *x }
         let mut n = 16;
-        while n > 0 { for i in 0..n { acc[i] = acc[i] + acc[i + n] } n /= 2 }
+        while n > 0 { for i in 0..n { acc[i] += acc[i + n] } n /= 2 }
         acc[0]
     }
     fn max_row[F: Real](x: &[F]) -> F {

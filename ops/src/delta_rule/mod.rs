@@ -124,10 +124,10 @@ impl Op for DeltaRule {
             seqs = x[i].shape[0] - 1;
         }
         let state = Meta::new(&[seqs, hv, dk, dv], acc(x[0].dtype));
-        if let Some(i) = self.at_state() {
-            if x[i] != state {
-                return Err(Error::invalid(op, format!("initial_state must be {state}, found {}", x[i])));
-            }
+        if let Some(i) = self.at_state()
+            && x[i] != state
+        {
+            return Err(Error::invalid(op, format!("initial_state must be {state}, found {}", x[i])));
         }
         let factor = Meta::new(&[b, t, hv, if self.erase { CHUNK } else { 0 }], acc(x[0].dtype));
         Ok(vec![x[2].clone(), state, factor])

@@ -34,7 +34,7 @@ impl Op for Rope {
         if !x[0].dtype.is_float() {
             return Err(Error::dtype("rope", "x", "a float dtype", x[0].dtype));
         }
-        if self.rotary_dim > d || self.rotary_dim % 2 != 0 {
+        if self.rotary_dim > d || !self.rotary_dim.is_multiple_of(2) {
             return Err(Error::invalid("rope", format!("rotary_dim must be even and at most head_dim {d}, found {}", self.rotary_dim)));
         }
         if self.positions && (x[1].shape != [b, t] || !matches!(x[1].dtype, DType::I32 | DType::I64)) {
