@@ -128,13 +128,55 @@ impl Buffer for CpuBuffer {
 
 impl Drop for CpuBuffer {
     fn drop(&mut self) {
-        let Some(b) = self.block.get_mut().unwrap_or_else(|e| e.into_inner()).take() else { return };
-        let mut c = cache();
-        c.live -= b.capacity;
-        // keep no more than was ever in use at once: what a step freed, the next step takes
-        if c.cached + b.capacity <= c.peak {
-            c.cached += b.capacity;
-            c.free.entry(b.capacity).or_default().push(b);
+        if let Some(b) = self.block.get_mut().unwrap_or_else(|e| e.into_inner()).take() {
+            return_block(b);
+        }
+    }
+}
+
+fn return_block(b: Block) {
+    let mut c = cache();
+    c.live -= b.capacity;
+    // keep no more than was ever in use at once: what a step freed, the next step takes
+    if c.cached + b.capacity <= c.peak {
+        c.cached += b.capacity;
+        c.free.entry(b.capacity).or_default().push(b);
+    }
+}
+
+/// Scratch memory of a kernel, from the same cache as tensors; holds old values.
+pub struct Scratch<F: Real> {
+    block: Option<Block>,
+    len: usize,
+    _t: PhantomData<F>,
+}
+
+/// `n` elements of scratch memory with arbitrary contents.
+///
+/// # Panics
+/// When memory is exhausted: kernels ask for little beside their outputs.
+pub fn scratch<F: Real>(n: usize) -> Scratch<F> {
+    let block = take_block(n * F::DTYPE.size()).expect("scratch memory of a kernel");
+    Scratch { block: Some(block), len: n, _t: PhantomData }
+}
+
+impl<F: Real> Deref for Scratch<F> {
+    type Target = [F];
+    fn deref(&self) -> &[F] {
+        // SAFETY: the block was taken for `len` elements; every bit pattern of a float is valid.
+        unsafe { std::slice::from_raw_parts(pointer(&self.block).cast(), self.len) }
+    }
+}
+impl<F: Real> DerefMut for Scratch<F> {
+    fn deref_mut(&mut self) -> &mut [F] {
+        // SAFETY: as above, and the block is ours alone.
+        unsafe { std::slice::from_raw_parts_mut(pointer(&self.block).cast(), self.len) }
+    }
+}
+impl<F: Real> Drop for Scratch<F> {
+    fn drop(&mut self) {
+        if let Some(b) = self.block.take() {
+            return_block(b);
         }
     }
 }
