@@ -20,6 +20,7 @@ mod gradcheck;
 mod layout;
 pub mod op;
 pub mod prim;
+pub mod profile;
 pub mod registry;
 pub mod rng;
 mod tape;

@@ -2,7 +2,7 @@
 
 use crate::layout::{broadcast_shape, checked_numel};
 use crate::op::Meta;
-use crate::tape::{self, Edge, Grads, Node};
+use crate::tape::{self, Edge, Grads, Node, no_grad};
 use crate::{Buffer, DType, Device, Element, Error, Layout, Result, prim};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -273,16 +273,31 @@ impl Tensor {
     /// Parts of the given lengths along `axis`, without copying.
     pub fn split(&self, axis: usize, lens: &[usize]) -> Result<Vec<Tensor>> {
         self.axis("split", axis)?;
-        if lens.iter().sum::<usize>() != self.shape()[axis] {
+        if lens.iter().try_fold(0usize, |a, n| a.checked_add(*n)) != Some(self.shape()[axis]) {
             return Err(Error::invalid("split", format!("lengths {lens:?} must add up to axis {axis} of {:?}", self.shape())));
         }
-        let mut at = 0;
-        lens.iter()
-            .map(|n| {
+        let op = prim::ViewOp::Split { axis, lens: lens.to_vec() };
+        let node = self.edge().filter(|_| tape::grad_enabled()).map(|e| {
+            let saved = tape::Saved::new("split", vec![self.detach()], vec![], vec![], vec![]);
+            let mut meta = self.meta();
+            let outs = lens.iter().map(|n| {
+                meta.shape[axis] = *n;
+                meta.clone()
+            });
+            Node::new(Some(Arc::new(op)), vec![Some(e.clone())], Some(saved), outs.collect(), lens.len())
+        });
+        let parts = no_grad(|| {
+            let mut at = 0;
+            let part = |n: &usize| {
                 at += n;
-                self.narrow(axis, at - n, *n)
-            })
-            .collect()
+                self.detach().narrow(axis, at - n, *n)
+            };
+            lens.iter().map(part).collect::<Result<Vec<_>>>()
+        })?;
+        Ok(match node {
+            None => parts,
+            Some(node) => parts.into_iter().enumerate().map(|(slot, p)| p.with_edge(Edge { node: node.clone(), slot })).collect(),
+        })
     }
     /// Repeats axes of length 1 (and adds leading axes) to `shape`, without copying.
     pub fn expand(&self, shape: &[usize]) -> Result<Tensor> {

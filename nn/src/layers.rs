@@ -88,7 +88,8 @@ impl Attention {
         let v = x.linear(&self.v_proj)?.reshape(&[b, t, c.num_key_value_heads, d])?;
         let at = || ctx.positions.map_or(Positions::From(ctx.offset), Positions::Given);
         let turn = |x: &Tensor, w: &Tensor| norm_rope(x, w, c.rms_norm_eps, true, c.rotary_dim(), c.rope_theta, at());
-        let (q, mut k) = (turn(&qg.narrow(3, 0, d)?, &self.q_norm)?, turn(&k, &self.k_norm)?);
+        let qg = qg.split(3, &[d, c.gate_dim()])?;
+        let (q, mut k) = (turn(&qg[0], &self.q_norm)?, turn(&k, &self.k_norm)?);
         let mut v = v;
         if let Some(cache) = cache {
             if let Cache::KeyValue(pk, pv) = cache {
@@ -98,8 +99,8 @@ impl Attention {
         }
         let gate = match c.attention_gate.granularity {
             GateGranularity::None => None,
-            GateGranularity::Headwise => Some(qg.narrow(3, d, 1)?.reshape(&[b, t, c.num_attention_heads])?),
-            GateGranularity::Elementwise => Some(qg.narrow(3, d, d)?),
+            GateGranularity::Headwise => Some(qg[1].reshape(&[b, t, c.num_attention_heads])?),
+            GateGranularity::Elementwise => Some(qg[1].clone()),
         };
         let how = Gate {
             activation: match c.attention_gate.activation {
@@ -163,19 +164,17 @@ impl GatedDeltaNet {
             _ => (None, None),
         };
         // the convolution runs over [all q | all k | all v], channel by channel: three calls read their parts in place
-        let conv = |i: usize, at: usize, d: usize, row: usize| -> Result<(Tensor, Tensor)> {
-            let w = self.conv1d.narrow(0, row, nk * d)?;
-            short_conv(&qkvz.narrow(3, at, d)?, &w, true, old.as_ref().map(|o| &o[i]), ctx.cu_seqlens)
-        };
-        let (q, sq) = conv(0, 0, dk, 0)?;
-        let (k, sk) = conv(1, dk, dk, nk * dk)?;
-        let (v, sv) = conv(2, 2 * dk, r * dv, 2 * nk * dk)?;
+        let qkvz = qkvz.split(3, &[dk, dk, r * dv, r * dv])?;
+        let filters = self.conv1d.split(0, &[nk * dk, nk * dk, nv * dv])?;
+        let conv = |i: usize| short_conv(&qkvz[i], &filters[i], true, old.as_ref().map(|o| &o[i]), ctx.cu_seqlens);
+        let ((q, sq), (k, sk), (v, sv)) = (conv(0)?, conv(1)?, conv(2)?);
         let v = v.reshape(&[b, t, nv, dv])?;
-        let z = qkvz.narrow(3, 2 * dk + r * dv, r * dv)?.reshape(&[b, t, nk, r, dv])?;
-        let beta = ba.narrow(3, 0, r)?.reshape(&[b, t, nv])?.sigmoid()?;
+        let z = qkvz[3].reshape(&[b, t, nk, r, dv])?;
+        let ba = ba.split(3, &[r, r])?;
+        let beta = ba[0].reshape(&[b, t, nv])?.sigmoid()?;
         let beta = if c.linear_allow_neg_eigval { beta.affine(2.0, 0.0)? } else { beta };
         let acc = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        let a = ba.narrow(3, r, r)?.reshape(&[b, t, nv])?.cast(acc)?;
+        let a = ba[1].reshape(&[b, t, nv])?.cast(acc)?;
         let log_decay = a.add(&self.dt_bias.cast(acc)?)?.softplus()?.mul(&self.a_log.cast(acc)?.exp()?.neg()?)?;
         taps.see("attn.hook_q", || Ok(q.clone()))?;
         taps.see("attn.hook_k", || Ok(k.clone()))?;

@@ -1,65 +1,76 @@
 //! A matrix product for tiles that already lie in cache: accumulators in registers, no packing, no threads. Fused kernels are built from it.
 
-use super::simd::Real;
+use super::simd::{Level, Real, level};
 use crate::vectorized;
 
+/// `C = beta·C + alpha·A·B` for `A [m,k]` (strides `rsa`, `csa`), `B [k,n]` (row stride `rsb`), `C [m,n]` (row stride `rsc`).
+///
+/// Panics when a slice is too short for its shape.
+pub fn gemm<F: Real>(m: usize, n: usize, k: usize, alpha: F, a: &[F], rsa: usize, csa: usize, b: &[F], rsb: usize, beta: F, c: &mut [F], rsc: usize) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    if k == 0 {
+        for i in 0..m {
+            c[i * rsc..i * rsc + n].iter_mut().for_each(|x| *x = if beta == F::ZERO { F::ZERO } else { *x * beta });
+        }
+        return;
+    }
+    assert!((m - 1) * rsa + (k - 1) * csa < a.len() && (k - 1) * rsb + n <= b.len() && (m - 1) * rsc + n <= c.len(), "a tile is too short");
+    let t = Tile { k, a: a.as_ptr(), rsa, csa, rsb, alpha, beta, rsc };
+    if level() == Level::Avx512 { columns([(); 12], t, m, n, b, c) } else { columns([(); 6], t, m, n, b, c) }
+}
+
 vectorized! {
-    /// `C = A·B`, or `C += A·B` if `add`, for `A [m,k]` (strides `rsa`, `csa`), `B [k,n]` (row stride `rsb`), `C [m,n]` (row stride `rsc`).
-    ///
-    /// Panics when a slice is too short for its shape.
-    #[allow(clippy::too_many_arguments)]
-    pub fn gemm[F: Real](m: usize, n: usize, k: usize, alpha: F, a: &[F], rsa: usize, csa: usize, b: &[F], rsb: usize, beta: F, c: &mut [F], rsc: usize) {
-        if m == 0 || n == 0 {
-            return;
-        }
-        if k == 0 {
-            for i in 0..m {
-                c[i * rsc..i * rsc + n].iter_mut().for_each(|x| *x = if beta == F::ZERO { F::ZERO } else { *x * beta });
-            }
-            return;
-        }
-        assert!((m - 1) * rsa + (k - 1) * csa < a.len() && (k - 1) * rsb + n <= b.len() && (m - 1) * rsc + n <= c.len(), "a tile is too short");
-        let t = Tile { k, a: a.as_ptr(), rsa, csa, rsb, alpha, beta, rsc };
-        // a panel of B's columns stays in the first cache while all rows of A pass by
+    /// A panel of B's columns stays in the first cache while all rows of A pass by.
+    fn columns[F: Real, const R: usize](_rows: [(); R], t: Tile<F>, m: usize, n: usize, b: &[F], c: &mut [F]) {
         let (b, c) = (b.as_ptr(), c.as_mut_ptr());
         let mut j = 0;
-        // SAFETY: the assertion above keeps every row of a panel `j .. j + width <= n` in bounds.
+        // SAFETY: `gemm` checked that every row of a panel `j .. j + width <= n` is in bounds.
         unsafe {
             while j + 16 <= n {
-                t.panel::<16>(m, b.add(j), c.add(j));
+                t.panel::<R, 16>(m, b.add(j), c.add(j));
                 j += 16;
             }
             while j + 8 <= n {
-                t.panel::<8>(m, b.add(j), c.add(j));
+                t.panel::<6, 8>(m, b.add(j), c.add(j));
                 j += 8;
             }
             while j < n {
-                t.panel::<1>(m, b.add(j), c.add(j));
+                t.panel::<6, 1>(m, b.add(j), c.add(j));
                 j += 1;
             }
         }
     }
 }
 
-struct Tile<F> {
-    k: usize,
-    a: *const F,
-    rsa: usize,
-    csa: usize,
-    rsb: usize,
-    alpha: F,
-    beta: F,
-    rsc: usize,
+/// What stays the same over a tile: A, its strides, and how C is written.
+pub(super) struct Tile<F> {
+    pub k: usize,
+    pub a: *const F,
+    pub rsa: usize,
+    pub csa: usize,
+    pub rsb: usize,
+    pub alpha: F,
+    pub beta: F,
+    pub rsc: usize,
 }
 
 impl<F: Real> Tile<F> {
-    /// All m rows of a panel of N columns.
+    /// All m rows of a panel of N columns, R rows at a time.
+    ///
+    /// # Safety
+    /// For every row `i < m` and depth `p < k`: A's element at `i·rsa + p·csa`, N elements of B from `p·rsb` and of C from `i·rsc` on can be accessed.
     #[inline(always)]
-    unsafe fn panel<const N: usize>(&self, m: usize, b: *const F, c: *mut F) {
+    pub unsafe fn panel<const R: usize, const N: usize>(&self, m: usize, b: *const F, c: *mut F) {
         let mut i = 0;
-        // SAFETY: rows `i .. i + M <= m`; the rest is the caller's promise.
+        // SAFETY: rows `i .. i + R <= m`; the rest is the caller's promise.
         unsafe {
-            while i + 6 <= m {
+            while i + R <= m {
+                self.micro::<R, N>(i, b, c);
+                i += R;
+            }
+            if R > 6 && m - i >= 6 {
                 self.micro::<6, N>(i, b, c);
                 i += 6;
             }
@@ -74,10 +85,11 @@ impl<F: Real> Tile<F> {
         }
     }
 
-    /// M rows from row i on. Six rows of sixteen f32 fill twelve of AVX2's sixteen registers and leave room for B's row and A's element.
+    /// R rows from row i on. Six rows of sixteen f32 fill twelve of AVX2's sixteen registers and leave room for B's row and A's element; AVX-512 has
+    /// twice the registers, each twice as wide, and takes twelve rows.
     #[inline(always)]
-    unsafe fn micro<const M: usize, const N: usize>(&self, i: usize, b: *const F, c: *mut F) {
-        let mut acc = [[F::ZERO; N]; M];
+    unsafe fn micro<const R: usize, const N: usize>(&self, i: usize, b: *const F, c: *mut F) {
+        let mut acc = [[F::ZERO; N]; R];
         // SAFETY: the caller checked that the rows of A and C and the rows of B lie in their slices.
         unsafe {
             let a = self.a.add(i * self.rsa);

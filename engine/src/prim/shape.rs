@@ -1,6 +1,6 @@
 //! Views' gradients, copies, concatenation and padding.
 
-use super::{for_chunks, for_rows};
+use super::{GRAIN, for_chunks, for_rows};
 use crate::cpu::{Inputs, Outputs};
 use crate::{Error, Meta, Op, Result, Saved, Tensor, Want, cpu_kernel, dispatch, run1};
 
@@ -23,6 +23,13 @@ pub enum ViewOp {
     },
     /// Repeated axes.
     Expand,
+    /// Consecutive ranges of one axis, all of them outputs: their gradients come back in one piece.
+    Split {
+        /// Which axis.
+        axis: usize,
+        /// Length of each part.
+        lens: Vec<usize>,
+    },
 }
 
 impl Op for ViewOp {
@@ -32,6 +39,7 @@ impl Op for ViewOp {
             ViewOp::Permute { .. } => "permute",
             ViewOp::Narrow { .. } => "narrow",
             ViewOp::Expand => "expand",
+            ViewOp::Split { .. } => "split",
         }
     }
     fn infer(&self, _: &[Meta]) -> Result<Vec<Meta>> {
@@ -39,6 +47,16 @@ impl Op for ViewOp {
     }
     fn backward(&self, s: &Saved, dy: &[Option<Tensor>], _: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let x = s.meta(0);
+        if let ViewOp::Split { axis, lens } = self {
+            let Some(any) = dy.iter().flatten().next() else { return Ok(vec![None]) };
+            let part = |(d, n): (&Option<Tensor>, &usize)| {
+                let mut shape = x.shape.clone();
+                shape[*axis] = *n;
+                d.clone().map_or_else(|| Tensor::zeros(&shape, x.dtype, any.device()), Ok)
+            };
+            let parts = dy.iter().zip(lens).map(part).collect::<Result<Vec<_>>>()?;
+            return Ok(vec![Some(Tensor::cat(&parts.iter().collect::<Vec<_>>(), *axis)?)]);
+        }
         let Some(dy) = &dy[0] else { return Ok(vec![None]) };
         Ok(vec![Some(match self {
             ViewOp::Reshape => dy.reshape(&x.shape)?,
@@ -52,6 +70,7 @@ impl Op for ViewOp {
                 dy.pad(*axis, *start, end)?
             }
             ViewOp::Expand => dy.sum_to(&x.shape)?,
+            ViewOp::Split { .. } => unreachable!("returned above"),
         })])
     }
 }
@@ -114,7 +133,7 @@ impl Op for AddAssign {
 cpu_kernel!(AddAssign => |_, x, y| {
     dispatch!(x.dtype(0), |T| {
         let (src, mut out) = (x.slice::<T>(0)?, y.slice::<T>(0)?);
-        for_chunks(&mut out, super::GRAIN, |at, c| super::binary::add_into(c, &src[at..at + c.len()]));
+        for_chunks(&mut out, GRAIN, |at, c| super::binary::add_into(c, &src[at..at + c.len()]));
     });
     Ok(())
 });
@@ -184,16 +203,17 @@ fn cat_kernel(op: &Cat, x: &Inputs, y: &mut Outputs) -> Result<()> {
         let mut out = y.slice::<T>(0)?;
         let inner: usize = x.shape(0)[op.axis + 1..].iter().product();
         let row: usize = (0..x.len()).map(|i| x.shape(i)[op.axis] * inner).sum();
-        let mut at = 0;
-        for i in 0..x.len() {
-            let (src, n) = (x.slice::<T>(i)?, x.shape(i)[op.axis] * inner);
-            if n > 0 {
-                for (o, s) in out.chunks_mut(row).zip(src.chunks(n)) {
-                    o[at..at + n].copy_from_slice(s);
+        let parts = (0..x.len()).map(|i| Ok((x.slice::<T>(i)?, x.shape(i)[op.axis] * inner))).collect::<Result<Vec<_>>>()?;
+        let rows = GRAIN.div_ceil(row.max(1));
+        for_chunks(&mut out, rows * row.max(1), |at, c| {
+            for (r, mut o) in c.chunks_mut(row.max(1)).enumerate() {
+                for (src, n) in &parts {
+                    let head;
+                    (head, o) = o.split_at_mut(*n);
+                    head.copy_from_slice(&src[(at / row + r) * n..][..*n]);
                 }
             }
-            at += n;
-        }
+        });
     });
     Ok(())
 }
@@ -232,11 +252,13 @@ cpu_kernel!(Pad => |op, x, y| {
         let (n, row) = (x.shape(0)[op.axis] * inner, (x.shape(0)[op.axis] + op.before + op.after) * inner);
         let at = op.before * inner;
         if row > 0 {
-            for (i, o) in out.chunks_mut(row).enumerate() {
-                o[..at].fill(T::default());
-                o[at..at + n].copy_from_slice(&src[i * n..(i + 1) * n]);
-                o[at + n..].fill(T::default());
-            }
+            for_chunks(&mut out, GRAIN.div_ceil(row) * row, |start, c| {
+                for (o, i) in c.chunks_mut(row).zip(start / row..) {
+                    o[..at].fill(T::default());
+                    o[at..at + n].copy_from_slice(&src[i * n..(i + 1) * n]);
+                    o[at + n..].fill(T::default());
+                }
+            });
         }
     });
     Ok(())

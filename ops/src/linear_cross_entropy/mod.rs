@@ -5,7 +5,7 @@
 
 use engine::cpu::gemm::gemm;
 use engine::cpu::simd::Real;
-use engine::cpu::{Inputs, Outputs};
+use engine::cpu::{Inputs, Outputs, scratch};
 use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch_real, grad_enabled, no_grad, run, vectorized};
 use rayon::prelude::*;
 
@@ -107,7 +107,7 @@ fn kernel<F: Real>(op: &LinearCrossEntropy, x: &Inputs, y: &mut Outputs) -> Resu
     }
     // about 8 MiB of f32 logits at a time, in whole tiles of rows
     let rows = ((1 << 21) / vocab).clamp(64, 1024);
-    let mut z = vec![F::ZERO; rows.min(n) * vocab];
+    let mut z = scratch(rows.min(n) * vocab);
     let share = F::from_f64(1.0 / counted as f64);
     for at in (0..n).step_by(rows) {
         let m = rows.min(n - at);

@@ -3,7 +3,7 @@
 use super::{Moe, MoeBackward, sizes};
 use engine::cpu::gemm::gemm;
 use engine::cpu::simd::Real;
-use engine::cpu::{Inputs, Outputs};
+use engine::cpu::{Inputs, Outputs, Scratch, scratch};
 use engine::{Result, cpu_kernel, dispatch_real, vectorized};
 use rayon::prelude::*;
 
@@ -24,6 +24,29 @@ vectorized! {
                 let s = g.sigmoid();
                 *ou = *d * *g * s;
                 *og = *d * *u * s * (F::ONE + *g * (F::ONE - s));
+            }
+        }
+    }
+    /// Softmax of each row, its k largest (the first among equals), and their weights.
+    fn choose[F: Real](norm: bool, e: usize, k: usize, probs: &mut [F], expert: &mut [usize], weight: &mut [F], total: &mut [F]) {
+        for p in probs.chunks_mut(e) {
+            let m = p.iter().fold(F::NEG_INFINITY, |m, x| m.max(*x));
+            for x in p.iter_mut() { *x = (*x - m).exp() }
+            let r = F::ONE / p.iter().copied().sum();
+            for x in p.iter_mut() { *x *= r }
+        }
+        for (((p, expert), weight), total) in probs.chunks(e).zip(expert.chunks_mut(k)).zip(weight.chunks_mut(k)).zip(total) {
+            for j in 0..k {
+                let mut best = usize::MAX;
+                for i in 0..e {
+                    if (best == usize::MAX || p[i] > p[best]) && !expert[..j].contains(&i) { best = i }
+                }
+                expert[j] = best;
+                weight[j] = p[best];
+            }
+            if norm {
+                *total = weight.iter().copied().sum();
+                for w in weight.iter_mut() { *w = *w / *total }
             }
         }
     }
@@ -52,35 +75,23 @@ struct Routing<F> {
     runs: Vec<std::ops::Range<usize>>,
 }
 
+/// Tokens of a routing task.
+const TOKENS: usize = 64;
+
 fn route<F: Real>(op: &Moe, logits: &[F], e: usize) -> Routing<F> {
     let (n, k) = (logits.len() / e.max(1), op.top_k);
-    let mut r =
-        Routing { probs: logits.to_vec(), expert: vec![], weight: vec![], total: vec![], order: vec![0; n * k], place: vec![0; n * k], runs: vec![] };
-    let mut taken = vec![false; e];
-    for p in r.probs.chunks_mut(e) {
-        let m = p.iter().fold(F::NEG_INFINITY, |m, x| m.max(*x));
-        p.iter_mut().for_each(|x| *x = (*x - m).exp());
-        let sum: F = p.iter().copied().sum();
-        p.iter_mut().for_each(|x| *x = *x / sum);
-        taken.fill(false);
-        let mut total = F::ZERO;
-        for _ in 0..k {
-            let mut best = usize::MAX;
-            for (i, x) in p.iter().enumerate() {
-                if !taken[i] && (best == usize::MAX || *x > p[best]) {
-                    best = i;
-                }
-            }
-            taken[best] = true;
-            r.expert.push(best);
-            r.weight.push(p[best]);
-            total += p[best];
-        }
-        let total = if op.norm_topk { total } else { F::ONE };
-        let at = r.weight.len() - k;
-        r.weight[at..].iter_mut().for_each(|w| *w = *w / total);
-        r.total.push(total);
-    }
+    let mut r = Routing {
+        probs: logits.to_vec(),
+        expert: vec![0; n * k],
+        weight: vec![F::ZERO; n * k],
+        total: vec![F::ONE; n],
+        order: vec![0; n * k],
+        place: vec![0; n * k],
+        runs: vec![],
+    };
+    let slots = r.expert.par_chunks_mut(TOKENS * k).zip(r.weight.par_chunks_mut(TOKENS * k));
+    let tasks = slots.zip(r.total.par_chunks_mut(TOKENS)).zip(r.probs.par_chunks_mut(TOKENS * e.max(1)));
+    tasks.for_each(|(((expert, weight), total), probs)| choose(op.norm_topk, e, k, probs, expert, weight, total));
     let mut count = vec![0; e];
     r.expert.iter().for_each(|x| count[*x] += 1);
     let mut next = vec![];
@@ -111,7 +122,6 @@ fn by_expert<'a, F>(mut buf: &'a mut [F], runs: &[std::ops::Range<usize>], width
 
 /// y[token] = Σ over its slots, in order, of factor(slot) · rows[place of slot].
 fn combine<F: Real>(r: &Routing<F>, k: usize, h: usize, rows: &[F], factor: impl Fn(usize) -> F + Sync, y: &mut [F]) {
-    const TOKENS: usize = 64;
     y.par_chunks_mut(TOKENS * h).enumerate().for_each(|(b, ys)| {
         for (i, y) in ys.chunks_mut(h).enumerate() {
             y.fill(F::ZERO);
@@ -123,10 +133,10 @@ fn combine<F: Real>(r: &Routing<F>, k: usize, h: usize, rows: &[F], factor: impl
     });
 }
 
-fn gather<F: Real>(r: &Routing<F>, k: usize, h: usize, x: &[F], run: &std::ops::Range<usize>) -> Vec<F> {
-    let mut out = Vec::with_capacity(run.len() * h);
-    for p in run.clone() {
-        out.extend_from_slice(&x[r.order[p] / k * h..][..h]);
+fn gather<F: Real>(r: &Routing<F>, k: usize, h: usize, x: &[F], run: &std::ops::Range<usize>) -> Scratch<F> {
+    let mut out = scratch(run.len() * h);
+    for (p, o) in run.clone().zip(out.chunks_mut(h)) {
+        o.copy_from_slice(&x[r.order[p] / k * h..][..h]);
     }
     out
 }
@@ -141,7 +151,7 @@ fn forward<F: Real>(op: &Moe, x: &Inputs, y: &mut Outputs) -> Result<()> {
         out.fill(F::ZERO);
         return Ok(());
     }
-    let mut rows = vec![F::ZERO; r.order.len() * h];
+    let mut rows = scratch(r.order.len() * h);
     let gus = by_expert(&mut hidden, &r.runs, 2 * i);
     let ys = by_expert(&mut rows, &r.runs, h);
     gus.into_par_iter().zip(ys).enumerate().for_each(|(ex, (gu, ye))| {
@@ -151,7 +161,7 @@ fn forward<F: Real>(op: &Moe, x: &Inputs, y: &mut Outputs) -> Result<()> {
         }
         let xe = gather(&r, op.top_k, h, &v, &r.runs[ex]);
         gemm(n, 2 * i, h, F::ONE, &xe, (h, 1), &w1[ex * 2 * i * h..][..2 * i * h], (1, h), F::ZERO, gu, 2 * i);
-        let mut act = vec![F::ZERO; n * i];
+        let mut act = scratch(n * i);
         swiglu(gu, i, &mut act);
         gemm(n, h, i, F::ONE, &act, (i, 1), &w2[ex * h * i..][..h * i], (1, i), F::ZERO, ye, h);
     });
@@ -171,7 +181,7 @@ fn backward<F: Real>(op: &MoeBackward, x: &Inputs, y: &mut Outputs) -> Result<()
         return Ok(());
     }
     let slots = r.order.len();
-    let (mut rows, mut dweight) = (vec![F::ZERO; slots * h], vec![F::ZERO; slots]);
+    let (mut rows, mut dweight) = (scratch(slots * h), vec![F::ZERO; slots]);
     let tasks = by_expert(&mut rows, &r.runs, h).into_par_iter().zip(by_expert(&mut dweight, &r.runs, 1));
     let tasks = tasks.zip(dw1.par_chunks_mut(2 * i * h)).zip(dw2.par_chunks_mut(h * i)).enumerate();
     tasks.for_each(|(ex, (((dxe, dwt), dw1), dw2))| {
@@ -184,7 +194,7 @@ fn backward<F: Real>(op: &MoeBackward, x: &Inputs, y: &mut Outputs) -> Result<()
         }
         let (w1, w2, gu) = (&w1[ex * 2 * i * h..][..2 * i * h], &w2[ex * h * i..][..h * i], &gu[run.start * 2 * i..run.end * 2 * i]);
         let (xe, mut ge) = (gather(&r, k, h, &v, run), gather(&r, k, h, &dy, run));
-        let (mut act, mut dact, mut dgu) = (vec![F::ZERO; n * i], vec![F::ZERO; n * i], vec![F::ZERO; n * 2 * i]);
+        let (mut act, mut dact, mut dgu) = (scratch(n * i), scratch(n * i), scratch(n * 2 * i));
         swiglu(gu, i, &mut act);
         gemm(n, i, h, F::ONE, &ge, (h, 1), w2, (i, 1), F::ZERO, &mut dact, i);
         for (j, p) in run.clone().enumerate() {
@@ -200,7 +210,7 @@ fn backward<F: Real>(op: &MoeBackward, x: &Inputs, y: &mut Outputs) -> Result<()
         gemm(n, h, 2 * i, F::ONE, &dgu, (2 * i, 1), w1, (h, 1), F::ZERO, dxe, h);
     });
     combine(&r, k, h, &rows, |_| F::ONE, &mut dx);
-    for (t, d) in dlogits.chunks_mut(e).enumerate() {
+    dlogits.par_chunks_mut(e).with_min_len(TOKENS).enumerate().for_each(|(t, d)| {
         d.fill(F::ZERO);
         let slots = t * k..(t + 1) * k;
         let dw = |s: usize| dweight[r.place[s]];
@@ -213,6 +223,6 @@ fn backward<F: Real>(op: &MoeBackward, x: &Inputs, y: &mut Outputs) -> Result<()
             inner += dp * p[r.expert[s]];
         }
         d.iter_mut().zip(p).for_each(|(d, p)| *d = *p * (*d - inner));
-    }
+    });
     Ok(())
 }
