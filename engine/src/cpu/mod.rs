@@ -162,12 +162,14 @@ pub fn scratch<F: Real>(n: usize) -> Scratch<F> {
 
 impl<F: Real> Deref for Scratch<F> {
     type Target = [F];
+    #[inline]
     fn deref(&self) -> &[F] {
         // SAFETY: the block was taken for `len` elements; every bit pattern of a float is valid.
         unsafe { std::slice::from_raw_parts(pointer(&self.block).cast(), self.len) }
     }
 }
 impl<F: Real> DerefMut for Scratch<F> {
+    #[inline]
     fn deref_mut(&mut self) -> &mut [F] {
         // SAFETY: as above, and the block is ours alone.
         unsafe { std::slice::from_raw_parts_mut(pointer(&self.block).cast(), self.len) }
@@ -221,6 +223,7 @@ fn write<'a>(b: &'a dyn Buffer, op: &'static str) -> Result<RwLockWriteGuard<'a,
         .try_write()
         .map_err(|_| Error::invalid(op, "writes a buffer that is in use; in-place targets must be distinct from each other and from the inputs"))
 }
+#[inline]
 fn pointer(block: &Option<Block>) -> *mut u8 {
     block.as_ref().map_or(NonNull::dangling().as_ptr(), |b| b.ptr.as_ptr())
 }

@@ -240,3 +240,54 @@ fn tanh_f32(x: f32) -> f32 {
     let y = if a < 0.15 { small } else { big };
     if x < 0.0 { -y } else { y }
 }
+
+/// Folds sixteen lanes as a tree: four dependent steps instead of sixteen.
+#[inline(always)]
+fn fold<F: Real>(mut lanes: [F; 16], f: impl Fn(F, F) -> F) -> F {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] = f(lanes[i], lanes[i + half]);
+        }
+    }
+    lanes[0]
+}
+
+/// Σ a b, in sixteen lanes; inside [`vectorized!`](crate::vectorized) bodies.
+#[inline(always)]
+pub fn dot<F: Real>(a: &[F], b: &[F]) -> F {
+    let mut lanes = [F::ZERO; 16];
+    let ((a16, at), (b16, bt)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
+    for (a, b) in a16.iter().zip(b16) {
+        for i in 0..16 {
+            lanes[i] = a[i].mul_add(b[i], lanes[i]);
+        }
+    }
+    for (l, (a, b)) in lanes.iter_mut().zip(at.iter().zip(bt)) {
+        *l = a.mul_add(*b, *l);
+    }
+    fold(lanes, |a, b| a + b)
+}
+
+/// Σ x, in sixteen lanes; inside [`vectorized!`](crate::vectorized) bodies.
+#[inline(always)]
+pub fn sum<F: Real>(x: &[F]) -> F {
+    let mut lanes = [F::ZERO; 16];
+    let (body, tail) = x.as_chunks::<16>();
+    for c in body {
+        lanes.iter_mut().zip(c).for_each(|(l, x)| *l += *x);
+    }
+    lanes.iter_mut().zip(tail).for_each(|(l, x)| *l += *x);
+    fold(lanes, |a, b| a + b)
+}
+
+/// The largest of x (−∞ of none), in sixteen lanes; inside [`vectorized!`](crate::vectorized) bodies.
+#[inline(always)]
+pub fn max<F: Real>(x: &[F]) -> F {
+    let mut lanes = [F::NEG_INFINITY; 16];
+    let (body, tail) = x.as_chunks::<16>();
+    for c in body {
+        lanes.iter_mut().zip(c).for_each(|(l, x)| *l = l.max(*x));
+    }
+    lanes.iter_mut().zip(tail).for_each(|(l, x)| *l = l.max(*x));
+    fold(lanes, F::max)
+}

@@ -44,6 +44,23 @@ vectorized! {
     }
 }
 
+vectorized! {
+    /// `y[c, r] = x[r, c]` for `x [rows, cols]` with row stride `ldx`, `y` with row stride `ldy`. Squares of four are a third faster than of eight:
+    /// their shuffles stay within 128 bits.
+    pub fn transpose[F: Real](rows: usize, cols: usize, x: &[F], ldx: usize, y: &mut [F], ldy: usize) {
+        for i in (0..rows).step_by(4) {
+            for j in (0..cols).step_by(4) {
+                if i + 4 <= rows && j + 4 <= cols {
+                    let [a, b, c, d] = [0, 1, 2, 3].map(|r| &x[(i + r) * ldx + j..][..4]);
+                    for k in 0..4 { y[(j + k) * ldy + i..][..4].copy_from_slice(&[a[k], b[k], c[k], d[k]]) }
+                } else {
+                    for r in i..rows.min(i + 4) { for c in j..cols.min(j + 4) { y[c * ldy + r] = x[r * ldx + c] } }
+                }
+            }
+        }
+    }
+}
+
 /// What stays the same over a tile: A, its strides, and how C is written.
 pub(super) struct Tile<F> {
     pub k: usize,
@@ -116,6 +133,15 @@ impl<F: Real> Tile<F> {
 mod tests {
     use super::*;
     use crate::rng;
+
+    #[test]
+    fn transposes() {
+        for (rows, cols) in [(1, 1), (4, 8), (7, 5), (64, 13)] {
+            let (x, mut y) = (rng::normal(1, 0, rows * (cols + 3)), vec![0.0; cols * (rows + 2)]);
+            transpose(rows, cols, &x, cols + 3, &mut y, rows + 2);
+            (0..rows).for_each(|r| (0..cols).for_each(|c| assert_eq!(y[c * (rows + 2) + r], x[r * (cols + 3) + c])));
+        }
+    }
 
     #[test]
     fn every_ragged_size_matches_a_plain_loop() {

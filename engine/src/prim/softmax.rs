@@ -1,20 +1,16 @@
 //! Softmax and log-softmax.
 
 use super::{GRAIN, float, for_chunks};
-use crate::cpu::simd::Real;
+use crate::cpu::simd::{Real, dot, max, sum};
 use crate::cpu::{Inputs, Outputs};
 use crate::{Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch_real, run1, vectorized};
 
 vectorized! {
     fn softmax_row[F: Real](x: &[F], y: &mut [F], log: bool) {
-        let m = x.iter().fold(F::NEG_INFINITY, |m, x| m.max(*x));
+        let m = max(x);
         let m = if m == F::NEG_INFINITY { F::ZERO } else { m };
         for (y, x) in y.iter_mut().zip(x) { *y = (*x - m).exp() }
-        let mut acc = [F::ZERO; 16];
-        let (body, tail) = y.as_chunks::<16>();
-        for c in body { for (a, x) in acc.iter_mut().zip(c) { *a += *x } }
-        for (a, x) in acc.iter_mut().zip(tail) { *a += *x }
-        let sum: F = acc.iter().copied().sum();
+        let sum = sum(y);
         if log {
             let lse = m + sum.ln();
             for (y, x) in y.iter_mut().zip(x) { *y = *x - lse }
@@ -24,8 +20,7 @@ vectorized! {
         }
     }
     fn backward_row[F: Real](y: &[F], dy: &[F], dx: &mut [F], log: bool) {
-        let mut dot = F::ZERO;
-        for (y, g) in y.iter().zip(dy) { dot += if log { *g } else { *y * *g } }
+        let dot = if log { sum(dy) } else { dot(y, dy) };
         for ((d, y), g) in dx.iter_mut().zip(y).zip(dy) { *d = if log { *g - y.exp() * dot } else { *y * (*g - dot) } }
     }
 }

@@ -1,6 +1,7 @@
 //! Sorting and the k largest, stable: among equals the first comes first.
 
 use crate::{DType, Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch, run};
+use rayon::prelude::*;
 use std::cmp::Ordering;
 
 /// The k largest along the last axis of a matrix, largest first: values `[r, k]` and indices `[r, k]` (i64).
@@ -31,10 +32,13 @@ cpu_kernel!(TopK => |op, x, y| {
     let c = x.shape(0)[1];
     dispatch!(x.dtype(0), |T| {
         let (v, mut out, mut idx) = (x.slice::<T>(0)?, y.slice::<T>(0)?, y.slice::<i64>(1)?);
-        for (r, row) in v.chunks(c.max(1)).enumerate() {
-            let order = order(row, true);
-            for j in 0..op.k { out[r * op.k + j] = row[order[j]]; idx[r * op.k + j] = order[j] as i64; }
-        }
+        let (k, rows) = (op.k.max(1), ROWS);
+        out.par_chunks_mut(rows * k).zip(idx.par_chunks_mut(rows * k)).zip(v.par_chunks(rows * c.max(1))).for_each(|((out, idx), v)| {
+            for ((out, idx), row) in out.chunks_mut(k).zip(idx.chunks_mut(k)).zip(v.chunks(c.max(1))) {
+                let order = order(row, true, op.k);
+                for j in 0..op.k { (out[j], idx[j]) = (row[order[j]], order[j] as i64) }
+            }
+        });
     });
     Ok(())
 });
@@ -68,21 +72,30 @@ cpu_kernel!(Sort => |op, x, y| {
     dispatch!(x.dtype(0), |T| {
         let (v, mut out, mut idx) = (x.slice::<T>(0)?, y.slice::<T>(0)?, y.slice::<i64>(1)?);
         for (r, row) in v.chunks(c.max(1)).enumerate() {
-            for (j, i) in order(row, op.descending).into_iter().enumerate() { out[r * c + j] = row[i]; idx[r * c + j] = i as i64; }
+            for (j, i) in order(row, op.descending, row.len()).into_iter().enumerate() { out[r * c + j] = row[i]; idx[r * c + j] = i as i64; }
         }
     });
     Ok(())
 });
 
 /// Stable order of a row; NaN counts as the largest.
-fn order<T: PartialOrd>(row: &[T], descending: bool) -> Vec<usize> {
+/// Rows of a task of [`TopK`].
+const ROWS: usize = 64;
+
+/// The first k places of a row in order; equals in the order in which they stand, NaN above all numbers.
+fn order<T: PartialOrd>(row: &[T], descending: bool, k: usize) -> Vec<usize> {
     let nan = |x: &T| x.partial_cmp(x).is_none();
-    let cmp = |a: &T, b: &T| a.partial_cmp(b).unwrap_or_else(|| nan(a).cmp(&nan(b)));
+    let cmp = |a: &usize, b: &usize| {
+        let (x, y) = (&row[*a], &row[*b]);
+        let c: Ordering = x.partial_cmp(y).unwrap_or_else(|| nan(x).cmp(&nan(y)));
+        (if descending { c.reverse() } else { c }).then(a.cmp(b))
+    };
     let mut v: Vec<usize> = (0..row.len()).collect();
-    v.sort_by(|a, b| {
-        let c: Ordering = cmp(&row[*a], &row[*b]);
-        if descending { c.reverse() } else { c }
-    });
+    if 0 < k && k < v.len() {
+        v.select_nth_unstable_by(k - 1, cmp);
+    }
+    v.truncate(k);
+    v.sort_unstable_by(cmp);
     v
 }
 

@@ -1,10 +1,10 @@
-//! Kernels: one task per (sequence, value head), which walks its chunks in order; results are interleaved into `[B, T, H, D]` afterwards.
+//! Kernels: one task per (sequence, value head), which walks its chunks in order and writes its own rows of the outputs.
 
-use super::kernel::{BackWork, Chunk, ChunkGrad, Dims, Work};
+use super::kernel::{BackWork, Chunk, ChunkGrad, Dims, Mat, Values, Work};
 use super::{CHUNK, DeltaRule, DeltaRuleBackward, L2_EPS, sizes};
-use crate::rows::Rows;
-use engine::cpu::simd::Real;
-use engine::cpu::{Inputs, Outputs};
+use crate::rows::{Rows, Shared};
+use engine::cpu::simd::{Real, dot};
+use engine::cpu::{Inputs, Outputs, scratch};
 use engine::{Result, cpu_kernel, dispatch_real, vectorized};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -13,20 +13,18 @@ cpu_kernel!(DeltaRule => |op, x, y| dispatch_real!(x.dtype(0), |F| forward::<F>(
 cpu_kernel!(DeltaRuleBackward => |op, x, y| dispatch_real!(x.dtype(0), |F| backward::<F>(op, x, y)));
 
 vectorized! {
-    /// x · rsqrt(Σ x² + eps); returns the factor.
-    fn normalise[F: Real](x: &mut [F]) -> F {
-        let mut s = F::ZERO;
-        for x in x.iter() { s = x.mul_add(*x, s) }
-        let r = F::ONE / (s + F::from_f64(L2_EPS)).sqrt();
-        for x in x.iter_mut() { *x *= r }
+    /// y = x · rsqrt(Σ x² + eps); returns the factor.
+    fn normalise[F: Real](x: &[F], y: &mut [F]) -> F {
+        let r = F::ONE / (dot(x, x) + F::from_f64(L2_EPS)).sqrt();
+        for (y, x) in y.iter_mut().zip(x) { *y = *x * r }
         r
     }
     /// From dy for y = x r: dx = r (dy − y Σ dy y), which is finite at x = 0.
-    fn normalise_back[F: Real](y: &[F], r: F, dy: &mut [F]) {
-        let mut s = F::ZERO;
-        for (y, d) in y.iter().zip(dy.iter()) { s = y.mul_add(*d, s) }
-        for (y, d) in y.iter().zip(dy.iter_mut()) { *d = r * (*d - *y * s) }
+    fn normalise_back[F: Real](y: &[F], r: F, dy: &[F], dx: &mut [F]) {
+        let s = dot(y, dy);
+        for ((y, d), x) in y.iter().zip(dy).zip(dx) { *x = r * (*d - *y * s) }
     }
+    fn add[F: Real](x: &[F], y: &mut [F]) { for (y, x) in y.iter_mut().zip(x) { *y += *x } }
 }
 
 /// Everything a task reads.
@@ -69,220 +67,191 @@ impl<'a, F: Real> Source<'a, F> {
     fn tasks(&self) -> Vec<(usize, usize)> {
         (0..self.seqs.len()).flat_map(|s| (0..self.hv).map(move |h| (s, h))).collect()
     }
-    /// Chunk `c` of sequence `s` and value head `h`, and the factors of its L2 norms (q's, then k's).
-    fn chunk(&self, s: usize, h: usize, c: usize, out: &mut Chunk<F>, norms: &mut Vec<F>) {
+    fn empty(&self) -> Chunk<F> {
+        let d = self.dims;
+        Chunk { n: 0, q: Mat::new(CHUNK, d.dk), k: Mat::new(CHUNK, d.dk), v: Mat::new(CHUNK, d.dv), g: vec![], beta: vec![] }
+    }
+    /// First row (of B·T) and length of chunk `i` of sequence `s`.
+    fn place(&self, s: usize, i: usize) -> (usize, usize) {
         let (first, len) = self.seqs[s];
-        let n = CHUNK.min(len - c * CHUNK);
-        let at = first + c * CHUNK;
+        (first + i * CHUNK, CHUNK.min(len - i * CHUNK))
+    }
+    /// Chunk `i` of sequence `s` and value head `h`, and the factors of its L2 norms (q's, then k's).
+    fn chunk(&self, s: usize, h: usize, i: usize, out: &mut Chunk<F>, norms: &mut Vec<F>) {
+        let (at, n) = self.place(s, i);
         out.n = n;
         norms.clear();
         for (i, (dst, d)) in [(&mut out.q, self.dims.dk), (&mut out.k, self.dims.dk), (&mut out.v, self.dims.dv)].into_iter().enumerate() {
             let (heads, head) = if i < 2 { (self.hk, h / (self.hv / self.hk)) } else { (self.hv, h) };
-            dst.clear();
             for r in 0..n {
-                dst.extend_from_slice(&self.x[i][self.rows[i].at((at + r) * heads + head)..][..d]);
-            }
-            if i < 2 && self.l2 {
-                norms.extend(dst.chunks_mut(d.max(1)).map(normalise));
+                let src = &self.x[i][self.rows[i].at((at + r) * heads + head)..][..d];
+                if i < 2 && self.l2 {
+                    norms.push(normalise(src, dst.row_mut(r, d)));
+                } else {
+                    dst.row_mut(r, d).copy_from_slice(src);
+                }
             }
         }
         let (mut sum, col) = (F::ZERO, |x: &Option<Cow<'_, [F]>>, r: usize| x.as_ref().map(|x| x[(at + r) * self.hv + h]));
         out.g.clear();
         out.beta.clear();
         for r in 0..n {
-            sum += col(&self.decay, r).unwrap_or(F::ZERO);
+            // a log-decay of −∞ forgets everything; from −10⁴ on a ratio is 0 in any dtype, and a difference of sums stays a number
+            sum += F::from_f64(-1e4).max(col(&self.decay, r).unwrap_or(F::ZERO));
             out.g.push(sum);
             out.beta.push(col(&self.beta, r).unwrap_or(F::ONE));
         }
     }
-    fn initial(&self, s: usize, h: usize) -> Vec<F> {
-        let n = self.dims.dk * self.dims.dv;
-        match &self.state {
-            Some(x) => x[(s * self.hv + h) * n..][..n].to_vec(),
-            None => vec![F::ZERO; n],
-        }
+    fn initial(&self, s: usize, h: usize) -> Mat<F> {
+        let d = self.dims;
+        let state = self.state.as_ref().map(|x| &x[(s * self.hv + h) * d.dk * d.dv..]);
+        load(d.dk, d.dv, |i| state.map(|x| &x[i * d.dv..]))
     }
 }
 
-fn empty<F>() -> Chunk<F> {
-    Chunk { n: 0, q: vec![], k: vec![], v: vec![], g: vec![], beta: vec![] }
+/// A tile whose row i begins with the first `cols` entries of `row(i)`, or of zeros.
+fn load<'a, F: Real>(rows: usize, cols: usize, row: impl Fn(usize) -> Option<&'a [F]>) -> Mat<F> {
+    let mut m = Mat::new(rows, cols);
+    for i in 0..rows {
+        match row(i) {
+            Some(x) => m.row_mut(i, cols).copy_from_slice(&x[..cols]),
+            None => m.row_mut(i, cols).fill(F::ZERO),
+        }
+    }
+    m
 }
 
-/// Copies each task's `[len, d]` into `[B·T, heads, d]`, tasks being in (sequence, head) order; heads that share a slot (`heads < hv`) are added in order.
-fn interleave<F: Real>(src: &[Vec<F>], seqs: &[(usize, usize)], hv: usize, heads: usize, d: usize, out: &mut [F]) {
-    if d == 0 || out.is_empty() {
-        return;
+/// The first `n` of a tile's rows into rows `at ..` of head `h` of a `[rows, heads, d]` output.
+fn store<F: Real>(m: &Mat<F>, n: usize, at: usize, hv: usize, h: usize, d: usize, out: &Shared<F>) {
+    for r in 0..n {
+        // SAFETY: rows of this sequence and head, which one task alone writes.
+        unsafe { out.slice(((at + r) * hv + h) * d, d) }.copy_from_slice(m.row(r, d));
     }
-    let mut of_row = vec![(0, 0); out.len() / (heads * d)];
-    for (s, (first, len)) in seqs.iter().enumerate() {
-        for i in 0..*len {
-            of_row[first + i] = (s, i);
-        }
-    }
-    let group = hv / heads;
-    const ROWS: usize = 64;
-    out.par_chunks_mut(ROWS * heads * d).enumerate().for_each(|(b, rows)| {
-        for (r, row) in rows.chunks_mut(heads * d).enumerate() {
-            let (s, i) = of_row[b * ROWS + r];
-            for (h, o) in row.chunks_mut(d).enumerate() {
-                o.copy_from_slice(&src[s * hv + h * group][i * d..][..d]);
-                for g in 1..group {
-                    o.iter_mut().zip(&src[s * hv + h * group + g][i * d..][..d]).for_each(|(o, x)| *o += *x);
-                }
-            }
-        }
-    });
 }
 
 fn forward<F: Real>(op: &DeltaRule, x: &Inputs, y: &mut Outputs) -> Result<()> {
     let s = Source::<F>::new(op, x)?;
-    let d = s.dims;
-    struct Out<F> {
-        o: Vec<F>,
-        a: Vec<F>,
-        h: Vec<F>,
-    }
-    let outs: Vec<Out<F>> = s
-        .tasks()
-        .into_par_iter()
-        .map(|(seq, head)| {
-            let len = s.seqs[seq].1;
-            let mut h = s.initial(seq, head);
-            let (mut o, mut a) = (vec![F::ZERO; len * d.dv], if d.erase { vec![F::ZERO; len * CHUNK] } else { vec![] });
-            let (mut w, mut c, mut norms) = (Work::new(d), empty(), vec![]);
-            for i in 0..len.div_ceil(CHUNK) {
-                s.chunk(seq, head, i, &mut c, &mut norms);
-                let n = c.n;
-                // the factor of a chunk of n steps is kept dense, n × n, at the start of the chunk's place
-                let a = if d.erase { &mut a[i * CHUNK * CHUNK..][..n * n] } else { &mut [][..] };
-                if d.erase {
-                    w.factor(d, &c, a);
+    let (d, hv) = (s.dims, s.hv);
+    let (mut o, mut last, mut factor) = (y.real::<F>(0)?, y.slice::<F>(1)?, y.slice::<F>(2)?);
+    let (o, last, factor) = (Shared::new(&mut o), Shared::new(&mut last), Shared::new(&mut factor));
+    s.tasks().into_par_iter().for_each(|(seq, head)| {
+        let mut h = s.initial(seq, head);
+        let (mut w, mut c, mut x, mut norms) = (Work::new(d), s.empty(), Values::new(d), vec![]);
+        let (mut a, mut out) = (Mat::new(CHUNK, CHUNK), Mat::new(CHUNK, d.dv));
+        for i in 0..s.seqs[seq].1.div_ceil(CHUNK) {
+            s.chunk(seq, head, i, &mut c, &mut norms);
+            let (at, n) = s.place(seq, i);
+            w.open(d, &c);
+            if d.erase {
+                w.factor(d, &c, &mut a);
+                for r in 0..n {
+                    // SAFETY: as in `store`.
+                    let row = unsafe { factor.slice(((at + r) * hv + head) * CHUNK, CHUNK) };
+                    row[..n].copy_from_slice(a.row(r, n));
+                    row[n..].fill(F::ZERO);
                 }
-                w.values(d, &c, a, &h);
-                w.output(d, &c, &h, &mut o[i * CHUNK * d.dv..][..n * d.dv]);
-                w.advance(d, &c, &mut h);
             }
-            Out { o, a, h }
-        })
-        .collect();
-    let (mut os, mut factors, mut states) = (vec![], vec![], vec![]);
-    for t in outs {
-        os.push(t.o);
-        factors.push(t.a);
-        states.push(t.h);
-    }
-    interleave(&os, &s.seqs, s.hv, s.hv, d.dv, &mut y.real::<F>(0)?);
-    let n = d.dk * d.dv;
-    let mut last = y.slice::<F>(1)?;
-    if n > 0 {
-        last.chunks_mut(n).zip(&states).for_each(|(o, h)| o.copy_from_slice(h));
-    }
-    interleave(&factors, &s.seqs, s.hv, s.hv, if d.erase { CHUNK } else { 0 }, &mut y.slice::<F>(2)?);
+            w.values(d, &c, &a, &h, &mut x);
+            w.output(d, &c, &h, &x.v, &mut out);
+            store(&out, n, at, hv, head, d.dv, &o);
+            w.advance(d, &c, &x.v, &mut h);
+        }
+        store(&h, d.dk, (seq * hv + head) * d.dk, 1, 0, d.dv, &last);
+    });
     Ok(())
 }
 
 fn backward<F: Real>(op: &DeltaRuleBackward, x: &Inputs, y: &mut Outputs) -> Result<()> {
     let rule = &op.rule;
     let s = Source::<F>::new(rule, x)?;
-    let d = s.dims;
+    let (d, hk, hv) = (s.dims, s.hk, s.hv);
     let base = rule.inputs();
     let (factor, d_o) = (x.slice::<F>(base)?, x.real::<F>(base + 1)?);
     let d_last = if op.state_grad { Some(x.slice::<F>(base + 2)?) } else { None };
-    let size = d.dk * d.dv;
-    struct Out<F> {
-        q: Vec<F>,
-        k: Vec<F>,
-        v: Vec<F>,
-        g: Vec<F>,
-        beta: Vec<F>,
-        h: Vec<F>,
-    }
-    let outs: Vec<Out<F>> = s
-        .tasks()
-        .into_par_iter()
-        .map(|(seq, head)| {
-            let (first, len) = s.seqs[seq];
-            let chunks = len.div_ceil(CHUNK);
-            let (mut w, mut bw, mut c, mut norms) = (Work::new(d), BackWork::new(d), empty(), vec![]);
-            let gather = |src: &[F], width: usize, i: usize, rows: usize, out: &mut Vec<F>| {
-                out.clear();
-                for r in 0..rows {
-                    out.extend_from_slice(&src[((first + i * CHUNK + r) * s.hv + head) * width..][..width]);
-                }
-            };
-            let (mut a, mut go) = (vec![], vec![]);
-            // states before each chunk
-            let mut h = s.initial(seq, head);
-            let mut states = Vec::with_capacity(chunks * size);
-            for i in 0..chunks {
-                states.extend_from_slice(&h);
-                if i + 1 < chunks {
-                    s.chunk(seq, head, i, &mut c, &mut norms);
-                    if d.erase {
-                        gather(factor, CHUNK, i, c.n, &mut a);
-                    }
-                    w.values(d, &c, &a, &h);
-                    w.advance(d, &c, &mut h);
-                }
+    let (mut gq, mut gk, mut gv) = (y.real::<F>(0)?, y.real::<F>(1)?, y.real::<F>(2)?);
+    let mut opt = |i: Option<usize>| i.map(|i| y.real::<F>(i)).transpose();
+    let (mut gg, mut gb, mut gs) = (opt(rule.at_decay())?, opt(rule.at_beta())?, opt(rule.at_state())?);
+    // value heads that share a key head write side by side, and are added afterwards in order
+    let shared = |n: usize| scratch::<F>(if hk == hv { 0 } else { n / hk * hv });
+    let (mut wide_q, mut wide_k) = (shared(gq.len()), shared(gk.len()));
+    let each = if hk == hv { [Shared::new(&mut gq), Shared::new(&mut gk)] } else { [Shared::new(&mut wide_q), Shared::new(&mut wide_k)] };
+    let out_v = Shared::new(&mut gv);
+    let [out_g, out_b, out_s] = [&mut gg, &mut gb, &mut gs].map(|o| o.as_mut().map(|o| Shared::new(o)));
+    s.tasks().into_par_iter().for_each(|(seq, head)| {
+        let chunks = s.seqs[seq].1.div_ceil(CHUNK);
+        let (mut w, mut bw, mut c, mut norms) = (Work::new(d), BackWork::new(d), s.empty(), vec![]);
+        let read = |src: &[F], width: usize, i: usize, cols: usize, out: &mut Mat<F>| {
+            let (at, n) = s.place(seq, i);
+            (0..n).for_each(|r| out.row_mut(r, cols).copy_from_slice(&src[((at + r) * hv + head) * width..][..cols]));
+        };
+        let (mut a, mut go) = (Mat::new(CHUNK, CHUNK), Mat::new(CHUNK, d.dv));
+        // forwards again, for the state before each chunk and its V'
+        let mut h = s.initial(seq, head);
+        let mut kept = Vec::with_capacity(chunks);
+        for i in 0..chunks {
+            s.chunk(seq, head, i, &mut c, &mut norms);
+            if d.erase {
+                read(factor, CHUNK, i, c.n, &mut a);
             }
-            let mut dh = match d_last {
-                Some(x) => x[(seq * s.hv + head) * size..][..size].to_vec(),
-                None => vec![F::ZERO; size],
-            };
-            let z = |n: usize| vec![F::ZERO; n];
-            let mut out = Out { q: z(len * d.dk), k: z(len * d.dk), v: z(len * d.dv), g: z(len), beta: z(len), h: vec![] };
-            for i in (0..chunks).rev() {
-                s.chunk(seq, head, i, &mut c, &mut norms);
-                let n = c.n;
-                if d.erase {
-                    gather(factor, CHUNK, i, n, &mut a);
-                }
-                gather(&d_o, d.dv, i, n, &mut go);
-                let mut grad = ChunkGrad { q: z(n * d.dk), k: z(n * d.dk), v: z(n * d.dv), g: z(n), beta: z(n) };
-                bw.chunk(&mut w, d, &c, &a, &states[i * size..(i + 1) * size], &go, &mut dh, &mut grad);
-                // running sum backwards: g_i is the sum of log-decays up to i
-                let mut sum = F::ZERO;
-                for g in grad.g.iter_mut().rev() {
-                    sum += *g;
-                    *g = sum;
-                }
-                if s.l2 {
-                    for (j, (y, g)) in [(&c.q, &mut grad.q), (&c.k, &mut grad.k)].into_iter().enumerate() {
-                        for r in 0..n {
-                            normalise_back(&y[r * d.dk..(r + 1) * d.dk], norms[j * n + r], &mut g[r * d.dk..(r + 1) * d.dk]);
-                        }
-                    }
-                }
-                let at = i * CHUNK;
-                out.q[at * d.dk..][..n * d.dk].copy_from_slice(&grad.q);
-                out.k[at * d.dk..][..n * d.dk].copy_from_slice(&grad.k);
-                out.v[at * d.dv..][..n * d.dv].copy_from_slice(&grad.v);
-                out.g[at..at + n].copy_from_slice(&grad.g);
-                out.beta[at..at + n].copy_from_slice(&grad.beta);
+            let mut x = Values::new(d);
+            w.decays(&c);
+            w.values(d, &c, &a, &h, &mut x);
+            let mut before = Mat::new(d.dk, d.dv);
+            before.copy(&h);
+            if i + 1 < chunks {
+                w.advance(d, &c, &x.v, &mut h);
             }
-            out.h = dh;
-            out
-        })
-        .collect();
-    let mut parts: [Vec<Vec<F>>; 6] = Default::default();
-    for t in outs {
-        for (p, v) in parts.iter_mut().zip([t.q, t.k, t.v, t.g, t.beta, t.h]) {
-            p.push(v);
+            kept.push((before, x));
         }
-    }
-    interleave(&parts[0], &s.seqs, s.hv, s.hk, d.dk, &mut y.real::<F>(0)?);
-    interleave(&parts[1], &s.seqs, s.hv, s.hk, d.dk, &mut y.real::<F>(1)?);
-    interleave(&parts[2], &s.seqs, s.hv, s.hv, d.dv, &mut y.real::<F>(2)?);
-    if let Some(i) = rule.at_decay() {
-        interleave(&parts[3], &s.seqs, s.hv, s.hv, 1, &mut y.real::<F>(i)?);
-    }
-    if let Some(i) = rule.at_beta() {
-        interleave(&parts[4], &s.seqs, s.hv, s.hv, 1, &mut y.real::<F>(i)?);
-    }
-    if let Some(i) = rule.at_state() {
-        let mut out = y.slice::<F>(i)?;
-        if size > 0 {
-            out.chunks_mut(size).zip(&parts[5]).for_each(|(o, h)| o.copy_from_slice(h));
+        let d_last = d_last.map(|x| &x[(seq * hv + head) * d.dk * d.dv..]);
+        let mut dh = load(d.dk, d.dv, |i| d_last.map(|x| &x[i * d.dv..]));
+        let mut grad = ChunkGrad { q: Mat::new(CHUNK, d.dk), k: Mat::new(CHUNK, d.dk), v: Mat::new(CHUNK, d.dv), g: vec![], beta: vec![] };
+        for (i, (before, x)) in kept.into_iter().enumerate().rev() {
+            if i + 1 < chunks {
+                s.chunk(seq, head, i, &mut c, &mut norms);
+                if d.erase {
+                    read(factor, CHUNK, i, c.n, &mut a);
+                }
+            }
+            read(&d_o, d.dv, i, d.dv, &mut go);
+            bw.chunk(&mut w, d, &c, &a, &before, &x, &go, &mut dh, &mut grad);
+            let (at, n) = s.place(seq, i);
+            for (j, (y, g)) in [(&c.q, &grad.q), (&c.k, &grad.k)].into_iter().enumerate() {
+                if !s.l2 {
+                    store(g, n, at, hv, head, d.dk, &each[j]);
+                    continue;
+                }
+                for r in 0..n {
+                    // SAFETY: as in `store`.
+                    let out = unsafe { each[j].slice(((at + r) * hv + head) * d.dk, d.dk) };
+                    normalise_back(y.row(r, d.dk), norms[j * n + r], g.row(r, d.dk), out);
+                }
+            }
+            store(&grad.v, n, at, hv, head, d.dv, &out_v);
+            // g_i is the sum of log-decays up to i, so theirs are sums backwards
+            let mut sum = F::ZERO;
+            for r in (0..n).rev() {
+                sum += grad.g[r];
+                for (out, x) in [(&out_g, sum), (&out_b, grad.beta[r])] {
+                    if let Some(out) = out {
+                        // SAFETY: as in `store`.
+                        let row = unsafe { out.slice((at + r) * hv + head, 1) };
+                        row[0] = x;
+                    }
+                }
+            }
+        }
+        if let Some(out) = &out_s {
+            store(&dh, d.dk, (seq * hv + head) * d.dk, 1, 0, d.dv, out);
+        }
+    });
+    if hk != hv && d.dk > 0 {
+        for (out, wide) in [(&mut gq, &wide_q), (&mut gk, &wide_k)] {
+            let width = hv / hk * d.dk;
+            out.par_chunks_mut(d.dk).zip(wide.par_chunks(width)).with_min_len(64).for_each(|(o, w)| {
+                o.copy_from_slice(&w[..d.dk]);
+                w[d.dk..].chunks(d.dk).for_each(|w| add(w, o));
+            });
         }
     }
     Ok(())

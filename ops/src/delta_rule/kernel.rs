@@ -1,96 +1,141 @@
 //! The chunk's arithmetic for one value head, on dense tiles.
+//!
+//! Every product with a triangle runs over blocks of [`ROWS`] rows and skips what is zero; a third of the work of a square product falls away.
 
 use super::CHUNK;
-use engine::cpu::simd::Real;
-use engine::cpu::tile::gemm;
+use engine::cpu::simd::{self, Real};
+use engine::cpu::tile::{self, gemm};
+use engine::cpu::{Scratch, scratch};
 use engine::vectorized;
 
+/// Rows of a block of a triangular product: two of the register kernel's tiles on AVX2, one on AVX-512.
+const ROWS: usize = 12;
+/// Side of a diagonal block of the triangular inverse.
+const SIDE: usize = 16;
+
+/// A dense tile in scratch memory. Rows are a cache line further apart than they are long, so that a column of a power-of-two tile does not fall into
+/// one set of the first cache.
+pub struct Mat<F: Real> {
+    x: Scratch<F>,
+    ld: usize,
+}
+
+impl<F: Real> Mat<F> {
+    pub fn new(rows: usize, cols: usize) -> Self {
+        let ld = cols.next_multiple_of(16) + 16;
+        Mat { x: scratch(rows.max(1) * ld), ld }
+    }
+    pub fn row(&self, i: usize, n: usize) -> &[F] {
+        &self.x[i * self.ld..][..n]
+    }
+    pub fn row_mut(&mut self, i: usize, n: usize) -> &mut [F] {
+        &mut self.x[i * self.ld..][..n]
+    }
+    pub fn copy(&mut self, from: &Mat<F>) {
+        self.x.copy_from_slice(&from.x);
+    }
+}
+
+/// C = beta·C + alpha·A·B, for `[m, k] × [k, n]`.
+fn nn<F: Real>([m, n, k]: [usize; 3], alpha: F, a: &Mat<F>, b: &Mat<F>, beta: F, c: &mut Mat<F>) {
+    gemm(m, n, k, alpha, &a.x, a.ld, 1, &b.x, b.ld, beta, &mut c.x, c.ld);
+}
+/// The same with A stored as `[k, m]`.
+fn tn<F: Real>([m, n, k]: [usize; 3], alpha: F, a: &Mat<F>, b: &Mat<F>, beta: F, c: &mut Mat<F>) {
+    gemm(m, n, k, alpha, &a.x, 1, a.ld, &b.x, b.ld, beta, &mut c.x, c.ld);
+}
+/// C = beta·C + alpha·L·B for a lower triangle L `[n, n]` that is zero above.
+fn lower<F: Real>(n: usize, cols: usize, alpha: F, l: &Mat<F>, b: &Mat<F>, beta: F, c: &mut Mat<F>) {
+    for i in (0..n).step_by(ROWS) {
+        let rows = ROWS.min(n - i);
+        gemm(rows, cols, i + rows, alpha, &l.x[i * l.ld..], l.ld, 1, &b.x, b.ld, beta, &mut c.x[i * c.ld..], c.ld);
+    }
+}
+/// C = beta·C + alpha·Lᵀ·B.
+fn lower_t<F: Real>(n: usize, cols: usize, alpha: F, l: &Mat<F>, b: &Mat<F>, beta: F, c: &mut Mat<F>) {
+    for i in (0..n).step_by(ROWS) {
+        gemm(ROWS.min(n - i), cols, n - i, alpha, &l.x[i * l.ld + i..], 1, l.ld, &b.x[i * b.ld..], b.ld, beta, &mut c.x[i * c.ld..], c.ld);
+    }
+}
+/// The lower triangle of A·B for A `[n, k]`, B `[k, n]`; what lies above is left as it was, or is arbitrary.
+fn to_lower<F: Real>(n: usize, k: usize, alpha: F, a: &Mat<F>, b: &Mat<F>, c: &mut Mat<F>) {
+    for i in (0..n).step_by(ROWS) {
+        let rows = ROWS.min(n - i);
+        let cols = (i + rows).next_multiple_of(16).min(n);
+        gemm(rows, cols, k, alpha, &a.x[i * a.ld..], a.ld, 1, &b.x, b.ld, F::ZERO, &mut c.x[i * c.ld..], c.ld);
+    }
+}
+
+/// y = xᵀ for x `[rows, cols]`.
+fn transpose<F: Real>(x: &Mat<F>, rows: usize, cols: usize, y: &mut Mat<F>) {
+    tile::transpose(rows, cols, &x.x, x.ld, &mut y.x, y.ld);
+}
+
 vectorized! {
-    /// m_ij *= exp(g_i − g_j) below (and on, if `diagonal`) the diagonal; zero elsewhere. The mask comes before the exponential.
-    fn decay_lower[F: Real](m: &mut [F], g: &[F], n: usize, diagonal: bool) {
+    /// D_ij = exp(g_i − g_j) on and below the diagonal. The mask comes before the exponential: above it nothing is computed.
+    fn decay_ratios[F: Real](g: &[F], d: &mut [F], ld: usize) {
+        for (i, gi) in g.iter().enumerate() {
+            for (d, gj) in d[i * ld..=i * ld + i].iter_mut().zip(g) { *d = (*gi - *gj).exp() }
+        }
+    }
+    /// m ⊙ D below the diagonal (and on it, if `diagonal`), zero elsewhere.
+    fn decayed[F: Real](m: &mut [F], d: Option<&[F]>, ld: usize, n: usize, diagonal: bool) {
         for i in 0..n {
-            let row = &mut m[i * n..(i + 1) * n];
+            let row = &mut m[i * ld..i * ld + n];
             let end = if diagonal { i + 1 } else { i };
-            let gi = g[i];
-            for (x, gj) in row[..end].iter_mut().zip(g) { *x *= (gi - *gj).exp() }
+            if let Some(d) = d { for (x, d) in row[..end].iter_mut().zip(&d[i * ld..]) { *x *= *d } }
             row[end..].fill(F::ZERO);
         }
     }
-    /// A = (I + M)⁻¹ for strictly lower M, row by row: A_i = e_i − Σ_{j<i} M_ij A_j.
-    fn invert[F: Real](m: &[F], a: &mut [F], n: usize) {
-        for i in 0..n {
-            let (done, row) = a.split_at_mut(i * n);
-            let row = &mut row[..n];
-            row.fill(F::ZERO);
-            for j in 0..i {
-                let f = -m[i * n + j];
-                for (x, y) in row[..=j].iter_mut().zip(&done[j * n..=j * n + j]) { *x = f.mul_add(*y, *x) }
-            }
+    /// The inverse of I + m for one diagonal block, row by row: A_i = e_i − Σ_{j<i} m_ij A_j.
+    fn invert_block[F: Real](m: &[F], a: &mut [F], ld: usize) {
+        let mut block = [[F::ZERO; SIDE]; SIDE];
+        for i in 0..SIDE {
+            let mut row = [F::ZERO; SIDE];
             row[i] = F::ONE;
-        }
-    }
-    fn transpose_into[F: Real](x: &[F], r: usize, c: usize, y: &mut [F]) {
-        for j0 in (0..c).step_by(8) {
-            for i in 0..r {
-                for j in j0..(j0 + 8).min(c) { y[j * r + i] = x[i * c + j] }
+            for j in 0..i {
+                let f = -m[i * ld + j];
+                for c in 0..SIDE { row[c] = f.mul_add(block[j][c], row[c]) }
             }
+            block[i] = row;
         }
+        for (i, row) in block.iter().enumerate() { a[i * ld..i * ld + SIDE].copy_from_slice(row) }
     }
-    fn dot[F: Real](a: &[F], b: &[F]) -> F { dot_inline(a, b) }
-    fn scale_rows[F: Real](x: &[F], s: &[F], y: &mut [F], d: usize) {
-        for ((x, s), y) in x.chunks(d).zip(s).zip(y.chunks_mut(d)) { for (y, x) in y.iter_mut().zip(x) { *y = *x * *s } }
-    }
+    fn dot[F: Real](a: &[F], b: &[F]) -> F { simd::dot(a, b) }
+    fn scaled[F: Real](s: F, x: &[F], y: &mut [F]) { for (y, x) in y.iter_mut().zip(x) { *y = *x * s } }
     /// r = β (v − e^g kh)
-    fn residual[F: Real](v: &[F], kh: &[F], eg: &[F], beta: &[F], r: &mut [F], d: usize) {
-        for i in 0..beta.len() {
-            let (e, b) = (eg[i], beta[i]);
-            for ((r, v), k) in r[i * d..(i + 1) * d].iter_mut().zip(&v[i * d..]).zip(&kh[i * d..]) { *r = b * (*v - e * *k) }
-        }
+    fn residual[F: Real](v: &[F], kh: &[F], eg: F, beta: F, r: &mut [F]) {
+        for ((r, v), k) in r.iter_mut().zip(v).zip(kh) { *r = beta * (*v - eg * *k) }
     }
     /// s·x added to y
     fn axpy[F: Real](s: F, x: &[F], y: &mut [F]) { for (y, x) in y.iter_mut().zip(x) { *y = s.mul_add(*x, *y) } }
     fn scale[F: Real](s: F, x: &mut [F]) { for x in x.iter_mut() { *x *= s } }
-    /// Row sums added to `row`, column sums taken from `row`, of a ⊙ b: the gradient of g through a decay matrix.
-    fn decay_grad[F: Real](a: &[F], b: &[F], n: usize, dg: &mut [F]) {
+    /// x *= s, y += x; the scalar product of (the new) x with z.
+    fn scale_add_dot[F: Real](s: F, x: &mut [F], y: &mut [F], z: &[F]) -> F {
+        for (x, y) in x.iter_mut().zip(y) { *x *= s; *y += *x }
+        simd::dot(x, z)
+    }
+    /// Row sums added to dg, column sums taken from it, of a ⊙ b below (and on) the diagonal: the gradient of g through a decay matrix.
+    /// Row sums also go to `rows`.
+    fn decay_grad[F: Real](a: &[F], b: &[F], ld: usize, dg: &mut [F], rows: &mut [F]) {
+        let n = dg.len();
         let mut cols = [F::ZERO; CHUNK];
         for i in 0..n {
-            let (a, b) = (&a[i * n..(i + 1) * n], &b[i * n..(i + 1) * n]);
-            dg[i] += dot_inline(a, b);
+            let (a, b) = (&a[i * ld..=i * ld + i], &b[i * ld..=i * ld + i]);
+            rows[i] = simd::dot(a, b);
             for ((c, a), b) in cols.iter_mut().zip(a).zip(b) { *c = a.mul_add(*b, *c) }
         }
-        for (d, c) in dg.iter_mut().zip(&cols) { *d -= *c }
+        for ((d, c), r) in dg.iter_mut().zip(&cols).zip(rows) { *d += *r - *c }
     }
-    /// exp(x)
     fn exp_all[F: Real](x: &mut [F]) { for x in x.iter_mut() { *x = x.exp() } }
-    fn mul_all[F: Real](x: &[F], y: &mut [F]) { for (y, x) in y.iter_mut().zip(x) { *y *= *x } }
-    fn strict_lower[F: Real](x: &mut [F], n: usize, diagonal: bool) {
-        for i in 0..n { x[i * n + i + diagonal as usize..(i + 1) * n].fill(F::ZERO) }
-    }
 }
 
-#[inline(always)]
-fn dot_inline<F: Real>(a: &[F], b: &[F]) -> F {
-    let mut acc = [F::ZERO; 16];
-    let (ca, ta) = a.as_chunks::<16>();
-    let (cb, tb) = b.as_chunks::<16>();
-    for (x, y) in ca.iter().zip(cb) {
-        for i in 0..16 {
-            acc[i] = x[i].mul_add(y[i], acc[i]);
-        }
-    }
-    for (i, (x, y)) in ta.iter().zip(tb).enumerate() {
-        acc[i] = x.mul_add(*y, acc[i]);
-    }
-    acc.iter().copied().sum()
-}
-
-/// One chunk's inputs, dense: q, k `[n, dk]` (normalised), v `[n, dv]`, g (running log-decay) and beta `[n]`.
-#[derive(Clone)]
-pub struct Chunk<F> {
+/// One chunk's inputs: q, k `[n, dk]` (normalised), v `[n, dv]`, g (running log-decay) and beta `[n]`.
+pub struct Chunk<F: Real> {
     pub n: usize,
-    pub q: Vec<F>,
-    pub k: Vec<F>,
-    pub v: Vec<F>,
+    pub q: Mat<F>,
+    pub k: Mat<F>,
+    pub v: Mat<F>,
     pub g: Vec<F>,
     pub beta: Vec<F>,
 }
@@ -105,37 +150,46 @@ pub struct Dims<F> {
     pub decay: bool,
 }
 
+/// V' of a chunk, and the K h that it was made from.
+pub struct Values<F: Real> {
+    pub kh: Mat<F>,
+    pub v: Mat<F>,
+}
+
+impl<F: Real> Values<F> {
+    pub fn new(d: Dims<F>) -> Self {
+        Values { kh: Mat::new(CHUNK, d.dv), v: Mat::new(CHUNK, d.dv) }
+    }
+}
+
 /// Scratch for one task.
-pub struct Work<F> {
-    kt: Vec<F>,
-    m: Vec<F>,
-    p: Vec<F>,
-    kh: Vec<F>,
-    r: Vec<F>,
-    scaled: Vec<F>,
-    pub v_new: Vec<F>,
+pub struct Work<F: Real> {
+    kt: Mat<F>,
+    ratios: Mat<F>,
+    m: Mat<F>,
+    p: Mat<F>,
+    r: Mat<F>,
+    scaled: Mat<F>,
     eg: Vec<F>,
     tail: Vec<F>,
 }
 
 impl<F: Real> Work<F> {
     pub fn new(d: Dims<F>) -> Self {
-        let z = |n: usize| vec![F::ZERO; n];
-        let wide = d.dk.max(d.dv);
+        let square = || Mat::new(CHUNK, CHUNK);
         Work {
-            kt: z(CHUNK * d.dk),
-            m: z(CHUNK * CHUNK),
-            p: z(CHUNK * CHUNK),
-            kh: z(CHUNK * d.dv),
-            r: z(CHUNK * d.dv),
-            scaled: z(CHUNK * wide),
-            v_new: z(CHUNK * d.dv),
-            eg: z(CHUNK),
-            tail: z(CHUNK),
+            kt: Mat::new(d.dk, CHUNK),
+            ratios: square(),
+            m: square(),
+            p: square(),
+            r: Mat::new(CHUNK, d.dv),
+            scaled: Mat::new(CHUNK, d.dk),
+            eg: vec![F::ZERO; CHUNK],
+            tail: vec![F::ZERO; CHUNK],
         }
     }
-    /// e^g and e^{g_last − g}.
-    fn decays(&mut self, c: &Chunk<F>) {
+    /// e^g and e^{g_last − g}: all that [`Work::values`] and [`Work::advance`] need of a chunk.
+    pub fn decays(&mut self, c: &Chunk<F>) {
         let last = c.g[c.n - 1];
         self.eg[..c.n].copy_from_slice(&c.g);
         for (t, g) in self.tail.iter_mut().zip(&c.g) {
@@ -144,193 +198,220 @@ impl<F: Real> Work<F> {
         exp_all(&mut self.eg[..c.n]);
         exp_all(&mut self.tail[..c.n]);
     }
-    /// M (without β) = strictLower(K Kᵀ ⊙ D), into `m`; needs `kt`.
-    fn kk(&mut self, d: Dims<F>, c: &Chunk<F>) {
-        let n = c.n;
-        gemm(n, n, d.dk, F::ONE, &c.k, d.dk, 1, &self.kt, n, F::ZERO, &mut self.m, n);
-        if d.decay { decay_lower(&mut self.m, &c.g, n, false) } else { strict_lower(&mut self.m, n, false) }
-    }
-    /// P = tril(Q Kᵀ ⊙ D), into `p`; needs `kt`.
-    fn qk(&mut self, d: Dims<F>, c: &Chunk<F>) {
-        let n = c.n;
-        gemm(n, n, d.dk, F::ONE, &c.q, d.dk, 1, &self.kt, n, F::ZERO, &mut self.p, n);
-        if d.decay { decay_lower(&mut self.p, &c.g, n, true) } else { strict_lower(&mut self.p, n, true) }
-    }
-    /// A `[n, n]` for a chunk.
-    pub fn factor(&mut self, d: Dims<F>, c: &Chunk<F>, a: &mut [F]) {
-        let n = c.n;
-        transpose_into(&c.k, n, d.dk, &mut self.kt);
-        self.kk(d, c);
-        for i in 0..n {
-            scale(c.beta[i], &mut self.m[i * n..(i + 1) * n]);
-        }
-        invert(&self.m[..n * n], a, n);
-    }
-    /// V' from the state before the chunk, into `v_new` (and R into `r`).
-    pub fn values(&mut self, d: Dims<F>, c: &Chunk<F>, a: &[F], h: &[F]) {
-        let n = c.n;
+    /// [`Work::decays`], and what the products inside the chunk need: Kᵀ and D.
+    pub fn open(&mut self, d: Dims<F>, c: &Chunk<F>) {
         self.decays(c);
+        transpose(&c.k, c.n, d.dk, &mut self.kt);
+        if d.decay {
+            decay_ratios(&c.g, &mut self.ratios.x, self.ratios.ld);
+        }
+    }
+    fn mask(d: Dims<F>, ratios: &Mat<F>, m: &mut Mat<F>, n: usize, diagonal: bool) {
+        decayed(&mut m.x, d.decay.then_some(&ratios.x[..]), m.ld, n, diagonal);
+    }
+    /// M (without β) = strictLower(K Kᵀ ⊙ D), into `m`.
+    fn kk(&mut self, d: Dims<F>, c: &Chunk<F>) {
+        to_lower(c.n, d.dk, F::ONE, &c.k, &self.kt, &mut self.m);
+        Self::mask(d, &self.ratios, &mut self.m, c.n, false);
+    }
+    /// P = tril(Q Kᵀ ⊙ D), into `p`.
+    fn qk(&mut self, d: Dims<F>, c: &Chunk<F>) {
+        to_lower(c.n, d.dk, F::ONE, &c.q, &self.kt, &mut self.p);
+        Self::mask(d, &self.ratios, &mut self.p, c.n, true);
+    }
+    /// A `[n, n]` for a chunk, after [`Work::open`].
+    ///
+    /// Blockwise: with the inverse of the leading blocks at hand, a block row is A_bb (E_b − M_b A), where M_b lies left of the diagonal.
+    pub fn factor(&mut self, d: Dims<F>, c: &Chunk<F>, a: &mut Mat<F>) {
+        let (n, whole) = (c.n, c.n.next_multiple_of(SIDE));
+        self.kk(d, c);
+        for i in 0..whole {
+            let row = self.m.row_mut(i, whole);
+            let live = if i < n { n } else { 0 };
+            row[live..].fill(F::ZERO);
+            if i < n {
+                scale(c.beta[i], row);
+            }
+            a.row_mut(i, whole).fill(F::ZERO);
+        }
+        let (ld, m, t) = (a.ld, &self.m, &mut self.p.x);
+        for b in (0..whole).step_by(SIDE) {
+            let (done, rest) = a.x.split_at_mut(b * ld);
+            invert_block(&m.x[b * ld + b..], &mut rest[b..], ld);
+            if b > 0 {
+                gemm(SIDE, b, b, F::ONE, &m.x[b * ld..], ld, 1, done, ld, F::ZERO, t, ld);
+                let diagonal: [[F; SIDE]; SIDE] = std::array::from_fn(|i| std::array::from_fn(|j| rest[i * ld + b + j]));
+                gemm(SIDE, b, SIDE, -F::ONE, diagonal.as_flattened(), SIDE, 1, t, ld, F::ZERO, rest, ld);
+            }
+        }
+    }
+    /// V' from the state before the chunk; after [`Work::decays`].
+    pub fn values(&mut self, d: Dims<F>, c: &Chunk<F>, a: &Mat<F>, h: &Mat<F>, out: &mut Values<F>) {
+        let (n, dv) = (c.n, d.dv);
         if !d.erase {
-            scale_rows(&c.v, &c.beta, &mut self.v_new[..n * d.dv], d.dv);
+            for i in 0..n {
+                scaled(c.beta[i], c.v.row(i, dv), out.v.row_mut(i, dv));
+            }
             return;
         }
-        gemm(n, d.dv, d.dk, F::ONE, &c.k, d.dk, 1, h, d.dv, F::ZERO, &mut self.kh, d.dv);
-        residual(&c.v, &self.kh, &self.eg, &c.beta, &mut self.r, d.dv);
-        gemm(n, d.dv, n, F::ONE, a, n, 1, &self.r, d.dv, F::ZERO, &mut self.v_new, d.dv);
+        nn([n, dv, d.dk], F::ONE, &c.k, h, F::ZERO, &mut out.kh);
+        for i in 0..n {
+            residual(c.v.row(i, dv), out.kh.row(i, dv), self.eg[i], c.beta[i], self.r.row_mut(i, dv));
+        }
+        lower(n, dv, F::ONE, a, &self.r, F::ZERO, &mut out.v);
     }
-    /// The output of a chunk; after [`Work::values`].
-    pub fn output(&mut self, d: Dims<F>, c: &Chunk<F>, h: &[F], o: &mut [F]) {
+    /// The output of a chunk; after [`Work::open`].
+    pub fn output(&mut self, d: Dims<F>, c: &Chunk<F>, h: &Mat<F>, v_new: &Mat<F>, o: &mut Mat<F>) {
         let n = c.n;
-        transpose_into(&c.k, n, d.dk, &mut self.kt);
         self.qk(d, c);
-        scale_rows(&c.q, &self.eg, &mut self.scaled[..n * d.dk], d.dk);
-        gemm(n, d.dv, d.dk, d.scale, &self.scaled, d.dk, 1, h, d.dv, F::ZERO, o, d.dv);
-        gemm(n, d.dv, n, d.scale, &self.p, n, 1, &self.v_new, d.dv, F::ONE, o, d.dv);
+        for i in 0..n {
+            scaled(self.eg[i], c.q.row(i, d.dk), self.scaled.row_mut(i, d.dk));
+        }
+        nn([n, d.dv, d.dk], d.scale, &self.scaled, h, F::ZERO, o);
+        lower(n, d.dv, d.scale, &self.p, v_new, F::ONE, o);
     }
-    /// The state after a chunk, in place; after [`Work::values`].
-    pub fn advance(&mut self, d: Dims<F>, c: &Chunk<F>, h: &mut [F]) {
+    /// The state after a chunk, in place; after [`Work::decays`].
+    pub fn advance(&mut self, d: Dims<F>, c: &Chunk<F>, v_new: &Mat<F>, h: &mut Mat<F>) {
         let n = c.n;
-        scale_rows(&c.k, &self.tail, &mut self.scaled[..n * d.dk], d.dk);
-        gemm(d.dk, d.dv, n, F::ONE, &self.scaled, 1, d.dk, &self.v_new, d.dv, self.eg[n - 1], h, d.dv);
+        for i in 0..n {
+            scaled(self.tail[i], c.k.row(i, d.dk), self.scaled.row_mut(i, d.dk));
+        }
+        tn([d.dk, d.dv, n], F::ONE, &self.scaled, v_new, self.eg[n - 1], h);
     }
 }
 
 /// Gradients of one chunk.
-pub struct ChunkGrad<F> {
-    pub q: Vec<F>,
-    pub k: Vec<F>,
-    pub v: Vec<F>,
+pub struct ChunkGrad<F: Real> {
+    pub q: Mat<F>,
+    pub k: Mat<F>,
+    pub v: Mat<F>,
     pub g: Vec<F>,
     pub beta: Vec<F>,
 }
 
 /// Scratch of the backward.
-pub struct BackWork<F> {
-    ht: Vec<F>,
-    vt: Vec<F>,
-    dv_new: Vec<F>,
-    dr: Vec<F>,
-    dm: Vec<F>,
-    dp: Vec<F>,
-    dd: Vec<F>,
-    tmp: Vec<F>,
+pub struct BackWork<F: Real> {
+    ht: Mat<F>,
+    vt: Mat<F>,
+    dv_new: Mat<F>,
+    dr: Mat<F>,
+    dm: Mat<F>,
+    dp: Mat<F>,
+    tmp: Mat<F>,
+    sums: Vec<F>,
 }
 
 impl<F: Real> BackWork<F> {
     pub fn new(d: Dims<F>) -> Self {
-        let z = |n: usize| vec![F::ZERO; n];
-        let wide = d.dk.max(d.dv);
         BackWork {
-            ht: z(d.dk * d.dv),
-            vt: z(CHUNK * d.dv),
-            dv_new: z(CHUNK * d.dv),
-            dr: z(CHUNK * d.dv),
-            dm: z(CHUNK * CHUNK),
-            dp: z(CHUNK * CHUNK),
-            dd: z(CHUNK * CHUNK),
-            tmp: z(CHUNK * wide),
+            ht: Mat::new(d.dv, d.dk),
+            vt: Mat::new(d.dv, CHUNK),
+            dv_new: Mat::new(CHUNK, d.dv),
+            dr: Mat::new(CHUNK, d.dv),
+            dm: Mat::new(CHUNK, CHUNK),
+            dp: Mat::new(CHUNK, CHUNK),
+            tmp: Mat::new(CHUNK, d.dk),
+            sums: vec![F::ZERO; CHUNK],
         }
     }
 
     /// Gradients of a chunk from `d_o [n, dv]` and `dh` (gradient of the state after it, turned into that of the state before it, `h`).
-    /// `w` is scratch; the formulas follow from the module's head, the chunk's forward being computed again from `h` and `a`.
-    #[allow(clippy::too_many_arguments)]
-    pub fn chunk(&mut self, w: &mut Work<F>, d: Dims<F>, c: &Chunk<F>, a: &[F], h: &[F], d_o: &[F], dh: &mut [F], out: &mut ChunkGrad<F>) {
-        let (n, dk, dv) = (c.n, d.dk, d.dv);
-        w.values(d, c, a, h);
-        transpose_into(&c.k, n, dk, &mut w.kt);
+    /// `w` is scratch; the formulas follow from the module's head, the chunk's forward being computed again from `h`, `a` and `x`.
+    pub fn chunk(
+        &mut self,
+        w: &mut Work<F>,
+        d: Dims<F>,
+        c: &Chunk<F>,
+        a: &Mat<F>,
+        h: &Mat<F>,
+        x: &Values<F>,
+        d_o: &Mat<F>,
+        dh: &mut Mat<F>,
+        out: &mut ChunkGrad<F>,
+    ) {
+        let (n, dk, dv, last) = (c.n, d.dk, d.dv, c.n - 1);
+        let (q, k, one, zero) = (&c.q, &c.k, F::ONE, F::ZERO);
+        w.open(d, c);
         w.qk(d, c);
-        let (q, k) = (&c.q, &c.k);
         let ChunkGrad { q: gq, k: gk, v: gv, g: gg, beta: gb } = out;
-        [&mut *gq, gk, gv, gg, gb].into_iter().for_each(|x| x.fill(F::ZERO));
-        let last = n - 1;
+        for g in [&mut *gg, gb] {
+            g.clear();
+            g.resize(n, zero);
+        }
 
         // dV' = scale Pᵀ dO + (e^{g_last − g} K) dh
-        gemm(n, dv, n, d.scale, &w.p, 1, n, d_o, dv, F::ZERO, &mut self.dv_new, dv);
-        scale_rows(k, &w.tail, &mut w.scaled[..n * dk], dk);
-        gemm(n, dv, dk, F::ONE, &w.scaled, dk, 1, dh, dv, F::ONE, &mut self.dv_new, dv);
-
-        // through P: dP = scale dO V'ᵀ ⊙ D
-        transpose_into(&w.v_new, n, dv, &mut self.vt);
-        gemm(n, n, dv, d.scale, d_o, dv, 1, &self.vt, n, F::ZERO, &mut self.dp, n);
-        if d.decay {
-            // dg through D, where P already holds D
-            strict_lower(&mut self.dp, n, true);
-            decay_grad(&self.dp, &w.p, n, gg);
-            decay_lower(&mut self.dp, &c.g, n, true);
-        } else {
-            strict_lower(&mut self.dp, n, true);
+        lower_t(n, dv, d.scale, &w.p, d_o, zero, &mut self.dv_new);
+        for i in 0..n {
+            scaled(w.tail[i], k.row(i, dk), w.scaled.row_mut(i, dk));
         }
-        gemm(n, dk, n, F::ONE, &self.dp, n, 1, k, dk, F::ZERO, gq, dk);
-        gemm(n, dk, n, F::ONE, &self.dp, 1, n, q, dk, F::ZERO, gk, dk);
+        nn([n, dv, dk], one, &w.scaled, dh, one, &mut self.dv_new);
+
+        // through P: dP = scale dO V'ᵀ ⊙ D; P already holds D, so that dP ⊙ P before the mask is D's gradient times D
+        transpose(&x.v, n, dv, &mut self.vt);
+        to_lower(n, dv, d.scale, d_o, &self.vt, &mut self.dp);
+        if d.decay {
+            decay_grad(&self.dp.x, &w.p.x, w.p.ld, gg, &mut self.sums);
+        }
+        Work::mask(d, &w.ratios, &mut self.dp, n, true);
+        lower(n, dk, one, &self.dp, k, zero, gq);
+        lower_t(n, dk, one, &self.dp, q, zero, gk);
 
         // through the state's update: dK_a = e^{g_last − g} V' dhᵀ
-        transpose_into(dh, dk, dv, &mut self.ht);
-        gemm(n, dk, dv, F::ONE, &w.v_new, dv, 1, &self.ht, dk, F::ZERO, &mut self.tmp, dk);
-        let mut into_last = w.eg[last] * dot(h, dh);
+        transpose(dh, dk, dv, &mut self.ht);
+        nn([n, dk, dv], one, &x.v, &self.ht, zero, &mut self.tmp);
+        let mut into_last = w.eg[last] * (0..dk).map(|i| dot(h.row(i, dv), dh.row(i, dv))).sum();
         for i in 0..n {
-            let row = &mut self.tmp[i * dk..(i + 1) * dk];
-            scale(w.tail[i], row);
-            let x = dot(row, &k[i * dk..(i + 1) * dk]);
-            gg[i] -= x;
-            into_last += x;
-            axpy(F::ONE, row, &mut gk[i * dk..(i + 1) * dk]);
+            let through = scale_add_dot(w.tail[i], self.tmp.row_mut(i, dk), gk.row_mut(i, dk), k.row(i, dk));
+            gg[i] -= through;
+            into_last += through;
         }
         gg[last] += into_last;
 
         // through O's first term: dQ = scale e^g dO hᵀ
-        transpose_into(h, dk, dv, &mut self.ht);
-        gemm(n, dk, dv, d.scale, d_o, dv, 1, &self.ht, dk, F::ZERO, &mut self.tmp, dk);
+        transpose(h, dk, dv, &mut self.ht);
+        nn([n, dk, dv], d.scale, d_o, &self.ht, zero, &mut self.tmp);
         for i in 0..n {
-            let row = &mut self.tmp[i * dk..(i + 1) * dk];
-            scale(w.eg[i], row);
-            gg[i] += dot(row, &q[i * dk..(i + 1) * dk]);
-            axpy(F::ONE, row, &mut gq[i * dk..(i + 1) * dk]);
+            gg[i] += scale_add_dot(w.eg[i], self.tmp.row_mut(i, dk), gq.row_mut(i, dk), q.row(i, dk));
+            scaled(w.eg[i], q.row(i, dk), w.scaled.row_mut(i, dk));
         }
-        scale(w.eg[last], dh);
-        scale_rows(q, &w.eg, &mut w.scaled[..n * dk], dk);
-        gemm(dk, dv, n, d.scale, &w.scaled, 1, dk, d_o, dv, F::ONE, dh, dv);
+        tn([dk, dv, n], d.scale, &w.scaled, d_o, w.eg[last], dh);
 
         if !d.erase {
             for i in 0..n {
-                let (dv_new, v) = (&self.dv_new[i * dv..(i + 1) * dv], &c.v[i * dv..(i + 1) * dv]);
-                gb[i] = dot(dv_new, v);
-                axpy(c.beta[i], dv_new, &mut gv[i * dv..(i + 1) * dv]);
+                let dv_new = self.dv_new.row(i, dv);
+                gb[i] = dot(dv_new, c.v.row(i, dv));
+                scaled(c.beta[i], dv_new, gv.row_mut(i, dv));
             }
             return;
         }
 
         // through V' = A R: dR = Aᵀ dV', dM = −strictLower(dR V'ᵀ)
-        gemm(n, dv, n, F::ONE, a, 1, n, &self.dv_new, dv, F::ZERO, &mut self.dr, dv);
-        gemm(n, n, dv, -F::ONE, &self.dr, dv, 1, &self.vt, n, F::ZERO, &mut self.dm, n);
-        strict_lower(&mut self.dm, n, false);
+        lower_t(n, dv, one, a, &self.dv_new, zero, &mut self.dr);
+        to_lower(n, dv, -one, &self.dr, &self.vt, &mut self.dm);
 
         // through R = β (V − e^g K h)
         for i in 0..n {
-            let (r, v, kh) = (&mut self.dr[i * dv..(i + 1) * dv], &c.v[i * dv..(i + 1) * dv], &w.kh[i * dv..(i + 1) * dv]);
-            let through = dot(r, kh);
-            gb[i] += dot(r, v) - w.eg[i] * through;
+            let r = self.dr.row_mut(i, dv);
+            let through = dot(r, x.kh.row(i, dv));
+            gb[i] += dot(r, c.v.row(i, dv)) - w.eg[i] * through;
             gg[i] -= c.beta[i] * w.eg[i] * through;
-            scale(c.beta[i], r);
-            gv[i * dv..(i + 1) * dv].copy_from_slice(r);
-            scale(-w.eg[i], r); // now the gradient of K h
+            scaled(c.beta[i], r, gv.row_mut(i, dv));
+            scale(-w.eg[i] * c.beta[i], r); // now the gradient of K h
         }
-        gemm(n, dk, dv, F::ONE, &self.dr, dv, 1, &self.ht, dk, F::ONE, gk, dk);
-        gemm(dk, dv, n, F::ONE, k, 1, dk, &self.dr, dv, F::ONE, dh, dv);
+        nn([n, dk, dv], one, &self.dr, &self.ht, one, gk);
+        tn([dk, dv, n], one, k, &self.dr, one, dh);
 
         // through M = β_i (K Kᵀ)_ij D_ij
         w.kk(d, c);
-        self.dd[..n * n].copy_from_slice(&self.dm[..n * n]);
-        mul_all(&w.m[..n * n], &mut self.dd[..n * n]);
         for i in 0..n {
-            gb[i] += self.dd[i * n..(i + 1) * n].iter().copied().sum();
-            scale(c.beta[i], &mut self.dm[i * n..(i + 1) * n]);
+            gb[i] += dot(self.dm.row(i, i), w.m.row(i, i));
+            scale(c.beta[i], self.dm.row_mut(i, i + 1));
         }
         if d.decay {
-            decay_grad(&self.dm, &w.m, n, gg);
-            decay_lower(&mut self.dm, &c.g, n, false);
+            decay_grad(&self.dm.x, &w.m.x, w.m.ld, gg, &mut self.sums);
         }
-        gemm(n, dk, n, F::ONE, &self.dm, n, 1, k, dk, F::ONE, gk, dk);
-        gemm(n, dk, n, F::ONE, &self.dm, 1, n, k, dk, F::ONE, gk, dk);
+        Work::mask(d, &w.ratios, &mut self.dm, n, false);
+        lower(n, dk, one, &self.dm, k, one, gk);
+        lower_t(n, dk, one, &self.dm, k, one, gk);
     }
 }

@@ -290,34 +290,3 @@ fn bad_inputs_are_errors() {
     fails(gated_sdpa(&x(&[2, 4, 4, 8]), &x(&[2, 4, 2, 8]), &x(&[2, 4, 2, 8]), None, Some(&i(&[0, 4])), a), "B = 1");
     fails(attention_pattern(&q, &x(&[1, 4, 2, 7]), None, a), "k must have shape");
 }
-
-/// `cargo test --release -p tidegate-ops gated_sdpa::tests::speed -- --ignored --nocapture`
-#[test]
-#[ignore = "a measurement"]
-fn speed() {
-    for (b, h, hkv, t, d) in [(1, 8, 8, 2048, 64), (4, 4, 2, 512, 64), (1, 8, 2, 4096, 128)] {
-        let c = Case::new(sizes(b, [t, t], [h, hkv], [d, d]), causal(None), gate(0));
-        let x = c.leaves(DType::F32);
-        let grad: Vec<Tensor> = x.iter().map(|x| x.detach().requires_grad()).collect();
-        let dy = Tensor::ones(&[b, t, h, d], DType::F32, &Device::cpu()).unwrap();
-        let best = |f: &dyn Fn()| {
-            (0..7)
-                .map(|_| {
-                    let t = std::time::Instant::now();
-                    f();
-                    t.elapsed().as_secs_f64()
-                })
-                .fold(f64::INFINITY, f64::min)
-        };
-        let fwd = best(&|| drop(c.run(&x).unwrap()));
-        let both = best(&|| drop(c.run(&grad).unwrap().backward_with(&dy).unwrap()));
-        let flop = 2.0 * (b * h * t * t * d) as f64;
-        println!(
-            "B{b} H{h}/{hkv} T{t} D{d}: fwd {:.1} ms ({:.0} GF/s)  fwd+bwd {:.1} ms ({:.0} GF/s)",
-            fwd * 1e3,
-            flop / fwd / 1e9,
-            both * 1e3,
-            3.5 * flop / both / 1e9
-        );
-    }
-}

@@ -4,7 +4,7 @@
 //! logits again in the backward would cost a third more.
 
 use engine::cpu::gemm::gemm;
-use engine::cpu::simd::Real;
+use engine::cpu::simd::{Real, max, sum};
 use engine::cpu::{Inputs, Outputs, scratch};
 use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch_real, grad_enabled, no_grad, run, vectorized};
 use rayon::prelude::*;
@@ -69,18 +69,10 @@ cpu_kernel!(LinearCrossEntropy => |op, x, y| dispatch_real!(x.dtype(0), |F| kern
 vectorized! {
     /// Turns a row of logits into its loss, and into (softmax − onehot) · s if a gradient is wanted.
     fn loss_row[F: Real](z: &mut [F], target: usize, s: F, grad: bool) -> F {
-        let mut top = [F::NEG_INFINITY; 16];
-        let (body, tail) = z.as_chunks::<16>();
-        for c in body { for (a, x) in top.iter_mut().zip(c) { *a = a.max(*x) } }
-        for (a, x) in top.iter_mut().zip(tail) { *a = a.max(*x) }
-        let m = top.iter().fold(F::NEG_INFINITY, |m, x| m.max(*x));
+        let m = max(z);
         let hit = z[target];
         for z in z.iter_mut() { *z = (*z - m).exp() }
-        let mut acc = [F::ZERO; 16];
-        let (body, tail) = z.as_chunks::<16>();
-        for c in body { for (a, x) in acc.iter_mut().zip(c) { *a += *x } }
-        for (a, x) in acc.iter_mut().zip(tail) { *a += *x }
-        let sum: F = acc.iter().copied().sum();
+        let sum = sum(z);
         if grad {
             let r = s / sum;
             for z in z.iter_mut() { *z *= r }

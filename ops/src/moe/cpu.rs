@@ -2,7 +2,7 @@
 
 use super::{Moe, MoeBackward, sizes};
 use engine::cpu::gemm::gemm;
-use engine::cpu::simd::Real;
+use engine::cpu::simd::{Real, dot};
 use engine::cpu::{Inputs, Outputs, Scratch, scratch};
 use engine::{Result, cpu_kernel, dispatch_real, vectorized};
 use rayon::prelude::*;
@@ -51,14 +51,12 @@ vectorized! {
         }
     }
     fn axpy[F: Real](s: F, x: &[F], y: &mut [F]) { for (y, x) in y.iter_mut().zip(x) { *y = s.mul_add(*x, *y) } }
-    fn scale[F: Real](s: F, x: &mut [F]) { for x in x.iter_mut() { *x *= s } }
-    fn dot[F: Real](a: &[F], b: &[F]) -> F {
-        let mut acc = [F::ZERO; 16];
-        let (ca, ta) = a.as_chunks::<16>();
-        let (cb, tb) = b.as_chunks::<16>();
-        for (x, y) in ca.iter().zip(cb) { for i in 0..16 { acc[i] = x[i].mul_add(y[i], acc[i]) } }
-        for (i, (x, y)) in ta.iter().zip(tb).enumerate() { acc[i] = x.mul_add(*y, acc[i]) }
-        acc.iter().copied().sum()
+    /// <a, b>; then a and c are scaled by s.
+    fn weigh[F: Real](s: F, a: &mut [F], b: &[F], c: &mut [F]) -> F {
+        let inner = dot(a, b);
+        for a in a.iter_mut() { *a *= s }
+        for c in c.iter_mut() { *c *= s }
+        inner
     }
 }
 
@@ -200,9 +198,7 @@ fn backward<F: Real>(op: &MoeBackward, x: &Inputs, y: &mut Outputs) -> Result<()
         for (j, p) in run.clone().enumerate() {
             let w = r.weight[r.order[p]];
             // <dy, act downᵀ> = <dy down, act>: the expert's output is not needed
-            dwt[j] = dot(&dact[j * i..(j + 1) * i], &act[j * i..(j + 1) * i]);
-            scale(w, &mut dact[j * i..(j + 1) * i]);
-            scale(w, &mut ge[j * h..(j + 1) * h]);
+            dwt[j] = weigh(w, &mut dact[j * i..(j + 1) * i], &act[j * i..(j + 1) * i], &mut ge[j * h..(j + 1) * h]);
         }
         gemm(h, i, n, F::ONE, &ge, (1, h), &act, (i, 1), F::ZERO, dw2, i);
         swiglu_back(gu, &dact, i, &mut dgu);

@@ -2,7 +2,7 @@
 
 use super::{NormGate, RmsNorm, RmsNormBackward};
 use crate::rows::Rows;
-use engine::cpu::simd::Real;
+use engine::cpu::simd::{Real, dot};
 use engine::cpu::{Inputs, Outputs};
 use engine::{Result, cpu_kernel, dispatch_real, vectorized};
 use rayon::prelude::*;
@@ -12,22 +12,6 @@ const BLOCK: usize = 16 * 1024;
 
 cpu_kernel!(RmsNorm => |op, x, y| dispatch_real!(x.dtype(0), |F| forward::<F>(op, x, y)));
 cpu_kernel!(RmsNormBackward => |op, x, y| dispatch_real!(x.dtype(0), |F| backward::<F>(op, x, y)));
-
-#[inline(always)]
-fn dot<F: Real>(a: &[F], b: &[F]) -> F {
-    let mut acc = [F::ZERO; 16];
-    let (ca, ta) = a.as_chunks::<16>();
-    let (cb, tb) = b.as_chunks::<16>();
-    for (x, y) in ca.iter().zip(cb) {
-        for i in 0..16 {
-            acc[i] = x[i].mul_add(y[i], acc[i]);
-        }
-    }
-    for (i, (x, y)) in ta.iter().zip(tb).enumerate() {
-        acc[i] = x.mul_add(*y, acc[i]);
-    }
-    acc.iter().copied().sum()
-}
 
 vectorized! {
     fn add_row[F: Real](a: &[F], b: &[F], y: &mut [F]) {

@@ -7,12 +7,16 @@
 //! number of runs depends on shapes alone, so the result doesn't depend on threads, and the memory for them is linear in T.
 
 use super::{
-    Gating, Problem, gate,
+    Gating, PAD, Problem, gate,
     mask::{Bands, Tile},
-    view::{Rows, View, pad16, transpose},
+    view::{View, pad16},
 };
+use crate::rows::Shared;
 use engine::{
-    cpu::{simd::Real, tile::gemm},
+    cpu::{
+        simd::{Real, dot},
+        tile::{gemm, transpose},
+    },
     vectorized,
 };
 use rayon::prelude::*;
@@ -79,8 +83,8 @@ pub fn backward<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, v: View, 
     let group = p.h / p.hkv;
     let times = (COLS / group).clamp(1, p.t);
     let runs = runs(p, bands, times);
-    let dq = Rows::new(dq);
-    let dgate = dgate.map(Rows::new);
+    let dq = Shared::new(dq);
+    let dgate = dgate.map(Shared::new);
     let partials: Vec<Partial<F>> = (0..p.b * p.hkv * runs.len())
         .into_par_iter()
         .with_max_len(1)
@@ -142,8 +146,8 @@ fn task_backward<F: Real>(
     (q, k, v): (View, View, View),
     gating: Option<Gating>,
     saved: Saved<F>,
-    dq: &Rows<F>,
-    dgate: Option<&Rows<F>>,
+    dq: &Shared<F>,
+    dgate: Option<&Shared<F>>,
 ) -> Partial<F> {
     let (d, dv, group) = (p.d, p.dv, p.h / p.hkv);
     let mut tiles: Vec<Queries<F>> =
@@ -151,17 +155,17 @@ fn task_backward<F: Real>(
 
     let (lo, hi) = bands.keys(run.0 * times, (run.1 * times).min(p.t));
     let mut out = Partial { k0: lo, k1: hi, dk: vec![F::ZERO; (hi - lo) * d], dv: vec![F::ZERO; (hi - lo) * dv] };
-    let ld = pad16(times * group) + 16; // rows a power of two apart would share cache sets
+    let ld = pad16(times * group) + PAD;
     let (mut s, mut ds) = (vec![F::ZERO; KEYS * ld], vec![F::ZERO; KEYS * ld]);
-    let ldk = d + 16;
-    let (mut kt, mut vt) = (vec![F::ZERO; KEYS * ldk], vec![F::ZERO; KEYS * dv]);
+    let (ldk, ldv) = (d + PAD, dv + PAD);
+    let (mut kt, mut vt) = (vec![F::ZERO; KEYS * ldk], vec![F::ZERO; KEYS * ldv]);
     let mut mask = Tile::default();
     for k0 in (lo..hi).step_by(KEYS) {
         let k1 = (k0 + KEYS).min(hi);
         let keys = k1 - k0;
         for j in 0..keys {
             k.row([b, k0 + j, hk], F::ONE, &mut kt[j * ldk..j * ldk + d]);
-            v.row([b, k0 + j, hk], F::ONE, &mut vt[j * dv..(j + 1) * dv]);
+            v.row([b, k0 + j, hk], F::ONE, &mut vt[j * ldv..j * ldv + dv]);
         }
         let dkt = &mut out.dk[(k0 - lo) * d..(k1 - lo) * d];
         let dvt = &mut out.dv[(k0 - lo) * dv..(k1 - lo) * dv];
@@ -171,10 +175,11 @@ fn task_backward<F: Real>(
             }
             let cols = (x.t1 - x.t0) * group;
             let width = pad16(cols);
+            let ldt = width + PAD;
             mask.by_key(keys, width, |j0, j1, a, b| {
                 let at = j0 * ld + a;
-                gemm(j1 - j0, b - a, d, F::ONE, &kt[j0 * ldk..], ldk, 1, &x.qt[a..], width, F::ZERO, &mut s[at..], ld);
-                gemm(j1 - j0, b - a, dv, F::ONE, &vt[j0 * dv..], dv, 1, &x.dut[a..], width, F::ZERO, &mut ds[at..], ld);
+                gemm(j1 - j0, b - a, d, F::ONE, &kt[j0 * ldk..], ldk, 1, &x.qt[a..], ldt, F::ZERO, &mut s[at..], ld);
+                gemm(j1 - j0, b - a, dv, F::ONE, &vt[j0 * ldv..], ldv, 1, &x.dut[a..], ldt, F::ZERO, &mut ds[at..], ld);
             });
             if mask.full {
                 score_grads_full(keys, width, ld, &mut s, &mut ds, &x.lse, &x.delta);
@@ -183,8 +188,8 @@ fn task_backward<F: Real>(
             }
             mask.by_key(keys, cols, |j0, j1, a, b| {
                 let at = j0 * ld + a;
-                gemm(j1 - j0, dv, b - a, F::ONE, &s[at..], ld, 1, &x.du[a * dv..], dv, F::ONE, &mut dvt[j0 * dv..], dv);
-                gemm(j1 - j0, d, b - a, F::ONE, &ds[at..], ld, 1, &x.q[a * d..], d, F::ONE, &mut dkt[j0 * d..], d);
+                gemm(j1 - j0, dv, b - a, F::ONE, &s[at..], ld, 1, &x.du[a * ldv..], ldv, F::ONE, &mut dvt[j0 * dv..], dv);
+                gemm(j1 - j0, d, b - a, F::ONE, &ds[at..], ld, 1, &x.q[a * ldk..], ldk, F::ONE, &mut dkt[j0 * d..], d);
             });
             mask.by_col(keys, cols, |c0, c1, a, b| {
                 gemm(c1 - c0, d, b - a, F::ONE, &ds[a * ld + c0..], 1, ld, &kt[a * ldk..], ldk, F::ONE, &mut x.dq[c0 * d..], d)
@@ -197,7 +202,7 @@ fn task_backward<F: Real>(
         for (c, row) in x.dq.chunks_exact(d).enumerate() {
             let at = (b * p.t + x.t0 + c / group) * p.h + hk * group + c % group;
             // SAFETY: the row (b, t, h) belongs to this task alone.
-            unsafe { dq.row(at * d, d) }.iter_mut().zip(row).for_each(|(y, x)| *y = scale * *x);
+            unsafe { dq.slice(at * d, d) }.iter_mut().zip(row).for_each(|(y, x)| *y = scale * *x);
         }
     }
     out
@@ -211,19 +216,20 @@ fn load<F: Real>(
     q: View,
     gating: Option<Gating>,
     saved: Saved<F>,
-    dgate: Option<&Rows<F>>,
+    dgate: Option<&Shared<F>>,
 ) -> Queries<F> {
     let (d, dv, group) = (p.d, p.dv, p.h / p.hkv);
+    let (ldq, ldu) = (d + PAD, dv + PAD);
     let cols = (t1 - t0) * group;
     let width = pad16(cols);
     let zeros = |n| vec![F::ZERO; n];
     let mut x = Queries {
         t0,
         t1,
-        q: zeros(cols * d),
-        qt: zeros(d * width),
-        du: zeros(cols * dv),
-        dut: zeros(dv * width),
+        q: zeros(cols * ldq),
+        qt: zeros(d * (width + PAD)),
+        du: zeros(cols * ldu),
+        dut: zeros(dv * (width + PAD)),
         dq: zeros(cols * d),
         lse: zeros(width),
         delta: zeros(width),
@@ -233,25 +239,27 @@ fn load<F: Real>(
     for c in 0..cols {
         let at = [b, t0 + c / group, hk * group + c % group];
         let flat = (at[0] * p.t + at[1]) * p.h + at[2];
-        q.row(at, F::from_f64(p.scale), &mut x.q[c * d..(c + 1) * d]);
-        let du = &mut x.du[c * dv..(c + 1) * dv];
+        q.row(at, F::from_f64(p.scale), &mut x.q[c * ldq..c * ldq + d]);
+        let du = &mut x.du[c * ldu..c * ldu + dv];
         saved.dy.row(at, F::ONE, du);
         saved.u.row(at, F::ONE, &mut u);
         if let (Some(gating), Some(dgate)) = (gating, dgate) {
             gating.logits.row(at, F::ONE, &mut g);
             // SAFETY: the row (b, t, h) belongs to this task alone.
-            let dg = unsafe { dgate.row(flat * glen, glen) };
+            let dg = unsafe { dgate.slice(flat * glen, glen) };
             gate::apply_backward(gating.gate, &g, &u, &mut act, du, dg);
         }
-        x.delta[c] = gate::dot(du, &u);
+        x.delta[c] = inner(du, &u);
         x.lse[c] = saved.lse[flat];
     }
-    transpose(cols, d, &x.q, &mut x.qt, width);
-    transpose(cols, dv, &x.du, &mut x.dut, width);
+    transpose(cols, d, &x.q, ldq, &mut x.qt, width + PAD);
+    transpose(cols, dv, &x.du, ldu, &mut x.dut, width + PAD);
     x
 }
 
 vectorized! {
+    fn inner[F: Real](a: &[F], b: &[F]) -> F { dot(a, b) }
+
     /// From scores in `s` and `du·Vᵀ` in `ds`: `s := P = exp(s − lse)`, `ds := P ⊙ (ds − delta)`.
     fn score_grads_full[F: Real](keys: usize, width: usize, ld: usize, s: &mut [F], ds: &mut [F], lse: &[F], delta: &[F]) {
         for j in 0..keys {

@@ -5,12 +5,17 @@
 //! key/value head stand side by side as columns of the same tile.
 
 use super::{
-    Gating, Problem, gate,
+    Gating, PAD, Problem, gate,
     mask::{Bands, Tile},
-    view::{Rows, View, pad16, transpose},
+    view::{View, pad16},
 };
+use crate::rows::Shared;
 use engine::{
-    cpu::{simd::Real, tile::gemm},
+    cpu::{
+        Scratch, scratch,
+        simd::Real,
+        tile::{gemm, transpose},
+    },
     vectorized,
 };
 use rayon::prelude::*;
@@ -37,12 +42,12 @@ pub fn forward<F: Real>(
         return lse.fill(F::NEG_INFINITY);
     }
     let group = p.h / p.hkv;
-    let (ldk, ldv) = (p.d + 16, p.dv + 16); // rows a power of two apart would share cache sets
+    let (ldk, ldv) = (p.d + PAD, p.dv + PAD);
     let packed_k = pack::<F>(p, k, p.d, ldk);
     let packed_v = pack::<F>(p, v, p.dv, ldv);
     let times = (COLS / group).clamp(1, p.t);
     let tiles = p.t.div_ceil(times);
-    let (o, lse, u) = (Rows::new(o), Rows::new(lse), u.map(Rows::new));
+    let (o, lse, u) = (Shared::new(o), Shared::new(lse), u.map(Shared::new));
     (0..p.b * p.hkv * tiles).into_par_iter().with_max_len(1).for_each(|task| {
         // the last tiles see most keys under a causal mask: they start first
         let (bh, tile) = (task / tiles, tiles - 1 - task % tiles);
@@ -50,14 +55,14 @@ pub fn forward<F: Real>(
         let (t0, t1) = (tile * times, (tile * times + times).min(p.t));
         let cols = (t1 - t0) * group;
         let width = pad16(cols);
-        let ld = width + 16; // rows a power of two apart would share cache sets
+        let ld = width + PAD;
 
         let mut qrow = vec![F::ZERO; cols * p.d];
         for (c, row) in qrow.chunks_exact_mut(p.d).enumerate() {
             q.row([b, t0 + c / group, hk * group + c % group], F::from_f64(p.scale), row);
         }
-        let mut qt = vec![F::ZERO; p.d * width];
-        transpose(cols, p.d, &qrow, &mut qt, width);
+        let mut qt = vec![F::ZERO; p.d * ld];
+        transpose(cols, p.d, &qrow, p.d, &mut qt, ld);
 
         let mut s = vec![F::ZERO; KEYS * ld];
         let mut acc = vec![F::ZERO; cols * p.dv];
@@ -72,7 +77,7 @@ pub fn forward<F: Real>(
             let kt = &packed_k[(bh * p.s + k0) * ldk..];
             let vt = &packed_v[(bh * p.s + k0) * ldv..];
             mask.by_key(k1 - k0, width, |j0, j1, a, b| {
-                gemm(j1 - j0, b - a, p.d, F::ONE, &kt[j0 * ldk..], ldk, 1, &qt[a..], width, F::ZERO, &mut s[j0 * ld + a..], ld)
+                gemm(j1 - j0, b - a, p.d, F::ONE, &kt[j0 * ldk..], ldk, 1, &qt[a..], ld, F::ZERO, &mut s[j0 * ld + a..], ld)
             });
             if mask.full {
                 softmax_full(&mut s, ld, k1 - k0, &mut max, &mut sum, &mut alpha);
@@ -93,7 +98,7 @@ pub fn forward<F: Real>(
             let inv = F::ONE / sum[c];
             x.iter_mut().for_each(|x| *x *= inv);
             // SAFETY: the row (b, t, h) belongs to this task alone.
-            let (out, l) = unsafe { (o.row(at * p.dv, p.dv), lse.row(at, 1)) };
+            let (out, l) = unsafe { (o.slice(at * p.dv, p.dv), lse.slice(at, 1)) };
             l[0] = max[c] + sum[c].ln();
             match &gating {
                 Some(g) => {
@@ -101,7 +106,7 @@ pub fn forward<F: Real>(
                     gate::apply(g.gate, &grow, x, &mut act, out);
                     if let Some(u) = &u {
                         // SAFETY: as above.
-                        unsafe { u.row(at * p.dv, p.dv) }.copy_from_slice(x);
+                        unsafe { u.slice(at * p.dv, p.dv) }.copy_from_slice(x);
                     }
                 }
                 None => out.copy_from_slice(x),
@@ -111,8 +116,8 @@ pub fn forward<F: Real>(
 }
 
 /// `[B, S, Hkv, D]` to `[B, Hkv, S, ld]`, dense per head.
-pub fn pack<F: Real>(p: &Problem, x: View, d: usize, ld: usize) -> Vec<F> {
-    let mut out = vec![F::ZERO; p.b * p.hkv * p.s * ld];
+pub fn pack<F: Real>(p: &Problem, x: View, d: usize, ld: usize) -> Scratch<F> {
+    let mut out = scratch(p.b * p.hkv * p.s * ld);
     out.par_chunks_mut((ld * KEYS).max(1)).enumerate().for_each(|(i, chunk)| {
         for (j, row) in chunk.chunks_exact_mut(ld).enumerate() {
             let at = i * KEYS + j;

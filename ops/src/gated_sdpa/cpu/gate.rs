@@ -1,7 +1,10 @@
 //! The gate's activation and its derivative, over rows.
 
 use super::super::{Activation, Gate};
-use engine::{cpu::simd::Real, vectorized};
+use engine::{
+    cpu::simd::{Real, dot, sum},
+    vectorized,
+};
 
 vectorized! {
     /// `y = act(x)`; `x` and `y` have the same length.
@@ -43,7 +46,7 @@ vectorized! {
         slope(gate.activation, g, act);
         match (g.len() == 1, gate.additive) {
             (true, false) => dg[0] = act[0] * dot(du, u),
-            (true, true) => dg[0] = act[0] * du.iter().copied().sum(),
+            (true, true) => dg[0] = act[0] * sum(du),
             (false, false) => for i in 0..u.len() { dg[i] = act[i] * du[i] * u[i] },
             (false, true) => for i in 0..u.len() { dg[i] = act[i] * du[i] },
         }
@@ -52,18 +55,4 @@ vectorized! {
             if g.len() == 1 { du.iter_mut().for_each(|d| *d *= act[0]) } else { du.iter_mut().zip(act).for_each(|(d, a)| *d *= *a) }
         }
     }
-}
-
-/// The inner product, in sixteen lanes.
-#[inline(always)]
-pub fn dot<F: Real>(a: &[F], b: &[F]) -> F {
-    let mut lanes = [F::ZERO; 16];
-    let (ca, cb) = (a.chunks_exact(16), b.chunks_exact(16));
-    let tail = ca.remainder().iter().zip(cb.remainder()).fold(F::ZERO, |s, (a, b)| a.mul_add(*b, s));
-    for (a, b) in ca.zip(cb) {
-        for i in 0..16 {
-            lanes[i] = a[i].mul_add(b[i], lanes[i]);
-        }
-    }
-    lanes.iter().fold(tail, |s, x| s + *x)
 }

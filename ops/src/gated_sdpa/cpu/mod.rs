@@ -3,7 +3,6 @@
 mod backward;
 mod forward;
 mod gate;
-
 mod mask;
 mod pattern;
 mod view;
@@ -19,6 +18,9 @@ use view::{Data, View};
 engine::cpu_kernel!(GatedSdpa => run_forward);
 engine::cpu_kernel!(GatedSdpaBackward => run_backward);
 engine::cpu_kernel!(AttentionPattern => run_pattern);
+
+/// Elements between the rows of a tile beyond their length: rows a power of two apart would share cache sets.
+const PAD: usize = 16;
 
 /// Sizes and mask of one call.
 #[derive(Clone, Copy, Debug)]
