@@ -160,6 +160,16 @@ pub fn scratch<F: Real>(n: usize) -> Scratch<F> {
     Scratch { block: Some(block), len: n, _t: PhantomData }
 }
 
+/// Like [`scratch`], filled with zeros.
+///
+/// # Panics
+/// As [`scratch`].
+pub fn scratch_zeros<F: Real>(n: usize) -> Scratch<F> {
+    let mut s = scratch(n);
+    s.fill(F::ZERO);
+    s
+}
+
 impl<F: Real> Deref for Scratch<F> {
     type Target = [F];
     #[inline]

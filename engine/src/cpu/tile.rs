@@ -51,7 +51,8 @@ vectorized! {
         for i in (0..rows).step_by(4) {
             for j in (0..cols).step_by(4) {
                 if i + 4 <= rows && j + 4 <= cols {
-                    let [a, b, c, d] = [0, 1, 2, 3].map(|r| &x[(i + r) * ldx + j..][..4]);
+                    let at = i * ldx + j;
+                    let (a, b, c, d) = (&x[at..][..4], &x[at + ldx..][..4], &x[at + 2 * ldx..][..4], &x[at + 3 * ldx..][..4]);
                     for k in 0..4 { y[(j + k) * ldy + i..][..4].copy_from_slice(&[a[k], b[k], c[k], d[k]]) }
                 } else {
                     for r in i..rows.min(i + 4) { for c in j..cols.min(j + 4) { y[c * ldy + r] = x[r * ldx + c] } }

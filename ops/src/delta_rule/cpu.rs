@@ -3,7 +3,7 @@
 use super::kernel::{BackWork, Chunk, ChunkGrad, Dims, Mat, Values, Work};
 use super::{CHUNK, DeltaRule, DeltaRuleBackward, L2_EPS, sizes};
 use crate::rows::{Rows, Shared};
-use engine::cpu::simd::{Real, dot};
+use engine::cpu::simd::{Real, dot, prefetch};
 use engine::cpu::{Inputs, Outputs, scratch};
 use engine::{Result, cpu_kernel, dispatch_real, vectorized};
 use rayon::prelude::*;
@@ -102,6 +102,14 @@ impl<'a, F: Real> Source<'a, F> {
             out.beta.push(col(&self.beta, r).unwrap_or(F::ONE));
         }
     }
+    /// Asks for the rows of a chunk while another is computed: they lie heads apart, further than the hardware looks ahead.
+    fn prefetch(&self, s: usize, h: usize, i: usize) {
+        let (at, n) = self.place(s, i);
+        for (i, d) in [self.dims.dk, self.dims.dk, self.dims.dv].into_iter().enumerate() {
+            let (heads, head) = if i < 2 { (self.hk, h / (self.hv / self.hk)) } else { (self.hv, h) };
+            (at..at + n).for_each(|r| prefetch(&self.x[i][self.rows[i].at(r * heads + head)..][..d]));
+        }
+    }
     fn initial(&self, s: usize, h: usize) -> Mat<F> {
         let d = self.dims;
         let state = self.state.as_ref().map(|x| &x[(s * self.hv + h) * d.dk * d.dv..]);
@@ -138,8 +146,12 @@ fn forward<F: Real>(op: &DeltaRule, x: &Inputs, y: &mut Outputs) -> Result<()> {
         let mut h = s.initial(seq, head);
         let (mut w, mut c, mut x, mut norms) = (Work::new(d), s.empty(), Values::new(d), vec![]);
         let (mut a, mut out) = (Mat::new(CHUNK, CHUNK), Mat::new(CHUNK, d.dv));
-        for i in 0..s.seqs[seq].1.div_ceil(CHUNK) {
+        let chunks = s.seqs[seq].1.div_ceil(CHUNK);
+        for i in 0..chunks {
             s.chunk(seq, head, i, &mut c, &mut norms);
+            if i + 1 < chunks {
+                s.prefetch(seq, head, i + 1);
+            }
             let (at, n) = s.place(seq, i);
             w.open(d, &c);
             if d.erase {
@@ -151,8 +163,9 @@ fn forward<F: Real>(op: &DeltaRule, x: &Inputs, y: &mut Outputs) -> Result<()> {
                     row[n..].fill(F::ZERO);
                 }
             }
-            w.values(d, &c, &a, &h, &mut x);
-            w.output(d, &c, &h, &x.v, &mut out);
+            let before = (i > 0 || s.state.is_some()).then_some(&h);
+            w.values(d, &c, &a, before, &mut x);
+            w.output(d, &c, before, &x.v, &mut out);
             store(&out, n, at, hv, head, d.dv, &o);
             w.advance(d, &c, &x.v, &mut h);
         }
@@ -179,7 +192,7 @@ fn backward<F: Real>(op: &DeltaRuleBackward, x: &Inputs, y: &mut Outputs) -> Res
     let [out_g, out_b, out_s] = [&mut gg, &mut gb, &mut gs].map(|o| o.as_mut().map(|o| Shared::new(o)));
     s.tasks().into_par_iter().for_each(|(seq, head)| {
         let chunks = s.seqs[seq].1.div_ceil(CHUNK);
-        let (mut w, mut bw, mut c, mut norms) = (Work::new(d), BackWork::new(d), s.empty(), vec![]);
+        let (mut w, mut bw) = (Work::new(d), BackWork::new(d));
         let read = |src: &[F], width: usize, i: usize, cols: usize, out: &mut Mat<F>| {
             let (at, n) = s.place(seq, i);
             (0..n).for_each(|r| out.row_mut(r, cols).copy_from_slice(&src[((at + r) * hv + head) * width..][..cols]));
@@ -189,32 +202,42 @@ fn backward<F: Real>(op: &DeltaRuleBackward, x: &Inputs, y: &mut Outputs) -> Res
         let mut h = s.initial(seq, head);
         let mut kept = Vec::with_capacity(chunks);
         for i in 0..chunks {
+            let (mut c, mut norms, mut x) = (s.empty(), vec![], Values::new(d));
             s.chunk(seq, head, i, &mut c, &mut norms);
+            if i + 1 < chunks {
+                s.prefetch(seq, head, i + 1);
+            }
             if d.erase {
                 read(factor, CHUNK, i, c.n, &mut a);
             }
-            let mut x = Values::new(d);
             w.decays(&c);
-            w.values(d, &c, &a, &h, &mut x);
+            w.values(d, &c, &a, (i > 0 || s.state.is_some()).then_some(&h), &mut x);
             let mut before = Mat::new(d.dk, d.dv);
             before.copy(&h);
             if i + 1 < chunks {
                 w.advance(d, &c, &x.v, &mut h);
             }
-            kept.push((before, x));
+            kept.push((c, norms, before, x));
         }
         let d_last = d_last.map(|x| &x[(seq * hv + head) * d.dk * d.dv..]);
         let mut dh = load(d.dk, d.dv, |i| d_last.map(|x| &x[i * d.dv..]));
         let mut grad = ChunkGrad { q: Mat::new(CHUNK, d.dk), k: Mat::new(CHUNK, d.dk), v: Mat::new(CHUNK, d.dv), g: vec![], beta: vec![] };
-        for (i, (before, x)) in kept.into_iter().enumerate().rev() {
-            if i + 1 < chunks {
-                s.chunk(seq, head, i, &mut c, &mut norms);
-                if d.erase {
-                    read(factor, CHUNK, i, c.n, &mut a);
-                }
+        for (i, (c, norms, before, x)) in kept.into_iter().enumerate().rev() {
+            if d.erase && i + 1 < chunks {
+                read(factor, CHUNK, i, c.n, &mut a);
             }
             read(&d_o, d.dv, i, d.dv, &mut go);
-            bw.chunk(&mut w, d, &c, &a, &before, &x, &go, &mut dh, &mut grad);
+            if i > 0 {
+                let (at, n) = s.place(seq, i - 1);
+                for r in at..at + n {
+                    prefetch(&d_o[(r * hv + head) * d.dv..][..d.dv]);
+                    if d.erase {
+                        prefetch(&factor[(r * hv + head) * CHUNK..][..CHUNK]);
+                    }
+                }
+            }
+            let sides = [i + 1 < chunks || d_last.is_some(), i > 0 || s.state.is_some()];
+            bw.chunk(&mut w, d, &c, &a, sides[1].then_some(&before), &x, &go, &mut dh, sides, &mut grad);
             let (at, n) = s.place(seq, i);
             for (j, (y, g)) in [(&c.q, &grad.q), (&c.k, &grad.k)].into_iter().enumerate() {
                 if !s.l2 {

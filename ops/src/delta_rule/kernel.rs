@@ -246,7 +246,9 @@ impl<F: Real> Work<F> {
         }
     }
     /// V' from the state before the chunk; after [`Work::decays`].
-    pub fn values(&mut self, d: Dims<F>, c: &Chunk<F>, a: &Mat<F>, h: &Mat<F>, out: &mut Values<F>) {
+    ///
+    /// A state of `None` is zero here and in what follows: a sequence's first chunk is spared half of its products.
+    pub fn values(&mut self, d: Dims<F>, c: &Chunk<F>, a: &Mat<F>, h: Option<&Mat<F>>, out: &mut Values<F>) {
         let (n, dv) = (c.n, d.dv);
         if !d.erase {
             for i in 0..n {
@@ -254,21 +256,28 @@ impl<F: Real> Work<F> {
             }
             return;
         }
-        nn([n, dv, d.dk], F::ONE, &c.k, h, F::ZERO, &mut out.kh);
+        if let Some(h) = h {
+            nn([n, dv, d.dk], F::ONE, &c.k, h, F::ZERO, &mut out.kh);
+        }
         for i in 0..n {
-            residual(c.v.row(i, dv), out.kh.row(i, dv), self.eg[i], c.beta[i], self.r.row_mut(i, dv));
+            match h {
+                Some(_) => residual(c.v.row(i, dv), out.kh.row(i, dv), self.eg[i], c.beta[i], self.r.row_mut(i, dv)),
+                None => scaled(c.beta[i], c.v.row(i, dv), self.r.row_mut(i, dv)),
+            }
         }
         lower(n, dv, F::ONE, a, &self.r, F::ZERO, &mut out.v);
     }
     /// The output of a chunk; after [`Work::open`].
-    pub fn output(&mut self, d: Dims<F>, c: &Chunk<F>, h: &Mat<F>, v_new: &Mat<F>, o: &mut Mat<F>) {
+    pub fn output(&mut self, d: Dims<F>, c: &Chunk<F>, h: Option<&Mat<F>>, v_new: &Mat<F>, o: &mut Mat<F>) {
         let n = c.n;
         self.qk(d, c);
-        for i in 0..n {
-            scaled(self.eg[i], c.q.row(i, d.dk), self.scaled.row_mut(i, d.dk));
+        if let Some(h) = h {
+            for i in 0..n {
+                scaled(self.eg[i], c.q.row(i, d.dk), self.scaled.row_mut(i, d.dk));
+            }
+            nn([n, d.dv, d.dk], d.scale, &self.scaled, h, F::ZERO, o);
         }
-        nn([n, d.dv, d.dk], d.scale, &self.scaled, h, F::ZERO, o);
-        lower(n, d.dv, d.scale, &self.p, v_new, F::ONE, o);
+        lower(n, d.dv, d.scale, &self.p, v_new, if h.is_some() { F::ONE } else { F::ZERO }, o);
     }
     /// The state after a chunk, in place; after [`Work::decays`].
     pub fn advance(&mut self, d: Dims<F>, c: &Chunk<F>, v_new: &Mat<F>, h: &mut Mat<F>) {
@@ -316,6 +325,7 @@ impl<F: Real> BackWork<F> {
     }
 
     /// Gradients of a chunk from `d_o [n, dv]` and `dh` (gradient of the state after it, turned into that of the state before it, `h`).
+    /// `after`: whether dh is more than zeros; `before`: whether its new value is asked for.
     /// `w` is scratch; the formulas follow from the module's head, the chunk's forward being computed again from `h`, `a` and `x`.
     pub fn chunk(
         &mut self,
@@ -323,10 +333,11 @@ impl<F: Real> BackWork<F> {
         d: Dims<F>,
         c: &Chunk<F>,
         a: &Mat<F>,
-        h: &Mat<F>,
+        h: Option<&Mat<F>>,
         x: &Values<F>,
         d_o: &Mat<F>,
         dh: &mut Mat<F>,
+        [after, before]: [bool; 2],
         out: &mut ChunkGrad<F>,
     ) {
         let (n, dk, dv, last) = (c.n, d.dk, d.dv, c.n - 1);
@@ -341,10 +352,12 @@ impl<F: Real> BackWork<F> {
 
         // dV' = scale Pᵀ dO + (e^{g_last − g} K) dh
         lower_t(n, dv, d.scale, &w.p, d_o, zero, &mut self.dv_new);
-        for i in 0..n {
-            scaled(w.tail[i], k.row(i, dk), w.scaled.row_mut(i, dk));
+        if after {
+            for i in 0..n {
+                scaled(w.tail[i], k.row(i, dk), w.scaled.row_mut(i, dk));
+            }
+            nn([n, dv, dk], one, &w.scaled, dh, one, &mut self.dv_new);
         }
-        nn([n, dv, dk], one, &w.scaled, dh, one, &mut self.dv_new);
 
         // through P: dP = scale dO V'ᵀ ⊙ D; P already holds D, so that dP ⊙ P before the mask is D's gradient times D
         transpose(&x.v, n, dv, &mut self.vt);
@@ -357,24 +370,35 @@ impl<F: Real> BackWork<F> {
         lower_t(n, dk, one, &self.dp, q, zero, gk);
 
         // through the state's update: dK_a = e^{g_last − g} V' dhᵀ
-        transpose(dh, dk, dv, &mut self.ht);
-        nn([n, dk, dv], one, &x.v, &self.ht, zero, &mut self.tmp);
-        let mut into_last = w.eg[last] * (0..dk).map(|i| dot(h.row(i, dv), dh.row(i, dv))).sum();
-        for i in 0..n {
-            let through = scale_add_dot(w.tail[i], self.tmp.row_mut(i, dk), gk.row_mut(i, dk), k.row(i, dk));
-            gg[i] -= through;
-            into_last += through;
+        if after {
+            transpose(dh, dk, dv, &mut self.ht);
+            nn([n, dk, dv], one, &x.v, &self.ht, zero, &mut self.tmp);
+            let mut into_last = zero;
+            if let Some(h) = h {
+                into_last = w.eg[last] * (0..dk).map(|i| dot(h.row(i, dv), dh.row(i, dv))).sum();
+            }
+            for i in 0..n {
+                let through = scale_add_dot(w.tail[i], self.tmp.row_mut(i, dk), gk.row_mut(i, dk), k.row(i, dk));
+                gg[i] -= through;
+                into_last += through;
+            }
+            gg[last] += into_last;
         }
-        gg[last] += into_last;
 
         // through O's first term: dQ = scale e^g dO hᵀ
-        transpose(h, dk, dv, &mut self.ht);
-        nn([n, dk, dv], d.scale, d_o, &self.ht, zero, &mut self.tmp);
-        for i in 0..n {
-            gg[i] += scale_add_dot(w.eg[i], self.tmp.row_mut(i, dk), gq.row_mut(i, dk), q.row(i, dk));
-            scaled(w.eg[i], q.row(i, dk), w.scaled.row_mut(i, dk));
+        if let Some(h) = h {
+            transpose(h, dk, dv, &mut self.ht);
+            nn([n, dk, dv], d.scale, d_o, &self.ht, zero, &mut self.tmp);
+            for i in 0..n {
+                gg[i] += scale_add_dot(w.eg[i], self.tmp.row_mut(i, dk), gq.row_mut(i, dk), q.row(i, dk));
+            }
         }
-        tn([dk, dv, n], d.scale, &w.scaled, d_o, w.eg[last], dh);
+        if before {
+            for i in 0..n {
+                scaled(w.eg[i], q.row(i, dk), w.scaled.row_mut(i, dk));
+            }
+            tn([dk, dv, n], d.scale, &w.scaled, d_o, if after { w.eg[last] } else { zero }, dh);
+        }
 
         if !d.erase {
             for i in 0..n {
@@ -392,14 +416,21 @@ impl<F: Real> BackWork<F> {
         // through R = β (V − e^g K h)
         for i in 0..n {
             let r = self.dr.row_mut(i, dv);
-            let through = dot(r, x.kh.row(i, dv));
-            gb[i] += dot(r, c.v.row(i, dv)) - w.eg[i] * through;
-            gg[i] -= c.beta[i] * w.eg[i] * through;
+            gb[i] += dot(r, c.v.row(i, dv));
+            if h.is_some() {
+                let through = dot(r, x.kh.row(i, dv));
+                gb[i] -= w.eg[i] * through;
+                gg[i] -= c.beta[i] * w.eg[i] * through;
+            }
             scaled(c.beta[i], r, gv.row_mut(i, dv));
             scale(-w.eg[i] * c.beta[i], r); // now the gradient of K h
         }
-        nn([n, dk, dv], one, &self.dr, &self.ht, one, gk);
-        tn([dk, dv, n], one, k, &self.dr, one, dh);
+        if h.is_some() {
+            nn([n, dk, dv], one, &self.dr, &self.ht, one, gk);
+        }
+        if before {
+            tn([dk, dv, n], one, k, &self.dr, one, dh);
+        }
 
         // through M = β_i (K Kᵀ)_ij D_ij
         w.kk(d, c);

@@ -14,6 +14,7 @@ use super::{
 use crate::rows::Shared;
 use engine::{
     cpu::{
+        Scratch, scratch, scratch_zeros,
         simd::{Real, dot},
         tile::{gemm, transpose},
     },
@@ -52,24 +53,24 @@ pub struct Grads<'a, F> {
 }
 
 /// A task's share of dK and dV: rows of keys `k0..k1`.
-struct Partial<F> {
+struct Partial<F: Real> {
     k0: usize,
     k1: usize,
-    dk: Vec<F>,
-    dv: Vec<F>,
+    dk: Scratch<F>,
+    dv: Scratch<F>,
 }
 
 /// A tile of queries, packed both ways: by rows for the products that sum over queries, transposed for those that sum over D.
-struct Queries<F> {
+struct Queries<F: Real> {
     t0: usize,
     t1: usize,
-    q: Vec<F>,
-    qt: Vec<F>,
-    du: Vec<F>,
-    dut: Vec<F>,
-    dq: Vec<F>,
-    lse: Vec<F>,
-    delta: Vec<F>,
+    q: Scratch<F>,
+    qt: Scratch<F>,
+    du: Scratch<F>,
+    dut: Scratch<F>,
+    dq: Scratch<F>,
+    lse: Scratch<F>,
+    delta: Scratch<F>,
 }
 
 /// Runs the backward pass.
@@ -154,11 +155,11 @@ fn task_backward<F: Real>(
         (run.0..run.1).map(|i| load(p, [b, hk], (i * times, (i * times + times).min(p.t)), q, gating, saved, dgate)).collect();
 
     let (lo, hi) = bands.keys(run.0 * times, (run.1 * times).min(p.t));
-    let mut out = Partial { k0: lo, k1: hi, dk: vec![F::ZERO; (hi - lo) * d], dv: vec![F::ZERO; (hi - lo) * dv] };
+    let mut out = Partial { k0: lo, k1: hi, dk: scratch_zeros((hi - lo) * d), dv: scratch_zeros((hi - lo) * dv) };
     let ld = pad16(times * group) + PAD;
-    let (mut s, mut ds) = (vec![F::ZERO; KEYS * ld], vec![F::ZERO; KEYS * ld]);
+    let (mut s, mut ds) = (scratch_zeros(KEYS * ld), scratch_zeros(KEYS * ld));
     let (ldk, ldv) = (d + PAD, dv + PAD);
-    let (mut kt, mut vt) = (vec![F::ZERO; KEYS * ldk], vec![F::ZERO; KEYS * ldv]);
+    let (mut kt, mut vt) = (scratch(KEYS * ldk), scratch(KEYS * ldv));
     let mut mask = Tile::default();
     for k0 in (lo..hi).step_by(KEYS) {
         let k1 = (k0 + KEYS).min(hi);
@@ -222,7 +223,7 @@ fn load<F: Real>(
     let (ldq, ldu) = (d + PAD, dv + PAD);
     let cols = (t1 - t0) * group;
     let width = pad16(cols);
-    let zeros = |n| vec![F::ZERO; n];
+    let zeros = scratch_zeros;
     let mut x = Queries {
         t0,
         t1,

@@ -12,7 +12,7 @@ use super::{
 use crate::rows::Shared;
 use engine::{
     cpu::{
-        Scratch, scratch,
+        Scratch, scratch, scratch_zeros,
         simd::Real,
         tile::{gemm, transpose},
     },
@@ -57,15 +57,15 @@ pub fn forward<F: Real>(
         let width = pad16(cols);
         let ld = width + PAD;
 
-        let mut qrow = vec![F::ZERO; cols * p.d];
+        let mut qrow = scratch(cols * p.d);
         for (c, row) in qrow.chunks_exact_mut(p.d).enumerate() {
             q.row([b, t0 + c / group, hk * group + c % group], F::from_f64(p.scale), row);
         }
-        let mut qt = vec![F::ZERO; p.d * ld];
+        let mut qt = scratch_zeros(p.d * ld);
         transpose(cols, p.d, &qrow, p.d, &mut qt, ld);
 
-        let mut s = vec![F::ZERO; KEYS * ld];
-        let mut acc = vec![F::ZERO; cols * p.dv];
+        let mut s = scratch_zeros(KEYS * ld);
+        let mut acc = scratch_zeros(cols * p.dv);
         let (mut max, mut sum, mut alpha) = (vec![F::NEG_INFINITY; width], vec![F::ZERO; width], vec![F::ONE; width]);
         let mut mask = Tile::default();
         let (lo, hi) = bands.keys(t0, t1);
