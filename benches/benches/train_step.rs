@@ -21,7 +21,7 @@ fn step(c: &mut Criterion) {
     let optim = presets::quickstart().optim;
     let mut n = 0;
     let mut step = || {
-        model.micro_step(&batch, 1.0, None).unwrap();
+        model.step(std::slice::from_ref(&batch), None).unwrap();
         n += 1;
         model.update(n, 1e-3, &optim).unwrap()
     };

@@ -13,14 +13,25 @@ pub fn leaf(shape: &[usize], stream: u64) -> Result<Tensor> {
 }
 
 /// The peers' small Qwen3-Next: 10.06 M parameters.
-pub fn qwen3_next_10m() -> serde_json::Value {
-    serde_json::json!({
-        "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "partial_rotary_factor": 0.25,
-        "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
-        "num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
-        "tie_word_embeddings": false,
-    })
+pub fn qwen3_next_10m() -> nn::ModelConfig {
+    nn::ModelConfig {
+        vocab_size: 4096,
+        hidden_size: 256,
+        num_hidden_layers: 4,
+        intermediate_size: 1024,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 64,
+        linear_num_key_heads: 4,
+        linear_num_value_heads: 4,
+        linear_key_head_dim: 64,
+        linear_value_head_dim: 64,
+        num_experts: 16,
+        num_experts_per_tok: 2,
+        moe_intermediate_size: 128,
+        shared_expert_intermediate_size: 128,
+        ..Default::default()
+    }
 }
 
 /// The most memory this process ever held, in bytes (Linux; 0 elsewhere).

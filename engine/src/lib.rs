@@ -37,5 +37,5 @@ pub use inventory;
 pub use layout::{Layout, broadcast_shape};
 pub use op::{Meta, Op, Want, run, run_in_place, run_on, run1};
 pub use registry::View;
-pub use tape::{Grads, Saved, checkpoint, grad_enabled, no_grad};
+pub use tape::{Grads, Saved, checkpoint, enable_grad, grad_enabled, no_grad};
 pub use tensor::Tensor;

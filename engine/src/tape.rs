@@ -31,6 +31,11 @@ pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
     with_grad(false, f)
 }
 
+/// Runs `f` with recording on, whatever the caller's state: for work that another thread, or a stolen task, runs for us.
+pub fn enable_grad<R>(f: impl FnOnce() -> R) -> R {
+    with_grad(true, f)
+}
+
 /// Where a tensor comes from: output `slot` of a node.
 #[derive(Clone)]
 pub(crate) struct Edge {
@@ -147,6 +152,15 @@ impl Grads {
     /// Takes the gradient of a leaf out.
     pub fn take(&mut self, leaf: &Tensor) -> Option<Tensor> {
         self.map.remove(&leaf.edge()?.node.id())
+    }
+    /// Adds the gradients of another backward, leaf by leaf.
+    pub fn merge(&mut self, other: Grads) -> Result<()> {
+        for (id, g) in other.map {
+            let mut slot = self.map.remove(&id);
+            no_grad(|| accumulate(&mut slot, g))?;
+            self.map.extend(slot.map(|g| (id, g)));
+        }
+        Ok(())
     }
     /// Number of leaves with a gradient.
     pub fn len(&self) -> usize {

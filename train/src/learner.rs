@@ -7,7 +7,9 @@ use crate::optim::{AdamW, engine_error};
 use crate::trainer::{Learner, Sampling};
 use crate::{Error, Result, checkpoint, observe};
 use engine::{DType, Grads, Tensor};
+use rayon::prelude::*;
 use std::path::Path;
+use std::sync::Mutex;
 
 /// Sees named tensors as a network computes them.
 pub type Tap<'a> = &'a mut dyn FnMut(&str, &Tensor);
@@ -21,7 +23,7 @@ pub struct Loss {
 }
 
 /// What training asks of a network. Its parameters are leaves of the tape, updated in place.
-pub trait Network {
+pub trait Network: Sync {
     /// Every parameter with its name, always in the same order.
     fn params(&self) -> Vec<(&str, &Tensor)>;
     /// The loss over a batch; named tensors go to `tap`.
@@ -72,30 +74,49 @@ fn values(t: &Tensor) -> Option<Vec<f32>> {
 }
 
 impl<N: Network> Learner for Trained<N> {
-    fn micro_step(&mut self, batch: &Batch, weight: f64, observed: Option<&mut Scalars>) -> Result<f64> {
-        let experts = self.net.experts();
-        let loss = match observed {
-            None => self.net.loss(batch, None)?,
-            Some(scalars) => {
-                let mut tap = |name: &str, t: &Tensor| {
-                    if let Some(v) = values(t) {
-                        observe::summarise(scalars, name, t.shape(), &v, experts);
-                    }
+    fn step(&mut self, batches: &[Batch], mut observed: Option<&mut Scalars>) -> Result<Vec<f64>> {
+        let (net, experts) = (&self.net, self.net.experts());
+        let seen = Mutex::new(Scalars::new());
+        let one = |(i, batch): (usize, &Batch)| -> Result<(f64, Grads)> {
+            // what this thread was waiting for when it took this task up may have switched recording off
+            engine::enable_grad(|| {
+                let mut grads = Grads::new();
+                let loss = if i == 0 && observed.is_some() {
+                    let mut scalars = seen.lock().unwrap_or_else(|e| e.into_inner());
+                    let mut tap = |name: &str, t: &Tensor| {
+                        if let Some(v) = values(t) {
+                            observe::summarise(&mut scalars, name, t.shape(), &v, experts);
+                        }
+                    };
+                    let loss = net.loss(batch, Some(&mut tap))?;
+                    let auxiliary = scalar(&loss.objective)? - scalar(&loss.nll)?;
+                    scalars.insert("loss_auxiliary".into(), auxiliary);
+                    loss
+                } else {
+                    net.loss(batch, None)?
                 };
-                let loss = self.net.loss(batch, Some(&mut tap))?;
-                let auxiliary = scalar(&loss.objective)? - scalar(&loss.nll)?;
-                scalars.insert("loss_auxiliary".into(), auxiliary);
-                loss
-            }
+                let (nll, objective) = (scalar(&loss.nll)?, scalar(&loss.objective)?);
+                // A loss that isn't finite is for the caller to report; its gradients would only hide where it began.
+                if !(nll.is_finite() && objective.is_finite()) {
+                    return Ok((objective, grads));
+                }
+                let share = 1.0 / batches.len() as f64;
+                let weighted = if batches.len() == 1 { loss.objective } else { loss.objective.affine(share, 0.0).map_err(engine_error)? };
+                weighted.backward_into(&mut grads).map_err(engine_error)?;
+                Ok((nll, grads))
+            })
         };
-        let nll = scalar(&loss.nll)?;
-        let objective = scalar(&loss.objective)?;
-        // A loss that isn't finite is for the caller to report; its gradients would only hide where it began.
-        if nll.is_finite() && objective.is_finite() {
-            let weighted = if weight == 1.0 { loss.objective } else { loss.objective.affine(weight, 0.0).map_err(engine_error)? };
-            weighted.backward_into(&mut self.grads).map_err(engine_error)?;
+        let done: Vec<Result<(f64, Grads)>> = batches.par_iter().enumerate().with_max_len(1).map(one).collect();
+        if let Some(observed) = &mut observed {
+            **observed = seen.into_inner().unwrap_or_else(|e| e.into_inner());
         }
-        Ok(if objective.is_finite() { nll } else { objective })
+        let mut losses = Vec::with_capacity(batches.len());
+        for done in done {
+            let (loss, grads) = done?;
+            losses.push(loss);
+            self.grads.merge(grads).map_err(engine_error)?;
+        }
+        Ok(losses)
     }
 
     fn update(&mut self, step: u64, lr: f64, optim: &Optim) -> Result<f64> {
@@ -108,9 +129,10 @@ impl<N: Network> Learner for Trained<N> {
         state.step(&params, &grads, step, lr, optim)
     }
 
-    fn nll(&mut self, batch: &Batch) -> Result<f64> {
-        let loss = engine::no_grad(|| self.net.loss(batch, None))?;
-        Ok(scalar(&loss.nll)? * batch.targets.len() as f64)
+    fn nll(&mut self, batches: &[Batch]) -> Result<Vec<f64>> {
+        let net = &self.net;
+        let one = |batch: &Batch| Ok(scalar(&engine::no_grad(|| net.loss(batch, None))?.nll)? * batch.targets.len() as f64);
+        batches.par_iter().with_max_len(1).map(one).collect()
     }
 
     fn sample(&mut self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {
@@ -171,9 +193,8 @@ fn model_error(e: nn::Error) -> Error {
 
 impl Hybrid {
     /// A new model.
-    pub fn create(config: &crate::config::ModelConfig, seed: u64) -> Result<Trained<Hybrid>> {
-        let config = nn::ModelConfig::from_json(config.clone()).map_err(|e| Error::Usage(e.to_string()))?;
-        Ok(Trained::new(Hybrid { model: nn::Decoder::new(&config, seed, DType::F32).map_err(model_error)? }))
+    pub fn create(config: &nn::ModelConfig, seed: u64) -> Result<Trained<Hybrid>> {
+        Ok(Trained::new(Hybrid { model: nn::Decoder::new(config, seed, DType::F32).map_err(model_error)? }))
     }
     /// The model of a checkpoint.
     pub fn open(dir: &Path) -> Result<Trained<Hybrid>> {
@@ -317,10 +338,8 @@ mod tests {
         let sampler = |rows, micro| crate::data::Sampler::new(&corpus, 0..3000, 1, rows, 32, micro, Default::default()).unwrap();
         let (small, large) = (sampler(2, 3), sampler(6, 1));
         let (mut a, mut b) = (Trained::new(tiny()), Trained::new(tiny()));
-        for m in 0..3 {
-            a.micro_step(&small.batch(&corpus, 0, m), 1.0 / 3.0, None).unwrap();
-        }
-        b.micro_step(&large.batch(&corpus, 0, 0), 1.0, None).unwrap();
+        a.step(&[0, 1, 2].map(|m| small.batch(&corpus, 0, m)), None).unwrap();
+        b.step(&[large.batch(&corpus, 0, 0)], None).unwrap();
         let (na, nb) = (a.update(1, 0.01, &config.optim).unwrap(), b.update(1, 0.01, &config.optim).unwrap());
         assert!((na - nb).abs() < 1e-5 * nb, "{na} {nb}");
     }

@@ -2,8 +2,8 @@
 
 use crate::config::Optim;
 use crate::{Error, Result, groups};
-use engine::{DType, Grads, Meta, Op, Tensor};
-use rayon::prelude::*;
+use engine::{DType, Grads, Tensor};
+use ops::adamw::{adamw, sum_of_squares};
 use safetensors::{Dtype as Stored, SafeTensors, tensor::TensorView};
 use std::collections::HashMap;
 use std::path::Path;
@@ -20,19 +20,6 @@ pub(crate) fn engine_error(e: engine::Error) -> Error {
     Error::Model(e.to_string())
 }
 
-/// Sum of squares in f64, in an order that depends on the length alone.
-fn square_sum(x: &[f32]) -> f64 {
-    let mut lanes = [0.0f64; 8];
-    let chunks = x.chunks_exact(8);
-    let rest: f64 = chunks.remainder().iter().map(|&v| f64::from(v) * f64::from(v)).sum();
-    for c in chunks {
-        for (l, &v) in lanes.iter_mut().zip(c) {
-            *l += f64::from(v) * f64::from(v);
-        }
-    }
-    lanes.iter().sum::<f64>() + rest
-}
-
 impl AdamW {
     /// Zero moments for these parameters.
     pub fn new(params: &[(&str, &Tensor)]) -> Result<AdamW> {
@@ -43,8 +30,7 @@ impl AdamW {
 
     /// The global norm of the gradients, in f64. A gradient that isn't finite is an error that names its parameter.
     pub fn norm(&self, params: &[(&str, &Tensor)], grads: &Grads) -> Result<f64> {
-        let sums: Vec<engine::Result<f64>> =
-            params.par_iter().map(|(_, t)| grads.get(t).map_or(Ok(0.0), |g| Ok(square_sum(&g.cast(DType::F32)?.to_vec::<f32>()?)))).collect();
+        let sums: Vec<engine::Result<f64>> = params.iter().map(|(_, t)| grads.get(t).map_or(Ok(0.0), |g| sum_of_squares(g)?.item())).collect();
         let mut total = 0.0;
         for ((name, _), sum) in params.iter().zip(sums) {
             let sum = sum.map_err(engine_error)?;
@@ -57,26 +43,14 @@ impl AdamW {
     }
 
     /// Clips, and takes step number `step` (from 1). Returns the norm before clipping. Parameters without a gradient stay as they are.
-    ///
-    /// `m = β₁m + (1-β₁)g`, `v = β₂v + (1-β₂)g²`, `p = p - lr (m̂ / (√v̂ + ε) + λp)` (Loshchilov & Hutter 2019, algorithm 2).
     pub fn step(&mut self, params: &[(&str, &Tensor)], grads: &Grads, step: u64, lr: f64, o: &Optim) -> Result<f64> {
         let norm = self.norm(params, grads)?;
         let scale = if o.clip > 0.0 && norm > o.clip { o.clip / (norm + 1e-6) } else { 1.0 };
-        let t = step.min(i32::MAX as u64) as i32;
         for (i, (name, p)) in params.iter().enumerate() {
             let Some(g) = grads.get(p) else { continue };
             let decay = if groups::decays(name, p.shape(), &o.no_decay) { o.weight_decay } else { 0.0 };
-            let op = Update {
-                shape: p.shape().to_vec(),
-                rate: (lr / (1.0 - o.beta1.powi(t))) as f32,
-                unbias: (1.0 / (1.0 - o.beta2.powi(t)).sqrt()) as f32,
-                keep: (1.0 - lr * decay) as f32,
-                scale: scale as f32,
-                beta1: o.beta1 as f32,
-                beta2: o.beta2 as f32,
-                eps: o.eps as f32,
-            };
-            engine::run_in_place(op, &[p, &self.m[i], &self.v[i]], &[g]).map_err(engine_error)?;
+            let op = ops::adamw::AdamW { lr, beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: decay, step, grad_scale: scale };
+            adamw(op, p, &self.m[i], &self.v[i], g).map_err(engine_error)?;
         }
         Ok(norm)
     }
@@ -118,59 +92,6 @@ impl AdamW {
             }
         }
         Ok(())
-    }
-}
-
-/// One fused AdamW update, in place: the kernel's outputs are parameter, `m` and `v` themselves; its input is the gradient.
-#[derive(Debug)]
-struct Update {
-    shape: Vec<usize>,
-    /// lr / (1 - β₁ᵗ)
-    rate: f32,
-    /// 1 / √(1 - β₂ᵗ)
-    unbias: f32,
-    /// 1 - lr λ
-    keep: f32,
-    /// Clipping's factor on the gradient.
-    scale: f32,
-    beta1: f32,
-    beta2: f32,
-    eps: f32,
-}
-
-impl Op for Update {
-    fn name(&self) -> &'static str {
-        "adamw"
-    }
-    fn infer(&self, x: &[Meta]) -> engine::Result<Vec<Meta>> {
-        match x {
-            [g] if g.shape == self.shape && g.dtype.is_float() => Ok(vec![Meta::new(&self.shape, DType::F32); 3]),
-            [g] => Err(engine::Error::shape(self.name(), "the gradient", format!("the parameter's {:?}", self.shape), &g.shape)),
-            _ => Err(engine::Error::invalid(self.name(), format!("takes one gradient, found {} inputs", x.len()))),
-        }
-    }
-    fn differentiable(&self) -> bool {
-        false
-    }
-}
-
-engine::cpu_kernel!(Update => |o, x, y| {
-    const CHUNK: usize = 1 << 14;
-    let (mut p, mut m, mut v) = (y.slice::<f32>(0)?, y.slice::<f32>(1)?, y.slice::<f32>(2)?);
-    let g = x.real::<f32>(0)?;
-    let chunks = p.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK)).zip(g.par_chunks(CHUNK));
-    chunks.for_each(|(((p, m), v), g)| update(o, p, m, v, g));
-    Ok(())
-});
-
-engine::vectorized! {
-    fn update(o: &Update, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
-        for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
-            let g = g * o.scale;
-            *m += (1.0 - o.beta1) * (g - *m);
-            *v += (1.0 - o.beta2) * (g * g - *v);
-            *p = *p * o.keep - o.rate * *m / (v.sqrt() * o.unbias + o.eps);
-        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! Typed presets: functions that return the whole configuration.
 
-use crate::config::{Checkpoint, Data, Eval, ModelConfig, Optim, RunConfig, Sample, Train, nearest};
+use crate::config::{Checkpoint, Data, Eval, Optim, RunConfig, Sample, Train, nearest};
 use crate::data::{MOBY_DICK_PATH, Packing};
 use crate::schedule::Shape;
 use crate::{Error, Result};
+use nn::ModelConfig;
 
 /// The names of all presets.
 pub const NAMES: &[&str] = &["quickstart", "smoke"];
@@ -20,31 +21,27 @@ pub fn by_name(name: &str) -> Result<RunConfig> {
     }
 }
 
-/// Fields as transformers' `qwen3_next` names them: three layers of Gated DeltaNet to one of gated attention, a mixture of experts in each.
+/// Three layers of Gated DeltaNet to one of gated attention, a mixture of experts in each.
 fn model(hidden: usize, experts: usize) -> ModelConfig {
-    serde_json::json!({
-        "vocab_size": 256,
-        "hidden_size": hidden,
-        "num_hidden_layers": 4,
-        "full_attention_interval": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": hidden / 4,
-        "partial_rotary_factor": 0.25,
-        "rope_theta": 10_000.0,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": hidden / 4,
-        "linear_value_head_dim": hidden / 4,
-        "linear_conv_kernel_dim": 4,
-        "num_experts": experts,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": hidden,
-        "shared_expert_intermediate_size": hidden,
-        "norm_topk_prob": true,
-        "router_aux_loss_coef": 0.01,
-        "tie_word_embeddings": true,
-    })
+    ModelConfig {
+        vocab_size: 256,
+        hidden_size: hidden,
+        num_hidden_layers: 4,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: hidden / 4,
+        linear_num_key_heads: 2,
+        linear_num_value_heads: 4,
+        linear_key_head_dim: hidden / 4,
+        linear_value_head_dim: hidden / 4,
+        num_experts: experts,
+        num_experts_per_tok: 2,
+        moe_intermediate_size: hidden,
+        shared_expert_intermediate_size: hidden,
+        router_aux_loss_coef: 0.01,
+        tie_word_embeddings: true,
+        ..ModelConfig::default()
+    }
 }
 
 /// A small hybrid mixture-of-experts model on Moby-Dick: five minutes on two cores.
@@ -53,8 +50,8 @@ pub fn quickstart() -> RunConfig {
         name: "quickstart".into(),
         seed: 1,
         model: model(128, 8),
-        data: Data { path: MOBY_DICK_PATH.into(), held_out: 0.1, seq_len: 128, batch: 12, packing: Packing::Windows, eot: None },
-        train: Train { minutes: Some(5.0), tokens: None, steps: None, accumulate: 1, observe_every: 1, log_every: 50 },
+        data: Data { path: MOBY_DICK_PATH.into(), held_out: 0.1, seq_len: 128, batch: 6, packing: Packing::Windows, eot: None },
+        train: Train { minutes: Some(5.0), tokens: None, steps: None, accumulate: 2, observe_every: 1, log_every: 50 },
         optim: Optim {
             lr: 2e-3,
             schedule: Shape::Cosine,

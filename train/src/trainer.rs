@@ -26,14 +26,15 @@ pub struct Sampling {
 
 /// What the loop asks of a model with its optimizer. All that decides its results is in its parameters, its optimizer's state, and the arguments.
 pub trait Learner {
-    /// Forward and backward of one micro-batch: adds `weight` times the gradient of the mean loss to the gradients held, puts what the
-    /// observer saw into `observed`, and returns the mean loss in nats a token.
-    fn micro_step(&mut self, batch: &Batch, weight: f64, observed: Option<&mut Scalars>) -> Result<f64>;
+    /// Forward and backward of a step's micro-batches, side by side where there are threads: adds the gradient of the mean of their mean losses to
+    /// the gradients held, in the order of the micro-batches, puts what the observer saw of the first into `observed`, and returns each mean loss in
+    /// nats a token.
+    fn step(&mut self, batches: &[Batch], observed: Option<&mut Scalars>) -> Result<Vec<f64>>;
     /// Clips the gradients held, takes optimizer step number `step` (from 1), drops the gradients. Returns the gradients' global norm before
     /// clipping. A norm that is not finite is an error that names the first parameter, and nothing is changed.
     fn update(&mut self, step: u64, lr: f64, optim: &Optim) -> Result<f64>;
-    /// The sum of negative log-likelihoods over a batch, in nats, without gradients.
-    fn nll(&mut self, batch: &Batch) -> Result<f64>;
+    /// The sums of negative log-likelihoods over batches, in nats, without gradients.
+    fn nll(&mut self, batches: &[Batch]) -> Result<Vec<f64>>;
     /// Continues `prompt`; returns the new tokens.
     fn sample(&mut self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>>;
     /// Where in the model a loss over `batch` first stops being finite, in words.
@@ -57,6 +58,9 @@ pub struct Summary {
     pub scored: usize,
 }
 
+/// Batches that an evaluation hands over at once.
+const TOGETHER: usize = 16;
+
 /// Bits a token over `range` of `corpus` (all of it when `max_tokens` is 0), and the number of tokens scored.
 pub fn evaluate(
     learner: &mut dyn Learner,
@@ -67,10 +71,16 @@ pub fn evaluate(
 ) -> Result<Option<(f64, usize)>> {
     let mut windows = EvalWindows::new(range, config.data.batch, config.data.seq_len, max_tokens, config.data.packing);
     let (mut nats, mut count) = (0.0, 0);
-    while let Some(batch) = windows.next_batch(corpus) {
-        check_tokens(&batch, learner.vocab_size(), corpus)?;
-        nats += learner.nll(&batch)?;
-        count += batch.targets.len();
+    loop {
+        let batches: Vec<Batch> = std::iter::from_fn(|| windows.next_batch(corpus)).take(TOGETHER).collect();
+        if batches.is_empty() {
+            break;
+        }
+        for batch in &batches {
+            check_tokens(batch, learner.vocab_size(), corpus)?;
+            count += batch.targets.len();
+        }
+        nats += learner.nll(&batches)?.iter().sum::<f64>();
     }
     Ok((count > 0).then(|| (nats / std::f64::consts::LN_2 / count as f64, count)))
 }
@@ -130,18 +140,17 @@ fn steps(
         // Steps are counted to their end, so that the first has a rate and the last has the final one; of time, only the past is known.
         let lr = config.optim.lr * schedule.factor(budget.progress(step, tokens, state.seconds));
         let mut scalars = Scalars::new();
-        let mut loss = 0.0;
-        for micro in 0..t.accumulate as u64 {
-            let batch = sampler.batch(corpus, state.step, micro);
-            check_tokens(&batch, learner.vocab_size(), corpus)?;
-            let observed = (micro == 0 && t.observe_every > 0 && step.is_multiple_of(t.observe_every)).then_some(&mut scalars);
-            let l = learner.micro_step(&batch, 1.0 / t.accumulate as f64, observed)?;
-            if !l.is_finite() {
-                let place = learner.diagnose(&batch);
-                return Err(Error::NonFinite(format!("step {step}: the loss is {l}: {place}; lower optim.lr (now {lr:.2e}) or optim.clip")));
-            }
-            loss += l / t.accumulate as f64;
+        let batches: Vec<Batch> = (0..t.accumulate as u64).map(|micro| sampler.batch(corpus, state.step, micro)).collect();
+        for batch in &batches {
+            check_tokens(batch, learner.vocab_size(), corpus)?;
         }
+        let observed = (t.observe_every > 0 && step.is_multiple_of(t.observe_every)).then_some(&mut scalars);
+        let losses = learner.step(&batches, observed)?;
+        if let Some((l, batch)) = losses.iter().zip(&batches).find(|(l, _)| !l.is_finite()) {
+            let place = learner.diagnose(batch);
+            return Err(Error::NonFinite(format!("step {step}: the loss is {l}: {place}; lower optim.lr (now {lr:.2e}) or optim.clip")));
+        }
+        let loss = losses.iter().sum::<f64>() / losses.len() as f64;
         let grad_norm = learner.update(step, lr, &config.optim).map_err(|e| match e {
             Error::NonFinite(m) => Error::NonFinite(format!("step {step}: {m}; lower optim.lr (now {lr:.2e}) or optim.clip")),
             e => e,

@@ -40,12 +40,15 @@ impl Bigram {
 }
 
 impl Learner for Bigram {
-    fn micro_step(&mut self, b: &Batch, weight: f64, observed: Option<&mut Scalars>) -> Result<f64> {
+    fn step(&mut self, batches: &[Batch], observed: Option<&mut Scalars>) -> Result<Vec<f64>> {
         if let Some(o) = observed {
             o.insert("blocks.0.mean".into(), f64::from(self.w[0]));
         }
-        let sum = self.pass(b, Some(weight));
-        Ok(if self.poison == Some(self.updates) { f64::NAN } else { sum / b.tokens.len() as f64 })
+        let one = |b: &Batch| {
+            let sum = self.pass(b, Some(1.0 / batches.len() as f64));
+            if self.poison == Some(self.updates) { f64::NAN } else { sum / b.tokens.len() as f64 }
+        };
+        Ok(batches.iter().map(one).collect())
     }
     fn update(&mut self, step: u64, lr: f64, o: &Optim) -> Result<f64> {
         assert_eq!(step, self.updates + 1);
@@ -64,8 +67,8 @@ impl Learner for Bigram {
         self.g.fill(0.0);
         Ok(norm)
     }
-    fn nll(&mut self, b: &Batch) -> Result<f64> {
-        Ok(self.pass(b, None))
+    fn nll(&mut self, batches: &[Batch]) -> Result<Vec<f64>> {
+        Ok(batches.iter().map(|b| self.pass(b, None)).collect())
     }
     fn sample(&mut self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {
         let mut x = *prompt.last().unwrap() as usize;

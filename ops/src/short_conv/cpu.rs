@@ -3,11 +3,14 @@
 use super::{ShortConv, ShortConvBackward, sizes};
 use crate::rows::Rows;
 use engine::cpu::simd::Real;
-use engine::cpu::{Inputs, Outputs};
+use engine::cpu::{Inputs, Outputs, scratch};
 use engine::{Layout, Result, cpu_kernel, dispatch_real, vectorized};
 use rayon::prelude::*;
 use std::borrow::Cow;
+use std::ops::Range;
 
+/// Taps of a product: what the models use.
+const TAPS: usize = 4;
 /// Time steps per task.
 const BLOCK: usize = 64;
 
@@ -15,15 +18,30 @@ cpu_kernel!(ShortConv => |op, x, y| dispatch_real!(x.dtype(0), |F| forward::<F>(
 cpu_kernel!(ShortConvBackward => |op, x, y| dispatch_real!(x.dtype(0), |F| backward::<F>(op, x, y)));
 
 vectorized! {
-    fn fma_row[F: Real](a: &[F], b: &[F], y: &mut [F]) {
-        for ((y, a), b) in y.iter_mut().zip(a).zip(b) { *y = a.mul_add(*b, *y) }
+    /// y = Σ_j x_j ⊙ w_j, or y += it.
+    fn mix[F: Real](taps: &[(&[F], &[F])], add: bool, y: &mut [F]) {
+        let n = y.len();
+        if let &[(a, p), (b, q), (c, r), (d, s)] = taps {
+            let (a, b, c, d, p, q, r, s) = (&a[..n], &b[..n], &c[..n], &d[..n], &p[..n], &q[..n], &r[..n], &s[..n]);
+            for i in 0..n {
+                let old = if add { y[i] } else { F::ZERO };
+                y[i] = a[i].mul_add(p[i], b[i].mul_add(q[i], c[i].mul_add(r[i], d[i].mul_add(s[i], old))));
+            }
+        } else {
+            if !add { y.fill(F::ZERO) }
+            for (x, w) in taps { for ((y, x), w) in y.iter_mut().zip(*x).zip(*w) { *y = x.mul_add(*w, *y) } }
+        }
     }
     fn silu_row[F: Real](y: &mut [F]) {
         for y in y.iter_mut() { *y = y.silu() }
     }
     /// g = dy · silu'(z)
-    fn silu_back_row[F: Real](z: &mut [F], dy: &[F]) {
-        for (z, dy) in z.iter_mut().zip(dy) { let s = z.sigmoid(); *z = *dy * s * (F::ONE + *z * (F::ONE - s)) }
+    fn silu_back_row[F: Real](z: &[F], dy: &[F], g: &mut [F]) {
+        for ((g, z), dy) in g.iter_mut().zip(z).zip(dy) { let s = z.sigmoid(); *g = *dy * s * (F::ONE + *z * (F::ONE - s)) }
+    }
+    /// p += x ⊙ g
+    fn fma_row[F: Real](x: &[F], g: &[F], p: &mut [F]) {
+        for ((p, x), g) in p.iter_mut().zip(x).zip(g) { *p = x.mul_add(*g, *p) }
     }
 }
 
@@ -31,7 +49,8 @@ vectorized! {
 struct Source<'a, F: Real> {
     x: Cow<'a, [F]>,
     rows: Rows,
-    pieces: Vec<(usize, usize)>,
+    /// Offset in a row of the input, and the channels there.
+    pieces: Vec<(usize, Range<usize>)>,
     state: Option<Cow<'a, [F]>>,
     starts: Vec<usize>,
     t: usize,
@@ -46,7 +65,7 @@ impl<'a, F: Real> Source<'a, F> {
         // a 4-D view is read head by head, unless its heads lie side by side
         let heads = if l.shape.len() == 4 && (l.strides[2] != l.shape[3] as isize && l.shape[2] != 1) { l.shape[2] } else { 1 };
         let stride = if heads > 1 { l.strides[2] as usize } else { 0 };
-        let pieces = (0..heads).map(|h| (h * stride, c / heads)).collect();
+        let pieces = (0..heads).map(|h| (h * stride, h * (c / heads)..(h + 1) * (c / heads))).collect();
         let rows = Rows::new(&Layout { shape: vec![b, t, 1], strides: vec![l.strides[0], l.strides[1], 1], offset: 0 });
         let mut starts = vec![0; t];
         if op.packed {
@@ -56,19 +75,15 @@ impl<'a, F: Real> Source<'a, F> {
         let state = if op.state { Some(x.real::<F>(2)?) } else { None };
         Ok(Source { x: x.real::<F>(0)?, rows, pieces, state, starts, t, c, k })
     }
-    /// Calls `f(channels, values)` for the input `back` steps before (b, t), if there is one.
-    fn past(&self, b: usize, t: usize, back: usize, mut f: impl FnMut(std::ops::Range<usize>, &[F])) {
+    /// The input's channels `ch`, at offset `off` of a row, `back` steps before (b, t), if there is one.
+    #[inline]
+    fn past(&self, b: usize, t: usize, back: usize, off: usize, ch: &Range<usize>) -> Option<&[F]> {
         if t >= self.starts[t] + back {
-            let at = self.rows.at(b * self.t + t - back);
-            let mut c = 0;
-            for (off, len) in &self.pieces {
-                f(c..c + len, &self.x[at + off..at + off + len]);
-                c += len;
-            }
-        } else if let Some(s) = &self.state {
-            let at = (b * (self.k - 1) + self.k - 1 + t - back) * self.c;
-            f(0..self.c, &s[at..at + self.c]);
+            let at = self.rows.at(b * self.t + t - back) + off;
+            return Some(&self.x[at..at + ch.len()]);
         }
+        let at = (b * (self.k - 1) + self.k - 1 + t - back) * self.c;
+        self.state.as_ref().map(|s| &s[at + ch.start..at + ch.end])
     }
 }
 
@@ -87,11 +102,15 @@ fn taps<F: Real>(w: &[F], c: usize, k: usize) -> Vec<F> {
     (0..k * c).map(|i| w[i % c * k + i / c]).collect()
 }
 
-fn convolve<F: Real>(s: &Source<F>, w: &[F], b: usize, t: usize, y: &mut [F]) {
-    y.fill(F::ZERO);
-    for back in 0..s.k {
-        let tap = &w[(s.k - 1 - back) * s.c..][..s.c];
-        s.past(b, t, back, |ch, x| fma_row(x, &tap[ch.clone()], &mut y[ch]));
+fn convolve<'a, F: Real>(s: &'a Source<F>, w: &'a [F], b: usize, t: usize, taps: &mut Vec<(&'a [F], &'a [F])>, y: &mut [F]) {
+    for (off, ch) in &s.pieces {
+        taps.clear();
+        for back in 0..s.k {
+            if let Some(x) = s.past(b, t, back, *off, ch) {
+                taps.push((x, &w[(s.k - 1 - back) * s.c..][ch.clone()]));
+            }
+        }
+        mix(taps, false, &mut y[ch.clone()]);
     }
 }
 
@@ -104,9 +123,10 @@ fn forward<F: Real>(op: &ShortConv, x: &Inputs, y: &mut Outputs) -> Result<()> {
         return Ok(());
     }
     out.par_chunks_mut(BLOCK * c).enumerate().for_each(|(block, rows)| {
+        let mut taps = vec![];
         for (i, row) in rows.chunks_mut(c).enumerate() {
             let at = block * BLOCK + i;
-            convolve(&s, &w, at / s.t, at % s.t, row);
+            convolve(&s, &w, at / s.t, at % s.t, &mut taps, row);
             if op.silu {
                 silu_row(row);
             }
@@ -118,7 +138,11 @@ fn forward<F: Real>(op: &ShortConv, x: &Inputs, y: &mut Outputs) -> Result<()> {
         let (b, j) = (i / (k - 1), i % (k - 1));
         let back = k - 1 - j;
         if s.t >= back {
-            s.past(b, s.t - 1, back - 1, |ch, x| row[ch].copy_from_slice(x));
+            for (off, ch) in &s.pieces {
+                if let Some(x) = s.past(b, s.t - 1, back - 1, *off, ch) {
+                    row[ch.clone()].copy_from_slice(x);
+                }
+            }
         } else if let Some(st) = &s.state {
             let from = (b * (k - 1) + k - 1 + s.t - back) * c;
             row.copy_from_slice(&st[from..from + c]);
@@ -138,27 +162,41 @@ fn backward<F: Real>(op: &ShortConvBackward, x: &Inputs, y: &mut Outputs) -> Res
         return Ok(());
     }
     // gradient before the activation, and each block's share of dw
-    let mut g = dy.to_vec();
-    let parts: Vec<Vec<F>> = g
-        .par_chunks_mut(BLOCK * c)
-        .enumerate()
-        .map(|(block, rows)| {
-            let (mut part, mut z) = (vec![F::ZERO; k * c], vec![F::ZERO; c]);
-            for (i, g) in rows.chunks_mut(c).enumerate() {
-                let at = block * BLOCK + i;
-                if op.conv.silu {
-                    convolve(&s, &w, at / t, at % t, &mut z);
-                    silu_back_row(&mut z, g);
-                    g.copy_from_slice(&z);
-                }
+    let mut before = scratch::<F>(if op.conv.silu { dy.len() } else { 0 });
+    let share = |block: usize, g: &[F], part: &mut [F]| {
+        for (i, g) in g.chunks(c).enumerate() {
+            let at = block * BLOCK + i;
+            for (off, ch) in &s.pieces {
                 for back in 0..k {
-                    let p = &mut part[(k - 1 - back) * c..][..c];
-                    s.past(at / t, at % t, back, |ch, x| fma_row(x, &g[ch.clone()], &mut p[ch]));
+                    if let Some(x) = s.past(at / t, at % t, back, *off, ch) {
+                        fma_row(x, &g[ch.clone()], &mut part[(k - 1 - back) * c..][ch.clone()]);
+                    }
                 }
             }
+        }
+    };
+    let blocks = dy.par_chunks(BLOCK * c).enumerate();
+    let parts: Vec<Vec<F>> = if op.conv.silu {
+        let activated = |((block, dy), g): ((usize, &[F]), &mut [F])| {
+            let (mut part, mut z, mut taps) = (vec![F::ZERO; k * c], vec![F::ZERO; c], vec![]);
+            for (i, (g, dy)) in g.chunks_mut(c).zip(dy.chunks(c)).enumerate() {
+                let at = block * BLOCK + i;
+                convolve(&s, &w, at / t, at % t, &mut taps, &mut z);
+                silu_back_row(&z, dy, g);
+            }
+            share(block, g, &mut part);
             part
-        })
-        .collect();
+        };
+        blocks.zip(before.par_chunks_mut(BLOCK * c)).map(activated).collect()
+    } else {
+        let linear = |(block, dy): (usize, &[F])| {
+            let mut part = vec![F::ZERO; k * c];
+            share(block, dy, &mut part);
+            part
+        };
+        blocks.map(linear).collect()
+    };
+    let g: &[F] = if op.conv.silu { &before } else { &dy };
     let mut sum = vec![F::ZERO; k * c];
     parts.iter().for_each(|p| sum.iter_mut().zip(p).for_each(|(a, b)| *a += *b));
     for ch in 0..c {
@@ -168,6 +206,8 @@ fn backward<F: Real>(op: &ShortConvBackward, x: &Inputs, y: &mut Outputs) -> Res
     }
     // dx[t] = Σ_back w[back] · g[t + back], while t + back is in the same document
     let into = |b: usize, t0: isize, row: &mut [F]| {
+        let (mut taps, mut n) = ([(&[][..], &[][..]); TAPS], 0);
+        row.fill(F::ZERO);
         for back in 0..k {
             let at = t0 + back as isize;
             if at < 0 || at >= t as isize {
@@ -177,8 +217,14 @@ fn backward<F: Real>(op: &ShortConvBackward, x: &Inputs, y: &mut Outputs) -> Res
             if t0 >= 0 && s.starts[at] as isize > t0 || t0 < 0 && s.starts[at] > 0 {
                 continue;
             }
-            fma_row(&g[(b * t + at) * c..][..c], &w[(k - 1 - back) * c..][..c], row);
+            taps[n] = (&g[(b * t + at) * c..][..c], &w[(k - 1 - back) * c..][..c]);
+            n += 1;
+            if n == TAPS {
+                mix(&taps, true, row);
+                n = 0;
+            }
         }
+        mix(&taps[..n], true, row);
         if let Some(d) = &dlast {
             // this input is entry j of the final state, if it is among the last K − 1
             let j = t0 - t as isize + k as isize - 1;
@@ -191,14 +237,12 @@ fn backward<F: Real>(op: &ShortConvBackward, x: &Inputs, y: &mut Outputs) -> Res
     dx.par_chunks_mut(BLOCK * c).enumerate().for_each(|(block, rows)| {
         for (i, row) in rows.chunks_mut(c).enumerate() {
             let at = block * BLOCK + i;
-            row.fill(F::ZERO);
             into(at / t, (at % t) as isize, row);
         }
     });
     if op.conv.state {
         let mut ds = y.real::<F>(2)?;
         for (i, row) in ds.chunks_mut(c).enumerate() {
-            row.fill(F::ZERO);
             into(i / (k - 1), (i % (k - 1)) as isize - (k as isize - 1), row);
         }
     }

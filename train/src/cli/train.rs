@@ -24,6 +24,9 @@ pub(super) struct Args {
     /// Show every value and where it came from, and do nothing else
     #[arg(long)]
     print_config: bool,
+    /// At the end, print how long each op's kernels ran
+    #[arg(long)]
+    profile: bool,
 }
 
 /// The preset or file, with `--set`s on top.
@@ -82,7 +85,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     let dir = dir.unwrap_or_else(|| default_dir(&resolved.config.name, resuming));
-    go(&resolved, &dir, resuming, from)
+    if args.profile {
+        engine::profile::start();
+    }
+    go(&resolved, &dir, resuming, from)?;
+    if args.profile {
+        out(engine::profile::stop().to_string().trim_end());
+    }
+    Ok(())
 }
 
 fn go(resolved: &Resolved, dir: &Path, resuming: bool, from: Option<PathBuf>) -> Result<()> {

@@ -12,9 +12,6 @@ use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// The model's own configuration.
-pub type ModelConfig = serde_json::Value;
-
 /// Everything that decides what a run computes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -24,7 +21,7 @@ pub struct RunConfig {
     /// Seed of initial values and of the order of the data.
     pub seed: u64,
     /// The model.
-    pub model: ModelConfig,
+    pub model: nn::ModelConfig,
     /// The text.
     pub data: Data,
     /// Budget and step.
@@ -186,6 +183,7 @@ impl RunConfig {
             Budget::Steps(0) => return wrong("train.steps", "a positive number", &0),
             _ => {}
         }
+        self.model.validate().map_err(|e| Error::Usage(format!("model: {e}")))?;
         let (d, o) = (&self.data, &self.optim);
         for (key, v) in [
             ("data.seq_len", d.seq_len),
