@@ -14,6 +14,7 @@
 
 mod cpu;
 mod kernel;
+pub mod reference;
 #[cfg(test)]
 mod tests;
 

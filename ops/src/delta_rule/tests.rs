@@ -107,6 +107,28 @@ fn gradients_of_the_whole_family() {
 }
 
 #[test]
+fn gradients_are_those_of_the_composed_reference() {
+    let c = case(1, 75, 2, 4, 6, 5, 0.4);
+    let h0 = randn(&[3, 4, 6, 5], 9);
+    let cu = Tensor::from_vec([0i64, 9, 9, 75], &[4]).unwrap();
+    for (erase, cu) in [(true, None), (true, Some(&cu)), (false, None), (false, Some(&cu))] {
+        let h = if cu.is_some() { &h0 } else { &c.h0 };
+        let leaves: Vec<Tensor> = [&c.q, &c.k, &c.v, &c.g, &c.beta, h].map(|x| x.detach().requires_grad()).into();
+        let x = DeltaRuleInputs { log_decay: Some(&leaves[3]), beta: Some(&leaves[4]), initial_state: Some(&leaves[5]), cu_seqlens: cu };
+        let both = |(o, s): (Tensor, Tensor)| {
+            let loss = o.mul(&randn(o.shape(), 21)).unwrap().sum(&[0, 1, 2, 3], false).unwrap();
+            let loss = loss.add(&s.mul(&randn(s.shape(), 22)).unwrap().sum(&[0, 1, 2, 3], false).unwrap()).unwrap();
+            let g = loss.backward().unwrap();
+            let grads: Vec<Tensor> = leaves.iter().map(|x| g.get(x).unwrap().clone()).collect();
+            ([o.detach(), s.detach()], grads)
+        };
+        let ours = both(delta_rule(rule(erase), &leaves[0], &leaves[1], &leaves[2], x).unwrap());
+        let plain = both(reference::delta_rule(rule(erase), &leaves[0], &leaves[1], &leaves[2], x).unwrap());
+        ours.0.iter().zip(&plain.0).chain(ours.1.iter().zip(&plain.1)).for_each(|(a, b)| close(a, b, 1e-10));
+    }
+}
+
+#[test]
 fn packed_documents_are_separate_documents() {
     let c = case(1, 203, 2, 2, 8, 8, 0.3);
     let cu = Tensor::from_vec([0i32, 65, 65, 70, 203], &[5]).unwrap();

@@ -1,6 +1,7 @@
 //! The definition, in plain f64 loops over contiguous data: every score is formed and every mask asked cell by cell. Tests compare kernels with it.
 
 use super::{Activation, Attention, Gate};
+use engine::Tensor;
 
 /// Sizes of a reference call.
 #[derive(Clone, Copy, Debug)]
@@ -72,4 +73,35 @@ pub fn gated_sdpa(n: &Sizes, a: &Attention, cu: Option<&[usize]>, q: &[f64], k: 
         }
     }
     o
+}
+
+/// The op composed of primitive ops, differentiable: as [`super::gated_sdpa`], with all T × S scores in memory.
+pub fn composed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    gate: Option<(&Tensor, Gate)>,
+    cu_seqlens: Option<&Tensor>,
+    attention: Attention,
+) -> engine::Result<Tensor> {
+    let n = Sizes { b: q.dim(0), t: q.dim(1), s: k.dim(1), h: q.dim(2), hkv: k.dim(2), d: q.dim(3), dv: v.dim(3) };
+    let cu: Option<Vec<usize>> = cu_seqlens.map(|c| Ok(c.to_vec::<i64>()?.into_iter().map(|c| c as usize).collect())).transpose()?;
+    let heads = |x: &Tensor| -> engine::Result<Tensor> {
+        let (s, d) = (x.dim(1), x.dim(3));
+        x.reshape(&[n.b, s, n.hkv, 1, d])?.expand(&[n.b, s, n.hkv, n.h / n.hkv, d])?.reshape(&[n.b, s, n.h, d])?.permute(&[0, 2, 1, 3])
+    };
+    let sees = |i: usize| sees(&n, &attention, cu.as_deref(), i / n.s, i % n.s);
+    let mask: Vec<f64> = (0..n.t * n.s).map(|i| if sees(i) { 0.0 } else { f64::NEG_INFINITY }).collect();
+    let mask = Tensor::from_vec(mask, &[n.t, n.s])?.cast(q.dtype())?;
+    let scores = q.permute(&[0, 2, 1, 3])?.matmul(&heads(k)?.transpose(2, 3)?)?.affine(attention.scale(n.d), 0.0)?.add(&mask)?;
+    let o = scores.softmax(3)?.matmul(&heads(v)?)?.permute(&[0, 2, 1, 3])?;
+    let Some((logits, how)) = gate else { return Ok(o) };
+    let act = match how.activation {
+        Activation::Sigmoid => logits.sigmoid()?,
+        Activation::Silu => logits.silu()?,
+        Activation::NsSigmoid => logits.sigmoid()?.affine(0.5, 0.5)?,
+        Activation::Identity => logits.clone(),
+    };
+    let act = if act.rank() == 3 { act.unsqueeze(3)? } else { act };
+    if how.additive { o.add(&act) } else { o.mul(&act) }
 }

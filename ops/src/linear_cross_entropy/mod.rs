@@ -3,6 +3,8 @@
 //! Rows are taken in blocks. Where a gradient is needed it is computed in the same pass, while a block's probabilities are at hand: computing the
 //! logits again in the backward would cost a third more.
 
+pub mod reference;
+
 use engine::cpu::gemm::gemm;
 use engine::cpu::simd::{Real, max, sum};
 use engine::cpu::{Inputs, Outputs, scratch};
@@ -146,15 +148,7 @@ mod tests {
     fn targets(n: usize, v: usize) -> Tensor {
         Tensor::from_vec((0..n).map(|i| if i % 7 == 3 { IGNORE } else { (i * 13 % v) as i64 }).collect::<Vec<_>>(), &[n]).unwrap()
     }
-    fn reference(x: &Tensor, w: &Tensor, t: &Tensor) -> Result<Tensor> {
-        let lp = x.linear(w)?.log_softmax(1)?;
-        let tv = t.to_vec::<i64>()?;
-        let keep: Vec<i64> = (0..tv.len()).filter(|i| tv[*i] != IGNORE).map(|i| i as i64).collect();
-        let pick: Vec<i64> = keep.iter().map(|i| tv[*i as usize]).collect();
-        let n = keep.len();
-        let rows = lp.index_select(0, &Tensor::from_vec(keep, &[n])?)?;
-        rows.gather(1, &Tensor::from_vec(pick, &[n, 1])?)?.mean(&[0, 1], false)?.neg()
-    }
+    use super::reference::linear_cross_entropy as reference;
 
     #[test]
     fn gradient_and_reference() {

@@ -3,6 +3,7 @@
 
 mod cpu;
 mod losses;
+pub mod reference;
 #[cfg(test)]
 mod tests;
 

@@ -2,23 +2,6 @@ use super::*;
 use crate::testing::{close, randn};
 use engine::gradcheck;
 
-/// Every expert on every token, weighted by a dense matrix of routing weights.
-fn reference(op: Moe, x: &Tensor, logits: &Tensor, w1: &Tensor, w2: &Tensor) -> Result<Tensor> {
-    let (_, _, e, i) = sizes(x.shape(), w1.shape());
-    let p = logits.softmax(1)?;
-    let (vals, idx) = p.topk(op.top_k)?;
-    let vals = if op.norm_topk { vals.div(&vals.sum(&[1], true)?)? } else { vals };
-    let dense = vals.scatter_add(1, &idx, e)?;
-    let mut y = x.affine(0.0, 0.0)?;
-    for ex in 0..e {
-        let pick = |w: &Tensor| w.narrow(0, ex, 1)?.reshape(&w.shape()[1..]);
-        let gu = x.linear(&pick(w1)?)?;
-        let a = gu.narrow(1, 0, i)?.silu()?.mul(&gu.narrow(1, i, i)?)?;
-        y = y.add(&a.linear(&pick(w2)?)?.mul(&dense.narrow(1, ex, 1)?)?)?;
-    }
-    Ok(y)
-}
-
 fn inputs(n: usize, h: usize, e: usize, i: usize) -> [Tensor; 4] {
     [randn(&[n, h], 1), randn(&[n, e], 2), randn(&[e, 2 * i, h], 3), randn(&[e, h, i], 4)]
 }
@@ -30,7 +13,7 @@ fn matches_its_reference_and_its_gradient() {
             let op = Moe { top_k: k, norm_topk };
             let [x, l, w1, w2] = inputs(n, h, e, i);
             let (y, counts) = moe(op, &x, &l, &w1, &w2).unwrap();
-            close(&y, &reference(op, &x, &l, &w1, &w2).unwrap(), 1e-12);
+            close(&y, &reference::moe(op, &x, &l, &w1, &w2).unwrap(), 1e-12);
             assert_eq!(counts.to_vec::<i64>().unwrap().iter().sum::<i64>() as usize, n * k);
             gradcheck(|v| Ok(vec![moe(op, &v[0], &v[1], &v[2], &v[3])?.0]), &[x, l, w1, w2], 1e-5).unwrap().within(1e-6).unwrap();
         }
@@ -41,7 +24,7 @@ fn matches_its_reference_and_its_gradient() {
 fn f32_and_bf16_and_threads() {
     let [x, l, w1, w2] = inputs(300, 32, 8, 16);
     let op = Moe { top_k: 2, norm_topk: true };
-    let want = reference(op, &x, &l, &w1, &w2).unwrap();
+    let want = reference::moe(op, &x, &l, &w1, &w2).unwrap();
     for (d, tol) in [(DType::F32, 1e-5), (DType::BF16, 0.01)] {
         let c = |t: &Tensor| t.cast(d).unwrap();
         let y = moe(op, &c(&x), &l.cast(DType::F32).unwrap(), &c(&w1), &c(&w2)).unwrap().0;

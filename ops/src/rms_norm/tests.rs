@@ -2,11 +2,6 @@ use super::*;
 use crate::testing::{close, randn, strided};
 use engine::{DType, gradcheck};
 
-fn reference(x: &Tensor, w: &Tensor, eps: f64, centred: bool) -> Tensor {
-    let r = x.square().unwrap().mean(&[x.rank() - 1], true).unwrap().affine(1.0, eps).unwrap().rsqrt().unwrap();
-    x.mul(&r).unwrap().mul(&w.affine(1.0, centred as u8 as f64).unwrap()).unwrap()
-}
-
 #[test]
 fn gradients_of_every_form() {
     for shape in [vec![3, 7], vec![2, 3, 33], vec![1, 1]] {
@@ -29,12 +24,17 @@ fn gradients_of_every_form() {
 #[test]
 fn agrees_with_primitives_in_f32_and_bf16_and_on_views() {
     let (x, w) = (randn(&[5, 300], 1), randn(&[300], 2));
-    let want = reference(&x, &w, 1e-6, true);
+    let want = reference::rms_norm(&x, &w, 1e-6, true).unwrap();
     for (d, tol) in [(DType::F64, 1e-13), (DType::F32, 1e-6), (DType::BF16, 5e-3)] {
         let y = rms_norm(&x.cast(d).unwrap(), &w.cast(d).unwrap(), 1e-6, true).unwrap();
         close(&y, &want, tol);
     }
     close(&rms_norm(&strided(&x), &w, 1e-6, true).unwrap(), &want, 1e-13);
+    let gate = randn(&[5, 300], 3);
+    for act in [NormGate::Silu, NormGate::Sigmoid] {
+        let want = reference::rms_norm_gated(&x, &w, &gate, 1e-6, act).unwrap();
+        close(&rms_norm_gated(&x, &w, &gate, 1e-6, act).unwrap(), &want, 1e-13);
+    }
     let zero = rms_norm(&x.affine(0.0, 0.0).unwrap().requires_grad(), &w, 1e-6, true).unwrap();
     assert!(zero.to_vec::<f64>().unwrap().iter().all(|v| *v == 0.0));
 }

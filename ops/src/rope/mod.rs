@@ -3,6 +3,8 @@
 //!
 //! With `θ_i = base^(−2i/rotary_dim)` and position p: `y_i = x_i cos pθ_i − x_{i+r/2} sin pθ_i`, `y_{i+r/2} = x_{i+r/2} cos pθ_i + x_i sin pθ_i`.
 
+pub mod reference;
+
 use crate::rms_norm::rms_norm;
 use crate::rows::Rows;
 use engine::cpu::simd::Real;
@@ -155,6 +157,7 @@ mod tests {
             };
             assert!((y[i] - want).abs() < 1e-12);
         }
+        close(&rope(&x, 4, 100.0, Positions::From(7)).unwrap(), &reference::rope(&x, 4, 100.0, &[7, 8, 9, 10, 11]).unwrap(), 1e-13);
         let p = Tensor::from_vec((0..10).map(|i| 7 + i % 5).collect::<Vec<i32>>(), &[2, 5]).unwrap();
         assert_eq!(rope(&x, 4, 100.0, Positions::Given(&p)).unwrap().to_vec::<f64>().unwrap(), y);
     }

@@ -1,0 +1,20 @@
+//! The definition, composed of primitive ops.
+
+use engine::{Result, Tensor};
+
+/// As [`super::rope`], for positions that are given as numbers, one for each of x's T steps.
+pub fn rope(x: &Tensor, rotary_dim: usize, theta: f64, positions: &[usize]) -> Result<Tensor> {
+    if rotary_dim == 0 {
+        return Ok(x.clone());
+    }
+    let (d, half) = (x.dim(3), rotary_dim / 2);
+    let angle = |p: &usize, i: usize| *p as f64 * theta.powf(-2.0 * i as f64 / rotary_dim as f64);
+    let table = |f: fn(f64) -> f64| {
+        let values: Vec<f64> = positions.iter().flat_map(|p| (0..half).map(move |i| f(angle(p, i)))).collect();
+        Tensor::from_vec(values, &[positions.len(), 1, half])?.cast(x.dtype())
+    };
+    let (cos, sin) = (table(f64::cos)?, table(f64::sin)?);
+    let (a, b, rest) = (x.narrow(3, 0, half)?, x.narrow(3, half, half)?, x.narrow(3, rotary_dim, d - rotary_dim)?);
+    let (u, v) = (a.mul(&cos)?.sub(&b.mul(&sin)?)?, b.mul(&cos)?.add(&a.mul(&sin)?)?);
+    Tensor::cat(&[&u, &v, &rest], 3)
+}

@@ -1,0 +1,19 @@
+//! The definition, composed of primitive ops: shifted copies of a padded input.
+
+use engine::{Result, Tensor};
+
+/// As [`super::short_conv`] for x `[B, T, C]` and weight `[C, K]`, without states.
+pub fn short_conv(x: &Tensor, weight: &Tensor, silu: bool, cu_seqlens: Option<&Tensor>) -> Result<Tensor> {
+    if let Some(cu) = cu_seqlens {
+        let document = |w: &[i64]| short_conv(&x.narrow(1, w[0] as usize, (w[1] - w[0]) as usize)?, weight, silu, None);
+        let parts = cu.to_vec::<i64>()?.windows(2).filter(|w| w[0] < w[1]).map(document).collect::<Result<Vec<_>>>()?;
+        return Tensor::cat(&parts.iter().collect::<Vec<_>>(), 1);
+    }
+    let (t, c, k) = (x.dim(1), weight.dim(0), weight.dim(1));
+    let padded = x.pad(1, k - 1, 0)?;
+    let mut y = x.affine(0.0, 0.0)?;
+    for j in 0..k {
+        y = y.add(&padded.narrow(1, j, t)?.mul(&weight.narrow(1, j, 1)?.reshape(&[c])?)?)?;
+    }
+    if silu { y.silu() } else { Ok(y) }
+}
