@@ -1,1 +1,3 @@
-//! Part of tidegate.
+//! What the tests of several crates together share.
+
+pub mod plain;

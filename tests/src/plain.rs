@@ -1,0 +1,163 @@
+//! The whole model once more, as plainly as it can be said: primitive ops and the ops' references, no fused kernel. Tests compare the decoder with it.
+
+use engine::{Result, Tensor};
+use nn::{Decoder, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate};
+use ops::delta_rule::{DeltaRule, DeltaRuleInputs, reference as delta_rule};
+use ops::gated_sdpa::{Activation, Attention, Gate, reference as gated_sdpa};
+use ops::linear_cross_entropy::reference as linear_cross_entropy;
+use ops::moe::{Moe, reference as moe};
+use ops::rms_norm::{NormGate, reference as rms_norm};
+use ops::rope::reference as rope;
+use ops::short_conv::reference as short_conv;
+use ops::swiglu::reference as swiglu;
+use std::collections::HashMap;
+
+/// A decoder's parameters by name, and its configuration.
+pub struct Plain<'a> {
+    config: &'a ModelConfig,
+    params: HashMap<&'a str, &'a Tensor>,
+}
+
+/// What a layer needs beside its input.
+struct Place<'a> {
+    prefix: String,
+    cu_seqlens: Option<&'a Tensor>,
+    positions: Vec<usize>,
+}
+
+impl<'a> Plain<'a> {
+    /// The same parameters as `model`: leaves, so that gradients can be compared.
+    pub fn of(model: &'a Decoder) -> Self {
+        let params = model.params().iter().map(|p| (p.name.as_str(), &p.tensor)).collect();
+        Plain { config: model.config(), params }
+    }
+
+    fn get(&self, name: &str) -> &Tensor {
+        self.params.get(name).unwrap_or_else(|| panic!("the model has no parameter `{name}`"))
+    }
+
+    /// The objective: as [`Decoder::loss`].
+    pub fn loss(&self, tokens: &Tensor, targets: &Tensor, cu_seqlens: Option<&Tensor>) -> Result<Tensor> {
+        let c = self.config;
+        let (b, t, h) = (tokens.dim(0), tokens.dim(1), c.hidden_size);
+        let ids: Vec<i64> = tokens.cast(engine::DType::I64)?.to_vec()?;
+        let embed = self.get("model.embed_tokens.weight");
+        let mut x = embed.index_select(0, &Tensor::from_vec(ids, &[b * t])?)?.reshape(&[b, t, h])?;
+        let starts = cu_seqlens.map_or(Ok(vec![0]), |c| c.to_vec::<i64>())?;
+        let positions = (0..t as i64).map(|i| starts.iter().rev().find(|s| **s <= i).map_or(0, |s| (i - s) as usize)).collect();
+        let mut at = Place { prefix: String::new(), cu_seqlens, positions };
+        let mut routers = vec![];
+        for layer in 0..c.num_hidden_layers {
+            at.prefix = format!("model.layers.{layer}.");
+            let normed = self.norm(&x, &format!("{}input_layernorm.weight", at.prefix))?;
+            let y = match c.layer_type(layer) {
+                LayerType::LinearAttention => self.gated_delta_net(&normed, &at)?,
+                LayerType::FullAttention => self.attention(&normed, &at, None)?,
+                LayerType::SlidingAttention => self.attention(&normed, &at, Some(c.sliding_window))?,
+            };
+            x = x.add(&y)?;
+            let normed = self.norm(&x, &format!("{}post_attention_layernorm.weight", at.prefix))?.reshape(&[b * t, h])?;
+            let mlp = format!("{}mlp.", at.prefix);
+            let y = if c.is_sparse(layer) {
+                let logits = normed.linear(self.get(&format!("{mlp}gate.weight")))?;
+                let op = Moe { top_k: c.num_experts_per_tok, norm_topk: c.norm_topk_prob };
+                let (up, down) = (self.get(&format!("{mlp}experts.gate_up_proj")), self.get(&format!("{mlp}experts.down_proj")));
+                let mut y = moe::moe(op, &normed, &logits, up, down)?;
+                if c.shared_expert_intermediate_size > 0 {
+                    let gate = normed.linear(self.get(&format!("{mlp}shared_expert_gate.weight")))?.sigmoid()?;
+                    y = y.add(&self.dense(&normed, &format!("{mlp}shared_expert."))?.mul(&gate)?)?;
+                }
+                routers.push(logits);
+                y
+            } else {
+                self.dense(&normed, &mlp)?
+            };
+            x = x.add(&y.reshape(&[b, t, h])?)?;
+        }
+        let x = self.norm(&x, "model.norm.weight")?.reshape(&[b * t, h])?;
+        let head = if c.tie_word_embeddings { embed } else { self.get("lm_head.weight") };
+        let loss = linear_cross_entropy::linear_cross_entropy(&x, head, targets)?;
+        if routers.is_empty() { Ok(loss) } else { loss.add(&self.router_losses(&routers)?) }
+    }
+
+    /// Load balancing (E · Σ f P over the tokens of all layers) and z-loss, with their coefficients.
+    fn router_losses(&self, routers: &[Tensor]) -> Result<Tensor> {
+        let c = self.config;
+        let all = Tensor::cat(&routers.iter().collect::<Vec<_>>(), 0)?;
+        let (n, e, k) = (all.dim(0), c.num_experts, c.num_experts_per_tok);
+        let mut share = vec![0.0; e];
+        for i in all.detach().topk(k)?.1.to_vec::<i64>()? {
+            share[i as usize] += 1.0 / n as f64;
+        }
+        let share = Tensor::from_vec(share, &[e])?.cast(all.dtype())?;
+        let balance = all.softmax(1)?.mean(&[0], false)?.mul(&share)?.sum(&[0], false)?;
+        let log_sum_exp = all.narrow(1, 0, 1)?.sub(&all.log_softmax(1)?.narrow(1, 0, 1)?)?;
+        let z = log_sum_exp.square()?.mean(&[0, 1], false)?;
+        balance.affine(e as f64 * c.router_aux_loss_coef, 0.0)?.add(&z.affine(c.router_z_loss_coef, 0.0)?)
+    }
+
+    fn norm(&self, x: &Tensor, weight: &str) -> Result<Tensor> {
+        rms_norm::rms_norm(x, self.get(weight), self.config.rms_norm_eps, true)
+    }
+
+    fn dense(&self, x: &Tensor, prefix: &str) -> Result<Tensor> {
+        swiglu::swiglu(&x.linear(self.get(&format!("{prefix}gate_up_proj.weight")))?)?.linear(self.get(&format!("{prefix}down_proj.weight")))
+    }
+
+    fn attention(&self, x: &Tensor, at: &Place, window: Option<usize>) -> Result<Tensor> {
+        let c = self.config;
+        let (b, t, n, kv, d) = (x.dim(0), x.dim(1), c.num_attention_heads, c.num_key_value_heads, c.head_dim);
+        let get = |name: &str| self.get(&format!("{}self_attn.{name}.weight", at.prefix));
+        let gate_dim = match c.attention_gate.granularity {
+            GateGranularity::None => 0,
+            GateGranularity::Headwise => 1,
+            GateGranularity::Elementwise => d,
+        };
+        let qg = x.linear(get("q_proj"))?.reshape(&[b, t, n, d + gate_dim])?;
+        let k = x.linear(get("k_proj"))?.reshape(&[b, t, kv, d])?;
+        let v = x.linear(get("v_proj"))?.reshape(&[b, t, kv, d])?;
+        let turned = |x: &Tensor, norm: &str| {
+            let x = rms_norm::rms_norm(x, get(norm), c.rms_norm_eps, true)?;
+            rope::rope(&x, (d as f64 * c.partial_rotary_factor) as usize, c.rope_theta, &at.positions)
+        };
+        let (q, k) = (turned(&qg.narrow(3, 0, d)?, "q_norm")?, turned(&k, "k_norm")?);
+        let activation = match c.attention_gate.activation {
+            GateActivation::Sigmoid => Activation::Sigmoid,
+            GateActivation::Silu => Activation::Silu,
+            GateActivation::NsSigmoid => Activation::NsSigmoid,
+            GateActivation::Identity => Activation::Identity,
+        };
+        let how = Gate { activation, additive: c.attention_gate.op == GateOp::Add };
+        let logits = if gate_dim > 0 { Some(qg.narrow(3, d, gate_dim)?) } else { None };
+        let attention = Attention { causal: true, window, scale: None };
+        let o = gated_sdpa::composed(&q, &k, &v, logits.as_ref().map(|g| (g, how)), at.cu_seqlens, attention)?;
+        o.reshape(&[b, t, n * d])?.linear(get("o_proj"))
+    }
+
+    fn gated_delta_net(&self, x: &Tensor, at: &Place) -> Result<Tensor> {
+        let c = self.config;
+        let (b, t, nk, nv) = (x.dim(0), x.dim(1), c.linear_num_key_heads, c.linear_num_value_heads);
+        let (dk, dv, r) = (c.linear_key_head_dim, c.linear_value_head_dim, nv / nk);
+        let get = |name: &str| self.get(&format!("{}linear_attn.{name}", at.prefix));
+        let qkvz = x.linear(get("in_proj_qkvz.weight"))?.reshape(&[b, t, nk, 2 * dk + 2 * r * dv])?;
+        let ba = x.linear(get("in_proj_ba.weight"))?.reshape(&[b, t, nk, 2 * r])?;
+        let part = |from: usize, n: usize| qkvz.narrow(3, from, n)?.reshape(&[b, t, nk * n]);
+        // transformers' order of channels: all q, all k, all v
+        let qkv = Tensor::cat(&[&part(0, dk)?, &part(dk, dk)?, &part(2 * dk, r * dv)?], 2)?;
+        let weight = get("conv1d.weight");
+        let qkv = short_conv::short_conv(&qkv, &weight.reshape(&[weight.dim(0), c.linear_conv_kernel_dim])?, true, at.cu_seqlens)?;
+        let q = qkv.narrow(2, 0, nk * dk)?.reshape(&[b, t, nk, dk])?;
+        let k = qkv.narrow(2, nk * dk, nk * dk)?.reshape(&[b, t, nk, dk])?;
+        let v = qkv.narrow(2, 2 * nk * dk, nv * dv)?.reshape(&[b, t, nv, dv])?;
+        let z = part(2 * dk + r * dv, r * dv)?.reshape(&[b, t, nv, dv])?;
+        let beta = ba.narrow(3, 0, r)?.reshape(&[b, t, nv])?.sigmoid()?;
+        let beta = if c.linear_allow_neg_eigval { beta.affine(2.0, 0.0)? } else { beta };
+        let a = ba.narrow(3, r, r)?.reshape(&[b, t, nv])?;
+        let log_decay = a.add(get("dt_bias"))?.softplus()?.mul(&get("A_log").exp()?)?.neg()?;
+        let inputs = DeltaRuleInputs { log_decay: Some(&log_decay), beta: Some(&beta), initial_state: None, cu_seqlens: at.cu_seqlens };
+        let (o, _) = delta_rule::delta_rule(DeltaRule::gated_delta_net(), &q, &k, &v, inputs)?;
+        let act = if c.output_gate_type == OutputGate::Silu { NormGate::Silu } else { NormGate::Sigmoid };
+        let y = rms_norm::rms_norm_gated(&o, get("norm.weight"), &z, c.rms_norm_eps, act)?;
+        y.reshape(&[b, t, nv * dv])?.linear(get("out_proj.weight"))
+    }
+}
