@@ -123,23 +123,24 @@ pub trait Real:
     fn abs(self) -> Self;
     /// √x
     fn sqrt(self) -> Self;
-    /// eˣ in a form that vectorises.
+    /// eˣ in a form that vectorises; f32: at most 1.1 ULP from the exact value. This and the bounds below: every float, `engine/tests/ulp.rs`.
     fn exp(self) -> Self;
     /// ln x (scalar).
     fn ln(self) -> Self;
-    /// 1 / (1 + e⁻ˣ) in a form that vectorises.
+    /// 1 / (1 + e⁻ˣ) in a form that vectorises; f32: 2.5 ULP. The exponential is of −|x|, which can't overflow: small results stay exact down to subnormals.
     #[inline(always)]
     fn sigmoid(self) -> Self {
-        Self::ONE / (Self::ONE + (-self).exp())
+        let e = (-self.abs()).exp();
+        (if self < Self::ZERO { e } else { Self::ONE }) / (Self::ONE + e)
     }
-    /// x · sigmoid(x).
+    /// x · sigmoid(x); f32: 3.1 ULP, where sigmoid(x) is no subnormal number.
     #[inline(always)]
     fn silu(self) -> Self {
         self * self.sigmoid()
     }
-    /// ln(1 + eˣ) in a form that vectorises.
+    /// ln(1 + eˣ) in a form that vectorises; f32: 3.3 ULP.
     fn softplus(self) -> Self;
-    /// tanh x in a form that vectorises.
+    /// tanh x in a form that vectorises; f32: 1.7 ULP.
     fn tanh(self) -> Self;
 }
 
@@ -201,11 +202,12 @@ pub fn exp_f32(x: f32) -> f32 {
     let n = shift - 12582912.0;
     let r = f32::mul_add(n, -6.933_594e-1, x); // ln 2 in two parts
     let r = f32::mul_add(n, 2.121_944_4e-4, r);
-    let mut p = 1.388_873_2e-3;
-    p = f32::mul_add(p, r, 8.333_337e-3);
-    p = f32::mul_add(p, r, 4.166_655e-2);
-    p = f32::mul_add(p, r, 1.666_666_7e-1);
-    p = f32::mul_add(p, r, 0.5);
+    // minimax on |r| <= ln 2 / 2, relative error 3e-9 before rounding
+    let mut p = 1.381_454_1e-3;
+    p = f32::mul_add(p, r, 8.368_745e-3);
+    p = f32::mul_add(p, r, 4.166_839e-2);
+    p = f32::mul_add(p, r, 1.666_652_1e-1);
+    p = f32::mul_add(p, r, 4.999_999_4e-1);
     let p = f32::mul_add(p * r, r, r) + 1.0;
     let i = (shift.to_bits() as i32).wrapping_sub(12582912.0f32.to_bits() as i32);
     let h = i >> 1;
@@ -227,18 +229,19 @@ fn softplus_f32(x: f32) -> f32 {
 
 #[inline(always)]
 fn tanh_f32(x: f32) -> f32 {
-    // for small x the exponential form cancels; a short odd series stands in there
+    // for small x the exponential form cancels: an odd minimax polynomial stands in there
     let a = x.abs();
     let e = exp_f32(-2.0 * a);
     let big = (1.0 - e) / (1.0 + e);
     let z = x * x;
-    let mut p = 62.0 / 2835.0;
-    p = f32::mul_add(p, z, -17.0 / 315.0);
-    p = f32::mul_add(p, z, 2.0 / 15.0);
-    p = f32::mul_add(p, z, -1.0 / 3.0);
+    let mut p = -5.895_158e-3;
+    p = f32::mul_add(p, z, 2.079_597e-2);
+    p = f32::mul_add(p, z, -5.378_383e-2);
+    p = f32::mul_add(p, z, 1.333_192_4e-1);
+    p = f32::mul_add(p, z, -3.333_33e-1);
     let small = f32::mul_add(p * z, a, a);
-    let y = if a < 0.15 { small } else { big };
-    if x < 0.0 { -y } else { y }
+    let y = if a < 0.6 { small } else { big };
+    f32::copysign(y, x)
 }
 
 /// Asks for the cache lines of `x` ahead of their use; does nothing where there is no such instruction.
