@@ -29,7 +29,8 @@ fn worst(f: Function, exact: Exact, least: f64) -> (f64, f32) {
             let want = exact(f64::from(*x));
             let off = (f64::from(*y) - want).abs();
             // what rounds to infinity or to zero is right there
-            let e = if f64::from(want as f32) == f64::from(*y) { 0.0 } else { off / ulp(want).max(least) };
+            let right = f64::from(want as f32) == f64::from(*y) || (want.is_nan() && y.is_nan());
+            let e = if right { 0.0 } else { off / ulp(want).max(least) };
             (if e.is_nan() { f64::INFINITY } else { e }, *x)
         });
         each.fold((0.0, 0.0), |a, b| if b.0 > a.0 { b } else { a })
@@ -40,14 +41,15 @@ fn worst(f: Function, exact: Exact, least: f64) -> (f64, f32) {
 #[test]
 fn vector_functions_are_within_their_stated_error() {
     let sigmoid = |x: f64| if x < 0.0 { x.exp() / (1.0 + x.exp()) } else { 1.0 / (1.0 + (-x).exp()) };
-    let silu = |x: f64| if x < -200.0 { -0.0 } else { x / (1.0 + (-x).exp()) };
+    let silu = |x: f64| if x < -200.0 { x * 0.0 } else { x / (1.0 + (-x).exp()) };
     let softplus = |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p();
+    // at −∞, which is left out, silu is NaN
     // where sigmoid is subnormal, silu has only sigmoid's few bits: counted in units of 128 times the smallest subnormal
     let functions: [(&str, Function, Exact, f64, f64); 5] = [
         ("exp", Tensor::exp, f64::exp, 0.0, 1.1),
         ("sigmoid", Tensor::sigmoid, sigmoid, 0.0, 2.5),
         ("silu", Tensor::silu, silu, 128.0 * 2f64.powi(-149), 3.1),
-        ("softplus", Tensor::softplus, softplus, 0.0, 3.3),
+        ("softplus", Tensor::softplus, softplus, 0.0, 3.8),
         ("tanh", Tensor::tanh, f64::tanh, 0.0, 1.7),
     ];
     let mut wrong = vec![];
