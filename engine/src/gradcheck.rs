@@ -34,18 +34,6 @@ pub fn gradcheck(f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>, leaves: &[Tensor]
     if let Some(t) = leaves.iter().find(|t| t.dtype() != DType::F64) {
         return Err(Error::dtype("gradcheck", "every leaf", DType::F64, t.dtype()));
     }
-    let weigh = |ys: &[Tensor]| -> Result<Tensor> {
-        let mut total: Option<Tensor> = None;
-        for (i, y) in ys.iter().filter(|y| y.dtype().is_float()).enumerate() {
-            let w = Tensor::from_vec(rng::normal(99, i as u64, y.numel()), y.shape())?.cast(y.dtype())?;
-            let part = y.mul(&w)?.cast(DType::F64)?.sum_all()?;
-            total = Some(match total {
-                None => part,
-                Some(t) => t.add(&part)?,
-            });
-        }
-        total.ok_or_else(|| Error::invalid("gradcheck", "the function has no float output"))
-    };
     let vars: Vec<Tensor> = leaves.iter().map(|t| t.detach().requires_grad()).collect();
     let grads = {
         let mut g = Grads::new();
@@ -75,4 +63,18 @@ pub fn gradcheck(f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>, leaves: &[Tensor]
         }
     }
     Ok(report)
+}
+
+/// A scalar of all float outputs: their sum, weighted by fixed random numbers.
+pub(crate) fn weigh(ys: &[Tensor]) -> Result<Tensor> {
+    let mut total: Option<Tensor> = None;
+    for (i, y) in ys.iter().filter(|y| y.dtype().is_float()).enumerate() {
+        let w = Tensor::from_vec(rng::normal(99, i as u64, y.numel()), y.shape())?.cast(y.dtype())?.to_device(y.device())?;
+        let part = y.mul(&w)?.cast(DType::F64)?.sum_all()?;
+        total = Some(match total {
+            None => part,
+            Some(t) => t.add(&part)?,
+        });
+    }
+    total.ok_or_else(|| Error::invalid("gradcheck", "the function has no float output"))
 }

@@ -23,6 +23,7 @@ pub mod prim;
 pub mod profile;
 pub mod registry;
 pub mod rng;
+mod self_test;
 mod tape;
 mod tensor;
 
@@ -37,5 +38,6 @@ pub use inventory;
 pub use layout::{Layout, broadcast_shape};
 pub use op::{Meta, Op, Want, run, run_in_place, run_on, run1};
 pub use registry::View;
+pub use self_test::{SelfTest, self_tests};
 pub use tape::{Grads, Saved, checkpoint, enable_grad, grad_enabled, no_grad};
 pub use tensor::Tensor;

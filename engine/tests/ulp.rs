@@ -1,6 +1,6 @@
 //! How far the f32 vector functions are from the exact values, in units in the last place (ULP) of the exact value's f32 neighbourhood.
 //!
-//! `TIDEGATE_EXHAUSTIVE=1` goes through all 2³² floats instead of every 1009th (a quarter of an hour on two cores).
+//! `TIDEGATE_EXHAUSTIVE=1` goes through all 2³² floats instead of every 1009th (four minutes on two cores).
 
 use engine::{Result, Tensor};
 use rayon::prelude::*;
@@ -48,7 +48,7 @@ fn vector_functions_are_within_their_stated_error() {
     let functions: [(&str, Function, Exact, f64, f64); 5] = [
         ("exp", Tensor::exp, f64::exp, 0.0, 1.1),
         ("sigmoid", Tensor::sigmoid, sigmoid, 0.0, 2.5),
-        ("silu", Tensor::silu, silu, 128.0 * 2f64.powi(-149), 3.1),
+        ("silu", Tensor::silu, silu, 128.0 * 2f64.powi(-149), 3.4),
         ("softplus", Tensor::softplus, softplus, 0.0, 3.8),
         ("tanh", Tensor::tanh, f64::tanh, 0.0, 1.7),
     ];

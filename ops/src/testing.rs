@@ -27,3 +27,12 @@ pub fn strided(x: &Tensor) -> Tensor {
     let d = x.shape()[axis];
     Tensor::cat(&[x, x], axis).unwrap().narrow(axis, d, d).unwrap()
 }
+
+#[test]
+fn every_op_passes_its_self_test() {
+    for t in engine::self_tests() {
+        let e = t.run(&Device::cpu(), DType::F32).unwrap();
+        assert!(e <= 1e-5, "{}: {e:e}", t.name);
+        println!("{}: {e:.1e}", t.name);
+    }
+}

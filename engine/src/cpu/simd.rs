@@ -133,7 +133,7 @@ pub trait Real:
         let e = (-self.abs()).exp();
         (if self < Self::ZERO { e } else { Self::ONE }) / (Self::ONE + e)
     }
-    /// x · sigmoid(x); f32: 3.1 ULP, where sigmoid(x) is no subnormal number. NaN at −∞, as in PyTorch.
+    /// x · sigmoid(x); f32: 3.4 ULP, where sigmoid(x) is no subnormal number. NaN at −∞, as in PyTorch.
     #[inline(always)]
     fn silu(self) -> Self {
         self * self.sigmoid()

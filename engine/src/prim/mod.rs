@@ -5,6 +5,7 @@ mod cast;
 mod index;
 mod matmul;
 mod reduce;
+mod self_tests;
 mod shape;
 mod softmax;
 mod sort;

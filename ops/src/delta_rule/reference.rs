@@ -43,3 +43,24 @@ pub fn delta_rule(op: DeltaRule, q: &Tensor, k: &Tensor, v: &Tensor, x: DeltaRul
     }
     Ok((Tensor::cat(&os.iter().collect::<Vec<_>>(), 1)?, Tensor::cat(&states.iter().collect::<Vec<_>>(), 0)?))
 }
+
+type Rule = fn(DeltaRule, &Tensor, &Tensor, &Tensor, DeltaRuleInputs) -> Result<(Tensor, Tensor)>;
+
+/// q, k, v and the logits of decay and β, then perhaps the initial states.
+fn case(rule: Rule, x: &[Tensor], cu_seqlens: Option<&Tensor>) -> Result<Vec<Tensor>> {
+    let (log_decay, beta) = (x[3].softplus()?.neg()?, x[4].sigmoid()?);
+    let op = DeltaRule::gated_delta_net();
+    let ins = DeltaRuleInputs { log_decay: Some(&log_decay), beta: Some(&beta), initial_state: x.get(5), cu_seqlens };
+    let (o, state) = rule(op, &x[0], &x[1], &x[2], ins)?;
+    Ok(vec![o, state])
+}
+
+fn cu(x: &Tensor) -> Result<Tensor> {
+    Tensor::from_vec([0i64, 66, 67, 150], &[4])?.to_device(x.device())
+}
+engine::self_test!("delta_rule", [[2, 75, 2, 32], [2, 75, 2, 32], [2, 75, 4, 24], [2, 75, 4], [2, 75, 4], [2, 4, 32, 24]],
+    |x| case(super::delta_rule, x, None) => |x| case(delta_rule, x, None));
+engine::self_test!("delta_rule packed", [[1, 150, 2, 32], [1, 150, 2, 32], [1, 150, 4, 24], [1, 150, 4], [1, 150, 4], [3, 4, 32, 24]],
+    |x| case(super::delta_rule, x, Some(&cu(&x[0])?)) => |x| case(delta_rule, x, Some(&cu(&x[0])?)));
+engine::self_test!("delta_rule of one token", [[2, 1, 2, 32], [2, 1, 2, 32], [2, 1, 4, 24], [2, 1, 4], [2, 1, 4], [2, 4, 32, 24]],
+    |x| case(super::delta_rule, x, None) => |x| case(delta_rule, x, None));

@@ -105,3 +105,20 @@ pub fn composed(
     let act = if act.rank() == 3 { act.unsqueeze(3)? } else { act };
     if how.additive { o.add(&act) } else { o.mul(&act) }
 }
+
+const CAUSAL: Attention = Attention { causal: true, window: None, scale: None };
+const WINDOW: Attention = Attention { causal: true, window: Some(20), scale: None };
+const SIGMOID: Gate = Gate { activation: Activation::Sigmoid, additive: false };
+const SILU: Gate = Gate { activation: Activation::Silu, additive: true };
+
+fn cu(x: &Tensor) -> engine::Result<Tensor> {
+    Tensor::from_vec([0i64, 40, 41, 77], &[4])?.to_device(x.device())
+}
+engine::self_test!("gated_sdpa", [[2, 77, 4, 32], [2, 77, 2, 32], [2, 77, 2, 32], [2, 77, 4, 32]],
+    |x| Ok(vec![super::gated_sdpa(&x[0], &x[1], &x[2], Some((&x[3], SIGMOID)), None, CAUSAL)?])
+    => |x| Ok(vec![composed(&x[0], &x[1], &x[2], Some((&x[3], SIGMOID)), None, CAUSAL)?]));
+engine::self_test!("gated_sdpa packed", [[1, 77, 4, 32], [1, 77, 2, 32], [1, 77, 2, 32], [1, 77, 4]],
+    |x| Ok(vec![super::gated_sdpa(&x[0], &x[1], &x[2], Some((&x[3], SILU)), Some(&cu(&x[0])?), WINDOW)?])
+    => |x| Ok(vec![composed(&x[0], &x[1], &x[2], Some((&x[3], SILU)), Some(&cu(&x[0])?), WINDOW)?]));
+engine::self_test!("gated_sdpa of one token", [[2, 1, 4, 32], [2, 77, 2, 32], [2, 77, 2, 32]],
+    |x| Ok(vec![super::gated_sdpa(&x[0], &x[1], &x[2], None, None, CAUSAL)?]) => |x| Ok(vec![composed(&x[0], &x[1], &x[2], None, None, CAUSAL)?]));

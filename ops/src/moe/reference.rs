@@ -17,3 +17,7 @@ pub fn moe(op: Moe, x: &Tensor, router_logits: &Tensor, gate_up_proj: &Tensor, d
     }
     Ok(y)
 }
+
+const TOP2: Moe = Moe { top_k: 2, norm_topk: true };
+engine::self_test!("moe", [[77, 40], [77, 6], [6, 34, 40], [6, 40, 17]],
+    |x| Ok(vec![super::moe(TOP2, &x[0], &x[1], &x[2], &x[3])?.0]) => |x| Ok(vec![moe(TOP2, &x[0], &x[1], &x[2], &x[3])?]));

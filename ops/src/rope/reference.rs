@@ -18,3 +18,6 @@ pub fn rope(x: &Tensor, rotary_dim: usize, theta: f64, positions: &[usize]) -> R
     let (u, v) = (a.mul(&cos)?.sub(&b.mul(&sin)?)?, b.mul(&cos)?.add(&a.mul(&sin)?)?);
     Tensor::cat(&[&u, &v, &rest], 3)
 }
+
+engine::self_test!("rope", [[2, 37, 3, 40]],
+    |x| Ok(vec![super::rope(&x[0], 20, 1e4, super::Positions::From(5))?]) => |x| Ok(vec![rope(&x[0], 20, 1e4, &(5..42).collect::<Vec<_>>())?]));

@@ -17,3 +17,12 @@ pub fn short_conv(x: &Tensor, weight: &Tensor, silu: bool, cu_seqlens: Option<&T
     }
     if silu { y.silu() } else { Ok(y) }
 }
+
+/// Three documents, one of them empty.
+fn cu(x: &Tensor) -> Result<Tensor> {
+    Tensor::from_vec([0i64, 40, 40, 43, 77], &[5])?.to_device(x.device())
+}
+engine::self_test!("short_conv", [[2, 77, 40], [40, 4]],
+    |x| Ok(vec![super::short_conv(&x[0], &x[1], true, None, None)?.0]) => |x| Ok(vec![short_conv(&x[0], &x[1], true, None)?]));
+engine::self_test!("short_conv packed", [[1, 77, 40], [40, 4]],
+    |x| Ok(vec![super::short_conv(&x[0], &x[1], true, None, Some(&cu(&x[0])?))?.0]) => |x| Ok(vec![short_conv(&x[0], &x[1], true, Some(&cu(&x[0])?))?]));
