@@ -169,6 +169,9 @@ impl Default for ModelConfig {
     }
 }
 
+/// No size is larger; products of four fit 128 bits.
+const LARGEST: usize = 1 << 24;
+
 /// What transformers writes beside the model's fields; read past.
 const BOOKKEEPING: &[&str] = &[
     "architectures",
@@ -217,13 +220,23 @@ impl ModelConfig {
         refuse(map, "attention_bias", &[Value::Bool(false)])?;
         refuse(map, "hidden_act", &["silu".into()])?;
         refuse(map, "rope_scaling", &[Value::Null])?;
-        if let Some(rope) = map.remove("rope_parameters") {
-            refuse(rope.as_object().unwrap_or(&Default::default()), "rope_type", &["default".into()])?;
-            for key in ["rope_theta", "partial_rotary_factor"] {
-                if let Some(x) = rope.get(key) {
-                    map.entry(key).or_insert(x.clone());
+        refuse(map, "attention_dropout", &[0.into(), 0.0.into()])?;
+        refuse(map, "model_type", &["qwen3_next".into()])?;
+        match map.remove("rope_parameters") {
+            None | Some(Value::Null) => {}
+            Some(Value::Object(rope)) => {
+                refuse(&rope, "rope_type", &["default".into()])?;
+                for (key, x) in rope.into_iter().filter(|(k, _)| k != "rope_type") {
+                    if !["rope_theta", "partial_rotary_factor"].contains(&key.as_str()) {
+                        return Err(Error::Config(format!("`rope_parameters.{key}` = {x} is not supported; remove it if the model can do without")));
+                    }
+                    if let Some(other) = map.get(&key).filter(|y| **y != x) {
+                        return Err(Error::Config(format!("`{key}` = {other} and `rope_parameters.{key}` = {x} contradict each other; keep one")));
+                    }
+                    map.insert(key, x);
                 }
             }
+            Some(x) => return Err(Error::Config(format!("`rope_parameters` must be an object, found {x}"))),
         }
         let c: ModelConfig = serde_json::from_value(v).map_err(|e| Error::Config(e.to_string()))?;
         c.validate()?;
@@ -246,10 +259,35 @@ impl ModelConfig {
             ("linear_value_head_dim", self.linear_value_head_dim),
             ("linear_conv_kernel_dim", self.linear_conv_kernel_dim),
             ("sliding_window", self.sliding_window),
+            ("decoder_sparse_step", self.decoder_sparse_step),
         ] {
-            if n == 0 || n > 1 << 24 {
-                return fail(format!("`{name}` must be from 1 to {}, found {n}", 1 << 24));
+            if n == 0 || n > LARGEST {
+                return fail(format!("`{name}` must be from 1 to {LARGEST}, found {n}"));
             }
+        }
+        for (name, n) in [
+            ("intermediate_size", self.intermediate_size),
+            ("num_experts", self.num_experts),
+            ("moe_intermediate_size", self.moe_intermediate_size),
+            ("shared_expert_intermediate_size", self.shared_expert_intermediate_size),
+        ] {
+            if n > LARGEST {
+                return fail(format!("`{name}` must be at most {LARGEST}, found {n}"));
+            }
+        }
+        let (sparse, dense): (Vec<usize>, Vec<usize>) = (0..self.num_hidden_layers).partition(|i| self.is_sparse(*i));
+        if !dense.is_empty() && self.intermediate_size == 0 {
+            return fail(format!("layer {} is dense and needs `intermediate_size` of at least 1", dense[0]));
+        }
+        if !sparse.is_empty() && self.moe_intermediate_size == 0 {
+            return fail(format!("layer {} has experts and needs `moe_intermediate_size` of at least 1", sparse[0]));
+        }
+        if let Some(i) = self.mlp_only_layers.iter().find(|i| **i >= self.num_hidden_layers) {
+            return fail(format!(
+                "`mlp_only_layers` names layer {i}, the last of `num_hidden_layers` = {} is {}",
+                self.num_hidden_layers,
+                self.num_hidden_layers - 1
+            ));
         }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return fail(format!(
@@ -275,7 +313,7 @@ impl ModelConfig {
         if self.layer_types.is_empty() && self.full_attention_interval == 0 {
             return fail("`full_attention_interval` must be at least 1".into());
         }
-        if (0..self.num_hidden_layers).any(|i| self.is_sparse(i)) && !(1..=self.num_experts).contains(&self.num_experts_per_tok) {
+        if !sparse.is_empty() && !(1..=self.num_experts).contains(&self.num_experts_per_tok) {
             return fail(format!("`num_experts_per_tok` = {} must be from 1 to `num_experts` = {}", self.num_experts_per_tok, self.num_experts));
         }
         for (name, x) in [("initializer_range", self.initializer_range), ("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta)] {
@@ -284,6 +322,21 @@ impl ModelConfig {
             }
         }
         Ok(())
+    }
+
+    /// An error if the parameters, at so many bytes each, are more than the machine's memory.
+    pub fn fits(&self, bytes_per_parameter: u64) -> Result<()> {
+        let (n, gib) = (self.parameters().0, |b: u128| b as f64 / (1u64 << 30) as f64);
+        let need = n as u128 * u128::from(bytes_per_parameter);
+        match engine::cpu::system_memory() {
+            Some(have) if need > u128::from(have) => Err(Error::Config(format!(
+                "{n} parameters need {:.1} GiB at {bytes_per_parameter} bytes each, this machine has {:.1} GiB; make the model smaller: `hidden_size`, \
+                 `num_hidden_layers`, `num_experts`, `vocab_size`",
+                gib(need),
+                gib(u128::from(have))
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// The mixer of layer `i`.
@@ -314,51 +367,51 @@ impl ModelConfig {
         }
     }
 
-    /// Parameters: all of them, and those that act on one token (routed experts count `num_experts_per_tok` times).
+    /// Parameters: all of them, and those that act on one token (routed experts count `num_experts_per_tok` times). `usize::MAX` if there are more.
     pub fn parameters(&self) -> (usize, usize) {
-        let h = self.hidden_size;
-        let embed = self.vocab_size * h * if self.tie_word_embeddings { 1 } else { 2 };
+        let n = |x: usize| x as u128; // products of four sizes
+        let h = n(self.hidden_size);
+        let embed = n(self.vocab_size) * h * if self.tie_word_embeddings { 1 } else { 2 };
         let (mut total, mut active) = (embed + h, embed + h);
         for i in 0..self.num_hidden_layers {
             let mixer = match self.layer_type(i) {
                 LayerType::LinearAttention => {
-                    let (k, v, n) = (
-                        self.linear_num_key_heads * self.linear_key_head_dim,
-                        self.linear_num_value_heads * self.linear_value_head_dim,
-                        self.linear_num_value_heads,
-                    );
-                    h * (2 * k + 2 * v + 2 * n) + (2 * k + v) * self.linear_conv_kernel_dim + 2 * n + self.linear_value_head_dim + v * h
+                    let heads = n(self.linear_num_value_heads);
+                    let (k, v) = (n(self.linear_num_key_heads) * n(self.linear_key_head_dim), heads * n(self.linear_value_head_dim));
+                    h * (2 * k + 2 * v + 2 * heads) + (2 * k + v) * n(self.linear_conv_kernel_dim) + 2 * heads + n(self.linear_value_head_dim) + v * h
                 }
                 _ => {
-                    let (q, kv) = (self.num_attention_heads, self.num_key_value_heads * self.head_dim);
-                    h * (q * (self.head_dim + self.gate_dim()) + 2 * kv) + 2 * self.head_dim + q * self.head_dim * h
+                    let (q, kv, d) = (n(self.num_attention_heads), n(self.num_key_value_heads) * n(self.head_dim), n(self.head_dim));
+                    h * (q * (d + n(self.gate_dim())) + 2 * kv) + 2 * d + q * d * h
                 }
             };
             let dense = mixer + 2 * h;
             let (t, a) = if self.is_sparse(i) {
-                let expert = 3 * h * self.moe_intermediate_size;
-                let shared = if self.shared_expert_intermediate_size > 0 { 3 * h * self.shared_expert_intermediate_size + h } else { 0 };
-                let rest = shared + self.num_experts * h;
-                (self.num_experts * expert + rest, self.num_experts_per_tok * expert + rest)
+                let expert = 3 * h * n(self.moe_intermediate_size);
+                let shared = if self.shared_expert_intermediate_size > 0 { 3 * h * n(self.shared_expert_intermediate_size) + h } else { 0 };
+                let rest = shared + n(self.num_experts) * h;
+                (n(self.num_experts) * expert + rest, n(self.num_experts_per_tok) * expert + rest)
             } else {
-                (3 * h * self.intermediate_size, 3 * h * self.intermediate_size)
+                (3 * h * n(self.intermediate_size), 3 * h * n(self.intermediate_size))
             };
             total += dense + t;
             active += dense + a;
         }
-        (total, active)
+        let fit = |x: u128| usize::try_from(x).unwrap_or(usize::MAX);
+        (fit(total), fit(active))
     }
 
     /// Floating-point operations per token of a training step at sequence length `t`: 6 per active parameter (the embedding look-up is none), and
     /// 6·H·(D + Dv)·t for a causal softmax layer, 12·Hv·Dk·Dv for a delta-rule layer.
     pub fn flops_per_token(&self, t: usize) -> f64 {
-        let table = if self.tie_word_embeddings { 0 } else { self.vocab_size * self.hidden_size };
-        let mut f = 6.0 * (self.parameters().1 - table) as f64;
+        let product = |n: &[usize]| n.iter().map(|x| *x as f64).product::<f64>();
+        let table = if self.tie_word_embeddings { 0.0 } else { product(&[self.vocab_size, self.hidden_size]) };
+        let mut f = 6.0 * (self.parameters().1 as f64 - table);
         for i in 0..self.num_hidden_layers {
             f += match self.layer_type(i) {
-                LayerType::LinearAttention => 12.0 * (self.linear_num_value_heads * self.linear_key_head_dim * self.linear_value_head_dim) as f64,
-                LayerType::FullAttention => 6.0 * (self.num_attention_heads * 2 * self.head_dim * t / 2) as f64,
-                LayerType::SlidingAttention => 6.0 * (self.num_attention_heads * 2 * self.head_dim * (t / 2).min(self.sliding_window)) as f64,
+                LayerType::LinearAttention => 12.0 * product(&[self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim]),
+                LayerType::FullAttention => 12.0 * product(&[self.num_attention_heads, self.head_dim, t / 2]),
+                LayerType::SlidingAttention => 12.0 * product(&[self.num_attention_heads, self.head_dim, (t / 2).min(self.sliding_window)]),
             };
         }
         f
@@ -405,7 +458,33 @@ mod tests {
         assert!(err(json!({"hidden_size": "big"})).contains("big"));
         assert!(err(json!({"attention_bias": true})).contains("attention_bias"));
         assert!(err(json!([1])).contains("object"));
-        assert!(err(json!({"hidden_size": 0})).contains("hidden_size"));
+        for key in ["hidden_size", "decoder_sparse_step", "moe_intermediate_size", "linear_key_head_dim"] {
+            assert!(err(json!({ key: 0 })).contains(key));
+        }
+        for key in ["vocab_size", "num_experts", "intermediate_size", "shared_expert_intermediate_size", "num_hidden_layers"] {
+            assert!(err(json!({ key: 1u64 << 40 })).contains(key));
+        }
+        assert!(err(json!({"num_experts": 0, "intermediate_size": 0})).contains("layer 0 is dense"));
+        assert!(err(json!({"num_hidden_layers": 4, "mlp_only_layers": [4]})).contains("names layer 4"));
+        assert!(err(json!({"attention_dropout": 0.1})).contains("attention_dropout"));
+        assert!(err(json!({"model_type": "llama"})).contains("qwen3_next"));
+        assert!(err(json!({"rope_parameters": {"rope_type": "yarn"}})).contains("yarn"));
+        assert!(err(json!({"rope_parameters": {"mrope_section": [1]}})).contains("mrope_section"));
+        assert!(err(json!({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}})).contains("contradict"));
+        assert!(err(json!({"rope_parameters": 3})).contains("object"));
+    }
+
+    #[test]
+    fn a_model_larger_than_the_machine_is_refused_before_it_is_made() {
+        let largest = ModelConfig { num_experts: LARGEST, num_hidden_layers: 2, ..Default::default() };
+        let huge = ModelConfig { hidden_size: LARGEST, moe_intermediate_size: LARGEST, ..largest.clone() };
+        assert_eq!(huge.parameters().0, usize::MAX);
+        assert!(huge.flops_per_token(1 << 20).is_finite());
+        for c in [largest, huge] {
+            c.validate().unwrap();
+            let e = crate::Decoder::new(&c, 0, engine::DType::F32).err().unwrap().to_string();
+            assert!(e.contains("GiB") && e.contains("num_experts"), "{e}");
+        }
     }
 
     #[test]

@@ -57,6 +57,7 @@ impl Decoder {
         if !matches!(dtype, DType::F32 | DType::F64) {
             return Err(Error::Config(format!("parameters are kept in f32 (or f64 for checks), found {dtype}")));
         }
+        config.fits(dtype.size() as u64)?;
         let c = config.clone();
         let h = c.hidden_size;
         let mut b = Builder { params: vec![], seed, std: c.initializer_range, dtype, prefix: "model.".into() };

@@ -7,6 +7,7 @@ mod error;
 mod generate;
 mod init;
 mod layers;
+pub mod tensor_file;
 
 pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate};
 pub use decoder::{Decoder, Losses, Tap};

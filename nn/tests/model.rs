@@ -119,6 +119,38 @@ fn files_go_both_ways_and_bad_ones_are_refused() {
         let e = Decoder::open(&dir).err().unwrap().to_string();
         assert!(e.contains("model.safetensors"), "{e}");
     }
+    // a header of the right form that lies about the data
+    let n = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let header = String::from_utf8(whole[8..8 + n].to_vec()).unwrap();
+    let embed = header.find("embed_tokens").unwrap();
+    let (at, end) = (embed + header[embed..].find("data_offsets").unwrap(), embed + header[embed..].find('}').unwrap());
+    let lie = |from: &str, to: &str| format!("{}{}", &header[..embed], header[embed..].replacen(from, to, 1));
+    let offsets = &header[at..end];
+    for lying in [
+        lie("[11,6]", "[11,7]"),
+        lie("[11,6]", "[18446744073709551615,6]"),
+        lie("[11,6]", "[-11,6]"),
+        lie("\"F32\"", "\"F64\""),
+        lie("\"F32\"", "\"I32\""),
+        lie("\"F32\"", "\"F31\""),
+        lie(offsets, "data_offsets\":[0,18446744073709551615]"),
+        lie(offsets, "data_offsets\":[264,0]"),
+        lie("embed_tokens", "norm"),
+        header.replacen("embed_tokens", "embed_token", 1),
+        header.replacen('{', "[", 1),
+    ] {
+        assert_ne!(lying, header);
+        let bytes = [&(lying.len() as u64).to_le_bytes()[..], lying.as_bytes(), &whole[8 + n..]].concat();
+        std::fs::write(&file, bytes).unwrap();
+        let before = back.params()[0].tensor.to_vec::<f32>().unwrap();
+        let e = back.load(&dir).unwrap_err().to_string();
+        assert!(e.contains("model.safetensors"), "{e}");
+        assert_eq!(back.params()[0].tensor.to_vec::<f32>().unwrap(), before);
+    }
+    for length in [0u64, 1, n as u64 - 1, n as u64 + 1, u64::MAX, 1 << 40] {
+        std::fs::write(&file, [&length.to_le_bytes(), &whole[8..]].concat()).unwrap();
+        assert!(back.load(&dir).is_err(), "header length {length}");
+    }
     std::fs::write(&file, &whole).unwrap();
     let other = Decoder::new(&ModelConfig { vocab_size: 12, ..tiny() }, 0, DType::F32).unwrap();
     let e = other.load(&dir).unwrap_err().to_string();

@@ -124,6 +124,10 @@ impl RunDir {
         fs::create_dir_all(&parent).map_err(Error::io("creating", &parent))?;
         let name = format!("step-{:08}", state.step);
         let (tmp, done) = (parent.join(format!(".tmp-{name}")), parent.join(&name));
+        if done.exists() {
+            // a run that was resumed at its end: the folder is whole, and holds this very state
+            return Ok(done);
+        }
         let attempt = || -> Result<()> {
             if tmp.exists() {
                 fs::remove_dir_all(&tmp).map_err(Error::io("removing", &tmp))?;
@@ -138,15 +142,7 @@ impl RunDir {
                 File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io("syncing", &path))?;
             }
             sync_dir(&tmp)?;
-            if done.exists() {
-                // The same step again (the end of a resumed run): the new one takes its place.
-                let old = parent.join(format!(".tmp-old-{name}"));
-                fs::rename(&done, &old).map_err(Error::io("renaming", &done))?;
-                fs::rename(&tmp, &done).map_err(Error::io("renaming", &tmp))?;
-                let _ = fs::remove_dir_all(&old);
-            } else {
-                fs::rename(&tmp, &done).map_err(Error::io("renaming", &tmp))?;
-            }
+            fs::rename(&tmp, &done).map_err(Error::io("renaming", &tmp))?;
             sync_dir(&parent)
         };
         if let Err(e) = attempt() {
@@ -254,10 +250,10 @@ mod tests {
         drop(dir);
         RunDir::open(&run, true).unwrap();
         assert!(!left.exists());
-        // Once more at the same step.
+        // Once more at the same step: never is the newest moved away to make room.
         let dir = RunDir::open(&run, true).unwrap();
         dir.save(&state(4), 2, put("again")).unwrap();
-        assert_eq!(fs::read_to_string(find(&run).unwrap().join(MODEL)).unwrap(), "again");
+        assert_eq!(fs::read_to_string(find(&run).unwrap().join(MODEL)).unwrap(), "x");
         assert_eq!(steps(&dir), [3, 4]);
     }
 

@@ -64,3 +64,18 @@ impl Error {
         if matches!(self, Error::Usage(_)) { 2 } else { 1 }
     }
 }
+
+impl From<engine::Error> for Error {
+    fn from(e: engine::Error) -> Error {
+        Error::Model(e.to_string())
+    }
+}
+
+impl From<nn::Error> for Error {
+    fn from(e: nn::Error) -> Error {
+        match e {
+            nn::Error::Io { path, source } => Error::Io { action: "file", path, source },
+            e => Error::Model(e.to_string()),
+        }
+    }
+}

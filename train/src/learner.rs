@@ -3,7 +3,7 @@
 use crate::config::Optim;
 use crate::data::Batch;
 use crate::metrics::Scalars;
-use crate::optim::{AdamW, engine_error};
+use crate::optim::AdamW;
 use crate::trainer::{Learner, Sampling};
 use crate::{Error, Result, checkpoint, observe};
 use engine::{DType, Grads, Tensor};
@@ -65,7 +65,7 @@ impl<N: Network> Trained<N> {
 }
 
 fn scalar(t: &Tensor) -> Result<f64> {
-    t.item().map_err(engine_error)
+    t.item().map_err(Error::from)
 }
 
 /// The values of a tap as f32, when they are numbers.
@@ -101,8 +101,8 @@ impl<N: Network> Learner for Trained<N> {
                     return Ok((objective, grads));
                 }
                 let share = 1.0 / batches.len() as f64;
-                let weighted = if batches.len() == 1 { loss.objective } else { loss.objective.affine(share, 0.0).map_err(engine_error)? };
-                weighted.backward_into(&mut grads).map_err(engine_error)?;
+                let weighted = if batches.len() == 1 { loss.objective } else { loss.objective.affine(share, 0.0)? };
+                weighted.backward_into(&mut grads)?;
                 Ok((nll, grads))
             })
         };
@@ -114,7 +114,7 @@ impl<N: Network> Learner for Trained<N> {
         for done in done {
             let (loss, grads) = done?;
             losses.push(loss);
-            self.grads.merge(grads).map_err(engine_error)?;
+            self.grads.merge(grads)?;
         }
         Ok(losses)
     }
@@ -187,18 +187,16 @@ pub struct Hybrid {
     model: nn::Decoder,
 }
 
-fn model_error(e: nn::Error) -> Error {
-    Error::Model(e.to_string())
-}
-
 impl Hybrid {
     /// A new model.
     pub fn create(config: &nn::ModelConfig, seed: u64) -> Result<Trained<Hybrid>> {
-        Ok(Trained::new(Hybrid { model: nn::Decoder::new(config, seed, DType::F32).map_err(model_error)? }))
+        // weights, gradients and two moments, in f32
+        config.fits(16)?;
+        Ok(Trained::new(Hybrid { model: nn::Decoder::new(config, seed, DType::F32)? }))
     }
     /// The model of a checkpoint.
     pub fn open(dir: &Path) -> Result<Trained<Hybrid>> {
-        Ok(Trained::new(Hybrid { model: nn::Decoder::open(dir).map_err(model_error)? }))
+        Ok(Trained::new(Hybrid { model: nn::Decoder::open(dir)? }))
     }
     /// The model's `config.json`.
     pub fn config_json(&self) -> Result<String> {
@@ -221,19 +219,19 @@ impl Network for Hybrid {
             let bounds = |cu: &Vec<u32>| Tensor::from_vec(cu.iter().map(|c| i64::from(*c)).collect::<Vec<_>>(), &[cu.len()]);
             Ok((tokens, targets, batch.cu_seqlens.as_ref().map(bounds).transpose()?))
         };
-        let (tokens, targets, cu) = make().map_err(engine_error)?;
-        let l = self.model.loss(&tokens, &targets, cu.as_ref(), tap).map_err(model_error)?;
+        let (tokens, targets, cu) = make()?;
+        let l = self.model.loss(&tokens, &targets, cu.as_ref(), tap)?;
         Ok(Loss { objective: l.objective, nll: l.nll })
     }
     fn generate(&self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {
         let sampler = nn::Sampler { temperature: how.temperature, top_k: how.top_k, top_p: how.top_p, seed: how.seed };
-        nn::Generator::new(&self.model).generate(prompt, how.tokens, &sampler, |_| {}).map_err(model_error)
+        nn::Generator::new(&self.model).generate(prompt, how.tokens, &sampler, |_| {}).map_err(Error::from)
     }
     fn save(&self, dir: &Path) -> Result<()> {
-        self.model.save(dir).map_err(model_error)
+        self.model.save(dir).map_err(Error::from)
     }
     fn load(&mut self, dir: &Path) -> Result<()> {
-        self.model.load(dir).map_err(model_error)
+        self.model.load(dir).map_err(Error::from)
     }
     fn vocab_size(&self) -> usize {
         self.model.config().vocab_size
@@ -279,7 +277,7 @@ mod tests {
                 let nll = picked.mean(&[0, 1], false)?.neg()?;
                 Ok(Loss { objective: nll.clone(), nll })
             };
-            run().map_err(engine_error)
+            run().map_err(Error::from)
         }
         fn generate(&self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {
             Ok(vec![prompt[0]; how.tokens])

@@ -3,9 +3,9 @@
 use crate::config::Optim;
 use crate::{Error, Result, groups};
 use engine::{DType, Grads, Tensor};
+use nn::tensor_file::{self, TensorFile, fill};
 use ops::adamw::{adamw, sum_of_squares};
-use safetensors::{Dtype as Stored, SafeTensors, tensor::TensorView};
-use std::collections::HashMap;
+use safetensors::Dtype as Stored;
 use std::path::Path;
 
 /// Moments of every parameter, in f32.
@@ -16,15 +16,11 @@ pub struct AdamW {
     v: Vec<Tensor>,
 }
 
-pub(crate) fn engine_error(e: engine::Error) -> Error {
-    Error::Model(e.to_string())
-}
-
 impl AdamW {
     /// Zero moments for these parameters.
     pub fn new(params: &[(&str, &Tensor)]) -> Result<AdamW> {
         let zeros =
-            || params.iter().map(|(_, t)| Tensor::zeros(t.shape(), DType::F32, t.device())).collect::<engine::Result<Vec<_>>>().map_err(engine_error);
+            || params.iter().map(|(_, t)| Tensor::zeros(t.shape(), DType::F32, t.device())).collect::<engine::Result<Vec<_>>>().map_err(Error::from);
         Ok(AdamW { names: params.iter().map(|(n, _)| n.to_string()).collect(), m: zeros()?, v: zeros()? })
     }
 
@@ -33,7 +29,7 @@ impl AdamW {
         let sums: Vec<engine::Result<f64>> = params.iter().map(|(_, t)| grads.get(t).map_or(Ok(0.0), |g| sum_of_squares(g)?.item())).collect();
         let mut total = 0.0;
         for ((name, _), sum) in params.iter().zip(sums) {
-            let sum = sum.map_err(engine_error)?;
+            let sum = sum?;
             if !sum.is_finite() {
                 return Err(Error::NonFinite(format!("the gradient of `{name}` is not finite")));
             }
@@ -50,48 +46,36 @@ impl AdamW {
             let Some(g) = grads.get(p) else { continue };
             let decay = if groups::decays(name, p.shape(), &o.no_decay) { o.weight_decay } else { 0.0 };
             let op = ops::adamw::AdamW { lr, beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: decay, step, grad_scale: scale };
-            adamw(op, p, &self.m[i], &self.v[i], g).map_err(engine_error)?;
+            adamw(op, p, &self.m[i], &self.v[i], g)?;
         }
         Ok(norm)
     }
 
-    /// Writes the moments, as `m.NAME` and `v.NAME`.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let mut bytes: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
-        for (i, name) in self.names.iter().enumerate() {
-            for (kind, t) in [("m", &self.m[i]), ("v", &self.v[i])] {
-                let data = t.to_vec::<f32>().map_err(engine_error)?;
-                bytes.push((format!("{kind}.{name}"), t.shape().to_vec(), data.iter().flat_map(|x| x.to_le_bytes()).collect()));
-            }
-        }
-        let wrong = |e| Error::Checkpoint(format!("{}: {e}", path.display()));
-        let views = bytes
-            .iter()
-            .map(|(n, s, b)| TensorView::new(Stored::F32, s.clone(), b).map(|v| (n.as_str(), v)))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(wrong)?;
-        let file = safetensors::serialize(views, None).map_err(wrong)?;
-        std::fs::write(path, file).map_err(Error::io("writing", path))
+    fn moments(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        let named = |(i, name): (usize, &String)| [(format!("m.{name}"), &self.m[i]), (format!("v.{name}"), &self.v[i])];
+        self.names.iter().enumerate().flat_map(named)
     }
 
-    /// Reads what [`save`](Self::save) wrote: every moment, in its shape.
+    /// Writes the moments, as `m.NAME` and `v.NAME`.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        tensor_file::write(path, self.moments().map(|(n, t)| (n, t.clone())).collect()).map_err(Error::from)
+    }
+
+    /// Reads what [`save`](Self::save) wrote: every moment, in its shape; none, if one does not fit.
     pub fn load(&mut self, path: &Path) -> Result<()> {
-        let bytes = std::fs::read(path).map_err(Error::io("reading", path))?;
-        let file = SafeTensors::deserialize(&bytes)
-            .map_err(|e| Error::Checkpoint(format!("{}: {e}; the file is damaged, resume from an older checkpoint", path.display())))?;
-        let found: HashMap<String, TensorView> = file.tensors().into_iter().collect();
-        for (i, name) in self.names.iter().enumerate() {
-            for (kind, t) in [("m", &self.m[i]), ("v", &self.v[i])] {
-                let key = format!("{kind}.{name}");
-                let Some(view) = found.get(&key).filter(|v| v.dtype() == Stored::F32 && v.shape() == t.shape()) else {
-                    let f = found.get(&key).map_or("none".into(), |v| format!("{:?} {:?}", v.dtype(), v.shape()));
+        let file = TensorFile::open(path)?;
+        let found = file.tensors(path)?;
+        let mut ready = vec![];
+        for (key, t) in self.moments() {
+            match found.get(&key) {
+                Some(v) if v.dtype() == Stored::F32 && v.shape() == t.shape() => ready.push((t, v)),
+                other => {
+                    let f = other.map_or("none".into(), |v| format!("{:?} {:?}", v.dtype(), v.shape()));
                     return Err(Error::Checkpoint(format!("{}: `{key}`: expected F32 {:?}, found {f}", path.display(), t.shape())));
-                };
-                let data: Vec<f32> = view.data().chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
-                t.assign(&Tensor::from_vec(data, t.shape()).map_err(engine_error)?).map_err(engine_error)?;
+                }
             }
         }
-        Ok(())
+        ready.into_iter().try_for_each(|(t, v)| fill(t, std::slice::from_ref(v))).map_err(Error::from)
     }
 }
 
@@ -148,7 +132,7 @@ mod tests {
         // Damage is an error.
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() - 3]).unwrap();
-        assert!(c.load(&path).unwrap_err().to_string().contains("damaged"));
+        assert!(c.load(&path).unwrap_err().to_string().contains("older checkpoint"));
         let mut other = AdamW::new(&[("x", &w2)]).unwrap();
         std::fs::write(&path, &bytes).unwrap();
         assert!(other.load(&path).unwrap_err().to_string().contains("`m.x`"));

@@ -116,3 +116,33 @@ fn a_loss_that_is_not_finite_stops_with_one_and_a_name() {
     assert_eq!(o.status.code(), Some(1), "{e}");
     assert!(e.contains("error: step ") && e.contains('`'), "{e}");
 }
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_checkpoint_that_can_not_be_written_leaves_the_older_one_to_resume_from() {
+    let tmp = tempfile::tempdir().unwrap();
+    let args = |more: &'static str| format!("train smoke --set train.steps=20 --set eval.every=0 --set sample.count=0 --run-dir {more}");
+    let words = |s: &str| s.split(' ').map(String::from).collect::<Vec<_>>();
+    run(tmp.path(), &words(&args("whole")).iter().map(String::as_str).collect::<Vec<_>>());
+    let kib = std::fs::metadata(tmp.path().join("whole/checkpoints/step-00000020/model.safetensors")).unwrap().len() / 1024;
+    // files may not grow beyond a part of the model's; past that, writing fails as on a full disk (EFBIG instead of a signal)
+    let shell = |limit: u64, what: &str| {
+        let line = format!("trap '' XFSZ; ulimit -f {}; exec {} {what}", limit * 2, env!("CARGO_BIN_EXE_tidegate"));
+        Command::new("sh").args(["-c", &line]).current_dir(tmp.path()).output().unwrap()
+    };
+    let o = shell(1 << 20, &args("cut --set checkpoint.every=7"));
+    assert!(o.status.success());
+    std::fs::remove_dir_all(tmp.path().join("cut/checkpoints/step-00000020")).unwrap();
+    let before = weights(&tmp.path().join("cut"), 14);
+    let o = shell(kib / 2, &args("cut --resume"));
+    let e = String::from_utf8_lossy(&o.stderr);
+    assert_eq!(o.status.code(), Some(1), "{e}");
+    assert!(e.contains("model.safetensors") && e.contains("too large"), "{e}");
+    let left: Vec<String> =
+        std::fs::read_dir(tmp.path().join("cut/checkpoints")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(left.contains(&"step-00000014".into()) && left.iter().all(|n| n.starts_with("step-")), "{left:?}");
+    assert!(weights(&tmp.path().join("cut"), 14) == before);
+    assert!(shell(1 << 20, &args("cut --resume")).status.success());
+    assert!(weights(&tmp.path().join("cut"), 20) == weights(&tmp.path().join("whole"), 20));
+    assert_eq!(losses(&tmp.path().join("cut")), losses(&tmp.path().join("whole")));
+}

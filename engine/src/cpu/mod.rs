@@ -64,6 +64,14 @@ pub fn memory() -> (usize, usize, usize) {
     (c.live, c.cached, c.peak)
 }
 
+/// Bytes of memory that this process can have at most: the machine's, or less in a container. None where the system does not tell.
+pub fn system_memory() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib: u64 = info.lines().find_map(|l| l.strip_prefix("MemTotal:"))?.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|s| s.trim().parse().ok());
+    Some((kib << 10).min(limit.unwrap_or(u64::MAX)))
+}
+
 /// Returns all cached blocks to the system.
 pub fn trim() {
     let freed = {

@@ -13,20 +13,14 @@ fn cpu() -> String {
     name.unwrap_or_else(|| "CPU of unknown name".into())
 }
 
-fn memory_gib() -> Option<f64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib: f64 = info.lines().find_map(|l| l.strip_prefix("MemTotal:"))?.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib / (1 << 20) as f64)
-}
-
 pub(super) fn run() -> Result<()> {
     out(&format!("tidegate {} on {} {}", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH));
-    let memory = memory_gib().map_or(String::new(), |g| format!(", {g:.1} GiB memory"));
+    let memory = engine::cpu::system_memory().map_or(String::new(), |b| format!(", {:.1} GiB memory", b as f64 / (1u64 << 30) as f64));
     out(&format!("machine  {}{memory}", cpu()));
     out(&format!("vectors  {:?}", engine::cpu::simd::level()));
     out(&format!("threads  {} (RAYON_NUM_THREADS sets them; results don't depend on it)", rayon::current_num_threads()));
     out(&format!("device   {}", Device::cpu().name()));
-    out(&format!("matmul   {:.0} GFLOP/s in f32 at 512³", matmul_speed().map_err(|e| Error::Model(e.to_string()))?));
+    out(&format!("matmul   {:.0} GFLOP/s in f32 at 512³", matmul_speed()?));
     let mut failed = Vec::new();
     for t in engine::self_tests() {
         match t.run(&Device::cpu(), DType::F32) {

@@ -1,0 +1,106 @@
+//! Files of named tensors: written piece by piece and synced, read from mapped memory, so that neither way holds a second copy of the model.
+
+use crate::{Error, Result};
+use engine::{DType, Device, Element, Tensor};
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, TensorView, View};
+use safetensors::{SafeTensorError, SafeTensors};
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+/// A tensor whose bytes are made when they are written.
+struct Lazy<'a> {
+    tensor: Tensor,
+    failed: &'a RefCell<Option<engine::Error>>,
+}
+
+impl View for Lazy<'_> {
+    fn dtype(&self) -> Dtype {
+        if self.tensor.dtype() == DType::F64 { Dtype::F64 } else { Dtype::F32 }
+    }
+    fn shape(&self) -> &[usize] {
+        self.tensor.shape()
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        let bytes = match self.dtype() {
+            Dtype::F64 => self.tensor.to_vec::<f64>().map(|v| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()),
+            _ => self.tensor.to_vec::<f32>().map(|v| v.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        };
+        Cow::Owned(bytes.unwrap_or_else(|e| {
+            self.failed.replace(Some(e));
+            vec![0; self.data_len()]
+        }))
+    }
+    fn data_len(&self) -> usize {
+        self.tensor.numel() * if self.dtype() == Dtype::F64 { 8 } else { 4 }
+    }
+}
+
+/// Writes a safetensors file, in f64 for f64 tensors and in f32 for all others, and syncs it to disk.
+pub fn write(path: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
+    let failed = RefCell::new(None);
+    let lazy = tensors.into_iter().map(|(name, tensor)| (name, Lazy { tensor, failed: &failed }));
+    // the library that most people read these files with wants to be told whose they are
+    let meta = HashMap::from([("format".to_string(), "pt".to_string())]);
+    safetensors::serialize_to_file(lazy, Some(meta), path).map_err(|e| match e {
+        SafeTensorError::IoError(source) => Error::io(path)(source),
+        e => Error::checkpoint(path, e.to_string()),
+    })?;
+    if let Some(e) = failed.take() {
+        return Err(e.into());
+    }
+    std::fs::File::open(path).and_then(|f| f.sync_all()).map_err(Error::io(path))
+}
+
+/// A safetensors file in mapped memory.
+pub struct TensorFile {
+    map: Mmap,
+}
+
+impl TensorFile {
+    /// Maps the file.
+    pub fn open(path: &Path) -> Result<TensorFile> {
+        let file = std::fs::File::open(path).map_err(Error::io(path))?;
+        // SAFETY: the map is only read; a file that another process truncates meanwhile would fault, as with every reader of mapped checkpoints.
+        Ok(TensorFile { map: unsafe { Mmap::map(&file) }.map_err(Error::io(path))? })
+    }
+    /// All tensors by name; an error for a header that is cut off or does not describe the file.
+    pub fn tensors(&self, path: &Path) -> Result<BTreeMap<String, TensorView<'_>>> {
+        let st = SafeTensors::deserialize(&self.map);
+        let st = st.map_err(|e| Error::checkpoint(path, format!("is no whole safetensors file ({e}); copy it again, or use an older checkpoint")))?;
+        Ok(st.tensors().into_iter().collect())
+    }
+}
+
+/// Whether [`fill`] can read it.
+pub fn readable(v: &TensorView) -> bool {
+    matches!(v.dtype(), Dtype::F32 | Dtype::F64 | Dtype::BF16 | Dtype::F16)
+}
+
+/// Overwrites `t` with the pieces, one after the other, converted to its dtype.
+pub fn fill(t: &Tensor, pieces: &[TensorView]) -> Result<()> {
+    let values = match t.dtype() {
+        DType::F64 => Tensor::from_slice(&convert::<f64>(pieces, t.numel()), t.shape(), &Device::cpu())?,
+        d => Tensor::from_slice(&convert::<f32>(pieces, t.numel()), t.shape(), &Device::cpu())?.cast(d)?,
+    };
+    Ok(t.assign(&values.to_device(t.device())?)?)
+}
+
+fn convert<T: Element>(pieces: &[TensorView], n: usize) -> Vec<T> {
+    fn le<const N: usize>(b: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
+        b.as_chunks::<N>().0.iter().copied()
+    }
+    let mut out = Vec::with_capacity(n);
+    for v in pieces {
+        let b = v.data();
+        match v.dtype() {
+            Dtype::F32 => out.extend(le::<4>(b).map(|x| T::from_f64(f32::from_le_bytes(x).into()))),
+            Dtype::F64 => out.extend(le::<8>(b).map(|x| T::from_f64(f64::from_le_bytes(x)))),
+            Dtype::BF16 => out.extend(le::<2>(b).map(|x| T::from_f64(engine::half::bf16::from_le_bytes(x).to_f64()))),
+            _ => out.extend(le::<2>(b).map(|x| T::from_f64(engine::half::f16::from_le_bytes(x).to_f64()))),
+        }
+    }
+    out
+}
