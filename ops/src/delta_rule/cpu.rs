@@ -1,7 +1,7 @@
 //! Kernels: one task per (sequence, value head), which walks its chunks in order and writes its own rows of the outputs.
 
-use super::kernel::{BackWork, Chunk, ChunkGrad, Dims, Mat, Values, Work};
-use super::{CHUNK, DeltaRule, DeltaRuleBackward, L2_EPS, sizes};
+use super::kernel::{BackWork, CHUNK, Chunk, ChunkGrad, Dims, Mat, Work};
+use super::{DeltaRule, DeltaRuleBackward, L2_EPS, sizes};
 use crate::rows::{Rows, Shared};
 use engine::cpu::simd::{Real, dot, prefetch};
 use engine::cpu::{Inputs, Outputs, scratch};
@@ -76,17 +76,17 @@ impl<'a, F: Real> Source<'a, F> {
         let (first, len) = self.seqs[s];
         (first + i * CHUNK, CHUNK.min(len - i * CHUNK))
     }
-    /// Chunk `i` of sequence `s` and value head `h`, and the factors of its L2 norms (q's, then k's).
-    fn chunk(&self, s: usize, h: usize, i: usize, out: &mut Chunk<F>, norms: &mut Vec<F>) {
+    /// Those of q, k and v that are asked for (in `part`) of chunk `i` of sequence `s` and value head `h`, and the factors of q's and k's L2 norms.
+    fn chunk(&self, s: usize, h: usize, i: usize, part: std::ops::Range<usize>, out: &mut Chunk<F>, norms: &mut [[F; CHUNK]; 2]) {
         let (at, n) = self.place(s, i);
         out.n = n;
-        norms.clear();
-        for (i, (dst, d)) in [(&mut out.q, self.dims.dk), (&mut out.k, self.dims.dk), (&mut out.v, self.dims.dv)].into_iter().enumerate() {
+        for i in part {
+            let (dst, d) = [(&mut out.q, self.dims.dk), (&mut out.k, self.dims.dk), (&mut out.v, self.dims.dv)].into_iter().nth(i).unwrap();
             let (heads, head) = if i < 2 { (self.hk, h / (self.hv / self.hk)) } else { (self.hv, h) };
             for r in 0..n {
                 let src = &self.x[i][self.rows[i].at((at + r) * heads + head)..][..d];
                 if i < 2 && self.l2 {
-                    norms.push(normalise(src, dst.row_mut(r, d)));
+                    norms[i][r] = normalise(src, dst.row_mut(r, d));
                 } else {
                     dst.row_mut(r, d).copy_from_slice(src);
                 }
@@ -140,34 +140,28 @@ fn store<F: Real>(m: &Mat<F>, n: usize, at: usize, hv: usize, h: usize, d: usize
 fn forward<F: Real>(op: &DeltaRule, x: &Inputs, y: &mut Outputs) -> Result<()> {
     let s = Source::<F>::new(op, x)?;
     let (d, hv) = (s.dims, s.hv);
-    let (mut o, mut last, mut factor) = (y.real::<F>(0)?, y.slice::<F>(1)?, y.slice::<F>(2)?);
-    let (o, last, factor) = (Shared::new(&mut o), Shared::new(&mut last), Shared::new(&mut factor));
+    let (mut o, mut last, mut kept) = (y.real::<F>(0)?, y.slice::<F>(1)?, y.slice::<F>(2)?);
+    let (o, last, kept) = (Shared::new(&mut o), Shared::new(&mut last), Shared::new(&mut kept));
     s.tasks().into_par_iter().for_each(|(seq, head)| {
         let mut h = s.initial(seq, head);
-        let (mut w, mut c, mut x, mut norms) = (Work::new(d), s.empty(), Values::new(d), vec![]);
-        let (mut a, mut out) = (Mat::new(CHUNK, CHUNK), Mat::new(CHUNK, d.dv));
+        let (mut w, mut c, mut norms) = (Work::new(d), s.empty(), [[F::ZERO; CHUNK]; 2]);
+        let (mut a, mut v_new, mut out) = (Mat::new(CHUNK, CHUNK), Mat::new(CHUNK, d.dv), Mat::new(CHUNK, d.dv));
         let chunks = s.seqs[seq].1.div_ceil(CHUNK);
         for i in 0..chunks {
-            s.chunk(seq, head, i, &mut c, &mut norms);
+            s.chunk(seq, head, i, 0..3, &mut c, &mut norms);
             if i + 1 < chunks {
                 s.prefetch(seq, head, i + 1);
             }
             let (at, n) = s.place(seq, i);
             w.open(d, &c);
-            if d.erase {
-                w.factor(d, &c, &mut a);
-                for r in 0..n {
-                    // SAFETY: as in `store`.
-                    let row = unsafe { factor.slice(((at + r) * hv + head) * CHUNK, CHUNK) };
-                    row[..n].copy_from_slice(a.row(r, n));
-                    row[n..].fill(F::ZERO);
-                }
-            }
             let before = (i > 0 || s.state.is_some()).then_some(&h);
-            w.values(d, &c, &a, before, &mut x);
-            w.output(d, &c, before, &x.v, &mut out);
+            w.values(d, &c, before, &mut a, &mut out, &mut v_new);
+            if d.erase {
+                store(&v_new, n, at, hv, head, d.dv, &kept);
+            }
+            w.output(d, &c, before, &v_new, &mut out);
             store(&out, n, at, hv, head, d.dv, &o);
-            w.advance(d, &c, &x.v, &mut h);
+            w.advance(d, &c, &v_new, &mut h);
         }
         store(&h, d.dk, (seq * hv + head) * d.dk, 1, 0, d.dv, &last);
     });
@@ -179,7 +173,7 @@ fn backward<F: Real>(op: &DeltaRuleBackward, x: &Inputs, y: &mut Outputs) -> Res
     let s = Source::<F>::new(rule, x)?;
     let (d, hk, hv) = (s.dims, s.hk, s.hv);
     let base = rule.inputs();
-    let (factor, d_o) = (x.slice::<F>(base)?, x.real::<F>(base + 1)?);
+    let (v_new, d_o) = (x.slice::<F>(base)?, x.real::<F>(base + 1)?);
     let d_last = if op.state_grad { Some(x.slice::<F>(base + 2)?) } else { None };
     let (mut gq, mut gk, mut gv) = (y.real::<F>(0)?, y.real::<F>(1)?, y.real::<F>(2)?);
     let mut opt = |i: Option<usize>| i.map(|i| y.real::<F>(i)).transpose();
@@ -193,51 +187,46 @@ fn backward<F: Real>(op: &DeltaRuleBackward, x: &Inputs, y: &mut Outputs) -> Res
     s.tasks().into_par_iter().for_each(|(seq, head)| {
         let chunks = s.seqs[seq].1.div_ceil(CHUNK);
         let (mut w, mut bw) = (Work::new(d), BackWork::new(d));
-        let read = |src: &[F], width: usize, i: usize, cols: usize, out: &mut Mat<F>| {
+        let read = |src: &[F], i: usize, out: &mut Mat<F>| {
             let (at, n) = s.place(seq, i);
-            (0..n).for_each(|r| out.row_mut(r, cols).copy_from_slice(&src[((at + r) * hv + head) * width..][..cols]));
+            (0..n).for_each(|r| out.row_mut(r, d.dv).copy_from_slice(&src[((at + r) * hv + head) * d.dv..][..d.dv]));
         };
-        let (mut a, mut go) = (Mat::new(CHUNK, CHUNK), Mat::new(CHUNK, d.dv));
-        // forwards again, for the state before each chunk and its V'
-        let mut h = s.initial(seq, head);
-        let mut kept = Vec::with_capacity(chunks);
-        for i in 0..chunks {
-            let (mut c, mut norms, mut x) = (s.empty(), vec![], Values::new(d));
-            s.chunk(seq, head, i, &mut c, &mut norms);
-            if i + 1 < chunks {
-                s.prefetch(seq, head, i + 1);
-            }
-            if d.erase {
-                read(factor, CHUNK, i, c.n, &mut a);
-            }
+        let fetch = |c: &Chunk<F>, i: usize, out: &mut Mat<F>| {
+            if d.erase { read(v_new, i, out) } else { c.written(d, out) }
+        };
+        let (mut c, mut norms) = (s.empty(), [[F::ZERO; CHUNK]; 2]);
+        let (mut x, mut go) = (Mat::new(CHUNK, d.dv), Mat::new(CHUNK, d.dv));
+        // forwards again, for the state before each chunk
+        let mut states = vec![s.initial(seq, head)];
+        for i in 0..chunks.saturating_sub(1) {
+            s.chunk(seq, head, i, 1..if d.erase { 2 } else { 3 }, &mut c, &mut norms);
+            fetch(&c, i, &mut x);
             w.decays(&c);
-            w.values(d, &c, &a, (i > 0 || s.state.is_some()).then_some(&h), &mut x);
-            let mut before = Mat::new(d.dk, d.dv);
-            before.copy(&h);
-            if i + 1 < chunks {
-                w.advance(d, &c, &x.v, &mut h);
-            }
-            kept.push((c, norms, before, x));
+            let mut h = Mat::new(d.dk, d.dv);
+            h.copy(&states[i]);
+            w.advance(d, &c, &x, &mut h);
+            states.push(h);
         }
         let d_last = d_last.map(|x| &x[(seq * hv + head) * d.dk * d.dv..]);
         let mut dh = load(d.dk, d.dv, |i| d_last.map(|x| &x[i * d.dv..]));
         let mut grad = ChunkGrad { q: Mat::new(CHUNK, d.dk), k: Mat::new(CHUNK, d.dk), v: Mat::new(CHUNK, d.dv), g: vec![], beta: vec![] };
-        for (i, (c, norms, before, x)) in kept.into_iter().enumerate().rev() {
-            if d.erase && i + 1 < chunks {
-                read(factor, CHUNK, i, c.n, &mut a);
-            }
-            read(&d_o, d.dv, i, d.dv, &mut go);
+        for i in (0..chunks).rev() {
+            let before = states.pop();
+            s.chunk(seq, head, i, 0..3, &mut c, &mut norms);
+            fetch(&c, i, &mut x);
+            read(&d_o, i, &mut go);
             if i > 0 {
+                s.prefetch(seq, head, i - 1);
                 let (at, n) = s.place(seq, i - 1);
                 for r in at..at + n {
                     prefetch(&d_o[(r * hv + head) * d.dv..][..d.dv]);
                     if d.erase {
-                        prefetch(&factor[(r * hv + head) * CHUNK..][..CHUNK]);
+                        prefetch(&v_new[(r * hv + head) * d.dv..][..d.dv]);
                     }
                 }
             }
             let sides = [i + 1 < chunks || d_last.is_some(), i > 0 || s.state.is_some()];
-            bw.chunk(&mut w, d, &c, &a, sides[1].then_some(&before), &x, &go, &mut dh, sides, &mut grad);
+            bw.chunk(&mut w, d, &c, before.as_ref().filter(|_| sides[1]), &x, &go, &mut dh, sides, &mut grad);
             let (at, n) = s.place(seq, i);
             for (j, (y, g)) in [(&c.q, &grad.q), (&c.k, &grad.k)].into_iter().enumerate() {
                 if !s.l2 {
@@ -247,7 +236,7 @@ fn backward<F: Real>(op: &DeltaRuleBackward, x: &Inputs, y: &mut Outputs) -> Res
                 for r in 0..n {
                     // SAFETY: as in `store`.
                     let out = unsafe { each[j].slice(((at + r) * hv + head) * d.dk, d.dk) };
-                    normalise_back(y.row(r, d.dk), norms[j * n + r], g.row(r, d.dk), out);
+                    normalise_back(y.row(r, d.dk), norms[j][r], g.row(r, d.dk), out);
                 }
             }
             store(&grad.v, n, at, hv, head, d.dv, &out_v);

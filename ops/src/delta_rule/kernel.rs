@@ -2,12 +2,13 @@
 //!
 //! Every product with a triangle runs over blocks of [`ROWS`] rows and skips what is zero; a third of the work of a square product falls away.
 
-use super::CHUNK;
 use engine::cpu::simd::{self, Real};
 use engine::cpu::tile::{self, gemm};
 use engine::cpu::{Scratch, scratch};
 use engine::vectorized;
 
+/// Steps per chunk.
+pub const CHUNK: usize = 32;
 /// Rows of a block of a triangular product: two of the register kernel's tiles on AVX2, one on AVX-512.
 const ROWS: usize = 12;
 /// Side of a diagonal block of the triangular inverse.
@@ -102,18 +103,30 @@ vectorized! {
         for (i, row) in block.iter().enumerate() { a[i * ld..i * ld + SIDE].copy_from_slice(row) }
     }
     fn dot[F: Real](a: &[F], b: &[F]) -> F { simd::dot(a, b) }
-    fn scaled[F: Real](s: F, x: &[F], y: &mut [F]) { for (y, x) in y.iter_mut().zip(x) { *y = *x * s } }
-    /// r = β (v − e^g kh)
-    fn residual[F: Real](v: &[F], kh: &[F], eg: F, beta: F, r: &mut [F]) {
-        for ((r, v), k) in r.iter_mut().zip(v).zip(kh) { *r = beta * (*v - eg * *k) }
-    }
-    /// s·x added to y
-    fn axpy[F: Real](s: F, x: &[F], y: &mut [F]) { for (y, x) in y.iter_mut().zip(x) { *y = s.mul_add(*x, *y) } }
     fn scale[F: Real](s: F, x: &mut [F]) { for x in x.iter_mut() { *x *= s } }
-    /// x *= s, y += x; the scalar product of (the new) x with z.
-    fn scale_add_dot[F: Real](s: F, x: &mut [F], y: &mut [F], z: &[F]) -> F {
-        for (x, y) in x.iter_mut().zip(y) { *x *= s; *y += *x }
-        simd::dot(x, z)
+    /// y_i = s_i x_i, for the rows i of two tiles.
+    fn scaled[F: Real](s: &[F], x: &[F], y: &mut [F], ld: usize, cols: usize) {
+        for ((s, x), y) in s.iter().zip(x.chunks(ld)).zip(y.chunks_mut(ld)) {
+            for (y, x) in y[..cols].iter_mut().zip(&x[..cols]) { *y = *x * *s }
+        }
+    }
+    /// r_i = β_i (v_i − e^{g_i} r_i)
+    fn residual[F: Real](v: &[F], eg: &[F], beta: &[F], r: &mut [F], ld: usize, cols: usize) {
+        for (((v, e), b), r) in v.chunks(ld).zip(eg).zip(beta).zip(r.chunks_mut(ld)) {
+            for (r, v) in r[..cols].iter_mut().zip(&v[..cols]) { *r = *b * (*v - *e * *r) }
+        }
+    }
+    /// y_i += s_i x_i; dots_i = x_i · z_i.
+    fn axpy_dot[F: Real](s: &[F], x: &[F], y: &mut [F], z: &[F], dots: &mut [F], ld: usize, cols: usize) {
+        for ((((s, x), y), z), d) in s.iter().zip(x.chunks(ld)).zip(y.chunks_mut(ld)).zip(z.chunks(ld)).zip(dots) {
+            let (x, z) = (&x[..cols], &z[..cols]);
+            for (y, x) in y[..cols].iter_mut().zip(x) { *y = s.mul_add(*x, *y) }
+            *d = simd::dot(x, z);
+        }
+    }
+    /// dots_i = x_i · y_i
+    fn row_dots[F: Real](x: &[F], y: &[F], dots: &mut [F], ld: usize, cols: usize) {
+        for ((x, y), d) in x.chunks(ld).zip(y.chunks(ld)).zip(dots) { *d = simd::dot(&x[..cols], &y[..cols]) }
     }
     /// Row sums added to dg, column sums taken from it, of a ⊙ b below (and on) the diagonal: the gradient of g through a decay matrix.
     /// Row sums also go to `rows`.
@@ -140,6 +153,13 @@ pub struct Chunk<F: Real> {
     pub beta: Vec<F>,
 }
 
+impl<F: Real> Chunk<F> {
+    /// V' where nothing is erased: β V.
+    pub fn written(&self, d: Dims<F>, v_new: &mut Mat<F>) {
+        scaled(&self.beta, &self.v.x, &mut v_new.x, self.v.ld, d.dv);
+    }
+}
+
 /// Constant through a call.
 #[derive(Clone, Copy)]
 pub struct Dims<F> {
@@ -150,25 +170,12 @@ pub struct Dims<F> {
     pub decay: bool,
 }
 
-/// V' of a chunk, and the K h that it was made from.
-pub struct Values<F: Real> {
-    pub kh: Mat<F>,
-    pub v: Mat<F>,
-}
-
-impl<F: Real> Values<F> {
-    pub fn new(d: Dims<F>) -> Self {
-        Values { kh: Mat::new(CHUNK, d.dv), v: Mat::new(CHUNK, d.dv) }
-    }
-}
-
 /// Scratch for one task.
 pub struct Work<F: Real> {
     kt: Mat<F>,
     ratios: Mat<F>,
     m: Mat<F>,
     p: Mat<F>,
-    r: Mat<F>,
     scaled: Mat<F>,
     eg: Vec<F>,
     tail: Vec<F>,
@@ -177,26 +184,17 @@ pub struct Work<F: Real> {
 impl<F: Real> Work<F> {
     pub fn new(d: Dims<F>) -> Self {
         let square = || Mat::new(CHUNK, CHUNK);
-        Work {
-            kt: Mat::new(d.dk, CHUNK),
-            ratios: square(),
-            m: square(),
-            p: square(),
-            r: Mat::new(CHUNK, d.dv),
-            scaled: Mat::new(CHUNK, d.dk),
-            eg: vec![F::ZERO; CHUNK],
-            tail: vec![F::ZERO; CHUNK],
-        }
+        Work { kt: Mat::new(d.dk, CHUNK), ratios: square(), m: square(), p: square(), scaled: Mat::new(CHUNK, d.dk), eg: vec![], tail: vec![] }
     }
-    /// e^g and e^{g_last − g}: all that [`Work::values`] and [`Work::advance`] need of a chunk.
+    /// e^g and e^{g_last − g}: all that [`Work::advance`] needs of a chunk.
     pub fn decays(&mut self, c: &Chunk<F>) {
         let last = c.g[c.n - 1];
-        self.eg[..c.n].copy_from_slice(&c.g);
-        for (t, g) in self.tail.iter_mut().zip(&c.g) {
-            *t = last - *g;
-        }
-        exp_all(&mut self.eg[..c.n]);
-        exp_all(&mut self.tail[..c.n]);
+        self.eg.clear();
+        self.eg.extend_from_slice(&c.g);
+        self.tail.clear();
+        self.tail.extend(c.g.iter().map(|g| last - *g));
+        exp_all(&mut self.eg);
+        exp_all(&mut self.tail);
     }
     /// [`Work::decays`], and what the products inside the chunk need: Kᵀ and D.
     pub fn open(&mut self, d: Dims<F>, c: &Chunk<F>) {
@@ -209,72 +207,59 @@ impl<F: Real> Work<F> {
     fn mask(d: Dims<F>, ratios: &Mat<F>, m: &mut Mat<F>, n: usize, diagonal: bool) {
         decayed(&mut m.x, d.decay.then_some(&ratios.x[..]), m.ld, n, diagonal);
     }
-    /// M (without β) = strictLower(K Kᵀ ⊙ D), into `m`.
-    fn kk(&mut self, d: Dims<F>, c: &Chunk<F>) {
-        to_lower(c.n, d.dk, F::ONE, &c.k, &self.kt, &mut self.m);
-        Self::mask(d, &self.ratios, &mut self.m, c.n, false);
-    }
     /// P = tril(Q Kᵀ ⊙ D), into `p`.
     fn qk(&mut self, d: Dims<F>, c: &Chunk<F>) {
         to_lower(c.n, d.dk, F::ONE, &c.q, &self.kt, &mut self.p);
         Self::mask(d, &self.ratios, &mut self.p, c.n, true);
     }
-    /// A `[n, n]` for a chunk, after [`Work::open`].
+    /// M without β, strictLower(K Kᵀ ⊙ D), stays in `m`; A `[n, n]`; after [`Work::open`]. Overwrites `p`.
     ///
     /// Blockwise: with the inverse of the leading blocks at hand, a block row is A_bb (E_b − M_b A), where M_b lies left of the diagonal.
     pub fn factor(&mut self, d: Dims<F>, c: &Chunk<F>, a: &mut Mat<F>) {
-        let (n, whole) = (c.n, c.n.next_multiple_of(SIDE));
-        self.kk(d, c);
+        let (n, whole, ld) = (c.n, c.n.next_multiple_of(SIDE), a.ld);
+        to_lower(n, d.dk, F::ONE, &c.k, &self.kt, &mut self.m);
+        Self::mask(d, &self.ratios, &mut self.m, n, false);
+        let m = &mut self.p;
+        scaled(&c.beta, &self.m.x, &mut m.x, ld, n);
         for i in 0..whole {
-            let row = self.m.row_mut(i, whole);
-            let live = if i < n { n } else { 0 };
-            row[live..].fill(F::ZERO);
-            if i < n {
-                scale(c.beta[i], row);
-            }
+            m.row_mut(i, whole)[if i < n { n } else { 0 }..].fill(F::ZERO);
             a.row_mut(i, whole).fill(F::ZERO);
         }
-        let (ld, m, t) = (a.ld, &self.m, &mut self.p.x);
+        let mut t = [F::ZERO; SIDE * CHUNK];
         for b in (0..whole).step_by(SIDE) {
             let (done, rest) = a.x.split_at_mut(b * ld);
             invert_block(&m.x[b * ld + b..], &mut rest[b..], ld);
             if b > 0 {
-                gemm(SIDE, b, b, F::ONE, &m.x[b * ld..], ld, 1, done, ld, F::ZERO, t, ld);
+                gemm(SIDE, b, b, F::ONE, &m.x[b * ld..], ld, 1, done, ld, F::ZERO, &mut t, CHUNK);
                 let diagonal: [[F; SIDE]; SIDE] = std::array::from_fn(|i| std::array::from_fn(|j| rest[i * ld + b + j]));
-                gemm(SIDE, b, SIDE, -F::ONE, diagonal.as_flattened(), SIDE, 1, t, ld, F::ZERO, rest, ld);
+                gemm(SIDE, b, SIDE, -F::ONE, diagonal.as_flattened(), SIDE, 1, &t, CHUNK, F::ZERO, rest, ld);
             }
         }
     }
-    /// V' from the state before the chunk; after [`Work::decays`].
+    /// V' from the state before the chunk; after [`Work::open`]. `r` is scratch.
     ///
     /// A state of `None` is zero here and in what follows: a sequence's first chunk is spared half of its products.
-    pub fn values(&mut self, d: Dims<F>, c: &Chunk<F>, a: &Mat<F>, h: Option<&Mat<F>>, out: &mut Values<F>) {
+    pub fn values(&mut self, d: Dims<F>, c: &Chunk<F>, h: Option<&Mat<F>>, a: &mut Mat<F>, r: &mut Mat<F>, v_new: &mut Mat<F>) {
         let (n, dv) = (c.n, d.dv);
         if !d.erase {
-            for i in 0..n {
-                scaled(c.beta[i], c.v.row(i, dv), out.v.row_mut(i, dv));
+            return c.written(d, v_new);
+        }
+        self.factor(d, c, a);
+        match h {
+            Some(h) => {
+                nn([n, dv, d.dk], F::ONE, &c.k, h, F::ZERO, r);
+                residual(&c.v.x, &self.eg, &c.beta, &mut r.x, c.v.ld, dv);
             }
-            return;
+            None => scaled(&c.beta, &c.v.x, &mut r.x, c.v.ld, dv),
         }
-        if let Some(h) = h {
-            nn([n, dv, d.dk], F::ONE, &c.k, h, F::ZERO, &mut out.kh);
-        }
-        for i in 0..n {
-            match h {
-                Some(_) => residual(c.v.row(i, dv), out.kh.row(i, dv), self.eg[i], c.beta[i], self.r.row_mut(i, dv)),
-                None => scaled(c.beta[i], c.v.row(i, dv), self.r.row_mut(i, dv)),
-            }
-        }
-        lower(n, dv, F::ONE, a, &self.r, F::ZERO, &mut out.v);
+        lower(n, dv, F::ONE, a, r, F::ZERO, v_new);
     }
     /// The output of a chunk; after [`Work::open`].
     pub fn output(&mut self, d: Dims<F>, c: &Chunk<F>, h: Option<&Mat<F>>, v_new: &Mat<F>, o: &mut Mat<F>) {
         let n = c.n;
         self.qk(d, c);
         if let Some(h) = h {
-            for i in 0..n {
-                scaled(self.eg[i], c.q.row(i, d.dk), self.scaled.row_mut(i, d.dk));
-            }
+            scaled(&self.eg, &c.q.x, &mut self.scaled.x, c.q.ld, d.dk);
             nn([n, d.dv, d.dk], d.scale, &self.scaled, h, F::ZERO, o);
         }
         lower(n, d.dv, d.scale, &self.p, v_new, if h.is_some() { F::ONE } else { F::ZERO }, o);
@@ -282,9 +267,7 @@ impl<F: Real> Work<F> {
     /// The state after a chunk, in place; after [`Work::decays`].
     pub fn advance(&mut self, d: Dims<F>, c: &Chunk<F>, v_new: &Mat<F>, h: &mut Mat<F>) {
         let n = c.n;
-        for i in 0..n {
-            scaled(self.tail[i], c.k.row(i, d.dk), self.scaled.row_mut(i, d.dk));
-        }
+        scaled(&self.tail, &c.k.x, &mut self.scaled.x, c.k.ld, d.dk);
         tn([d.dk, d.dv, n], F::ONE, &self.scaled, v_new, self.eg[n - 1], h);
     }
 }
@@ -300,6 +283,7 @@ pub struct ChunkGrad<F: Real> {
 
 /// Scratch of the backward.
 pub struct BackWork<F: Real> {
+    a: Mat<F>,
     ht: Mat<F>,
     vt: Mat<F>,
     dv_new: Mat<F>,
@@ -307,34 +291,35 @@ pub struct BackWork<F: Real> {
     dm: Mat<F>,
     dp: Mat<F>,
     tmp: Mat<F>,
-    sums: Vec<F>,
+    sums: [F; CHUNK],
 }
 
 impl<F: Real> BackWork<F> {
     pub fn new(d: Dims<F>) -> Self {
+        let square = || Mat::new(CHUNK, CHUNK);
         BackWork {
+            a: square(),
             ht: Mat::new(d.dv, d.dk),
             vt: Mat::new(d.dv, CHUNK),
             dv_new: Mat::new(CHUNK, d.dv),
             dr: Mat::new(CHUNK, d.dv),
-            dm: Mat::new(CHUNK, CHUNK),
-            dp: Mat::new(CHUNK, CHUNK),
+            dm: square(),
+            dp: square(),
             tmp: Mat::new(CHUNK, d.dk),
-            sums: vec![F::ZERO; CHUNK],
+            sums: [F::ZERO; CHUNK],
         }
     }
 
     /// Gradients of a chunk from `d_o [n, dv]` and `dh` (gradient of the state after it, turned into that of the state before it, `h`).
     /// `after`: whether dh is more than zeros; `before`: whether its new value is asked for.
-    /// `w` is scratch; the formulas follow from the module's head, the chunk's forward being computed again from `h`, `a` and `x`.
+    /// `w` is scratch; the formulas follow from the module's head.
     pub fn chunk(
         &mut self,
         w: &mut Work<F>,
         d: Dims<F>,
         c: &Chunk<F>,
-        a: &Mat<F>,
         h: Option<&Mat<F>>,
-        x: &Values<F>,
+        v_new: &Mat<F>,
         d_o: &Mat<F>,
         dh: &mut Mat<F>,
         [after, before]: [bool; 2],
@@ -343,44 +328,46 @@ impl<F: Real> BackWork<F> {
         let (n, dk, dv, last) = (c.n, d.dk, d.dv, c.n - 1);
         let (q, k, one, zero) = (&c.q, &c.k, F::ONE, F::ZERO);
         w.open(d, c);
+        if d.erase {
+            w.factor(d, c, &mut self.a);
+        }
         w.qk(d, c);
         let ChunkGrad { q: gq, k: gk, v: gv, g: gg, beta: gb } = out;
         for g in [&mut *gg, gb] {
             g.clear();
             g.resize(n, zero);
         }
+        let dots = &mut self.sums[..n];
 
         // dV' = scale Pᵀ dO + (e^{g_last − g} K) dh
         lower_t(n, dv, d.scale, &w.p, d_o, zero, &mut self.dv_new);
         if after {
-            for i in 0..n {
-                scaled(w.tail[i], k.row(i, dk), w.scaled.row_mut(i, dk));
-            }
+            scaled(&w.tail, &k.x, &mut w.scaled.x, k.ld, dk);
             nn([n, dv, dk], one, &w.scaled, dh, one, &mut self.dv_new);
         }
 
         // through P: dP = scale dO V'ᵀ ⊙ D; P already holds D, so that dP ⊙ P before the mask is D's gradient times D
-        transpose(&x.v, n, dv, &mut self.vt);
+        transpose(v_new, n, dv, &mut self.vt);
         to_lower(n, dv, d.scale, d_o, &self.vt, &mut self.dp);
         if d.decay {
-            decay_grad(&self.dp.x, &w.p.x, w.p.ld, gg, &mut self.sums);
+            decay_grad(&self.dp.x, &w.p.x, w.p.ld, gg, dots);
         }
         Work::mask(d, &w.ratios, &mut self.dp, n, true);
         lower(n, dk, one, &self.dp, k, zero, gq);
         lower_t(n, dk, one, &self.dp, q, zero, gk);
 
-        // through the state's update: dK_a = e^{g_last − g} V' dhᵀ
+        // through the state's update: dK = e^{g_last − g} V' dhᵀ
         if after {
             transpose(dh, dk, dv, &mut self.ht);
-            nn([n, dk, dv], one, &x.v, &self.ht, zero, &mut self.tmp);
+            nn([n, dk, dv], one, v_new, &self.ht, zero, &mut self.tmp);
+            axpy_dot(&w.tail, &self.tmp.x, &mut gk.x, &k.x, dots, k.ld, dk);
             let mut into_last = zero;
             if let Some(h) = h {
                 into_last = w.eg[last] * (0..dk).map(|i| dot(h.row(i, dv), dh.row(i, dv))).sum();
             }
             for i in 0..n {
-                let through = scale_add_dot(w.tail[i], self.tmp.row_mut(i, dk), gk.row_mut(i, dk), k.row(i, dk));
-                gg[i] -= through;
-                into_last += through;
+                gg[i] -= w.tail[i] * dots[i];
+                into_last += w.tail[i] * dots[i];
             }
             gg[last] += into_last;
         }
@@ -389,57 +376,49 @@ impl<F: Real> BackWork<F> {
         if let Some(h) = h {
             transpose(h, dk, dv, &mut self.ht);
             nn([n, dk, dv], d.scale, d_o, &self.ht, zero, &mut self.tmp);
+            axpy_dot(&w.eg, &self.tmp.x, &mut gq.x, &q.x, dots, q.ld, dk);
             for i in 0..n {
-                gg[i] += scale_add_dot(w.eg[i], self.tmp.row_mut(i, dk), gq.row_mut(i, dk), q.row(i, dk));
+                gg[i] += w.eg[i] * dots[i];
             }
         }
         if before {
-            for i in 0..n {
-                scaled(w.eg[i], q.row(i, dk), w.scaled.row_mut(i, dk));
-            }
+            scaled(&w.eg, &q.x, &mut w.scaled.x, q.ld, dk);
             tn([dk, dv, n], d.scale, &w.scaled, d_o, if after { w.eg[last] } else { zero }, dh);
         }
 
         if !d.erase {
-            for i in 0..n {
-                let dv_new = self.dv_new.row(i, dv);
-                gb[i] = dot(dv_new, c.v.row(i, dv));
-                scaled(c.beta[i], dv_new, gv.row_mut(i, dv));
-            }
-            return;
+            row_dots(&self.dv_new.x, &c.v.x, gb, c.v.ld, dv);
+            return scaled(&c.beta, &self.dv_new.x, &mut gv.x, c.v.ld, dv);
         }
 
         // through V' = A R: dR = Aᵀ dV', dM = −strictLower(dR V'ᵀ)
-        lower_t(n, dv, one, a, &self.dv_new, zero, &mut self.dr);
+        lower_t(n, dv, one, &self.a, &self.dv_new, zero, &mut self.dr);
         to_lower(n, dv, -one, &self.dr, &self.vt, &mut self.dm);
 
-        // through R = β (V − e^g K h)
-        for i in 0..n {
-            let r = self.dr.row_mut(i, dv);
-            gb[i] += dot(r, c.v.row(i, dv));
-            if h.is_some() {
-                let through = dot(r, x.kh.row(i, dv));
-                gb[i] -= w.eg[i] * through;
-                gg[i] -= c.beta[i] * w.eg[i] * through;
-            }
-            scaled(c.beta[i], r, gv.row_mut(i, dv));
-            scale(-w.eg[i] * c.beta[i], r); // now the gradient of K h
-        }
+        // through R = β (V − e^g K h); dR · K h is had from dR hᵀ, which dK needs
+        row_dots(&self.dr.x, &c.v.x, gb, c.v.ld, dv);
+        scaled(&c.beta, &self.dr.x, &mut gv.x, c.v.ld, dv);
+        let into: [F; CHUNK] = std::array::from_fn(|i| if i < n { -w.eg[i] * c.beta[i] } else { zero });
         if h.is_some() {
-            nn([n, dk, dv], one, &self.dr, &self.ht, one, gk);
+            nn([n, dk, dv], one, &self.dr, &self.ht, zero, &mut self.tmp);
+            axpy_dot(&into[..n], &self.tmp.x, &mut gk.x, &k.x, dots, k.ld, dk);
+            for i in 0..n {
+                gb[i] -= w.eg[i] * dots[i];
+                gg[i] += into[i] * dots[i];
+            }
         }
         if before {
-            tn([dk, dv, n], one, k, &self.dr, one, dh);
+            scaled(&into[..n], &k.x, &mut w.scaled.x, k.ld, dk);
+            tn([dk, dv, n], one, &w.scaled, &self.dr, one, dh);
         }
 
         // through M = β_i (K Kᵀ)_ij D_ij
-        w.kk(d, c);
         for i in 0..n {
             gb[i] += dot(self.dm.row(i, i), w.m.row(i, i));
             scale(c.beta[i], self.dm.row_mut(i, i + 1));
         }
         if d.decay {
-            decay_grad(&self.dm.x, &w.m.x, w.m.ld, gg, &mut self.sums);
+            decay_grad(&self.dm.x, &w.m.x, w.m.ld, gg, dots);
         }
         Work::mask(d, &w.ratios, &mut self.dm, n, false);
         lower(n, dk, one, &self.dm, k, one, gk);

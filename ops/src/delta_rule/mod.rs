@@ -10,7 +10,7 @@
 //! `M = strictLower(β_i (K Kᵀ)_ij D_ij)`, `A = (I + M)⁻¹`, `R = β (V − e^g (K h))`, `V' = A R`,
 //! `O = scale (e^g (Q h) + tril(Q Kᵀ D) V')`, `h' = e^{g_last} h + (e^{g_last − g} K)ᵀ V'`.
 //!
-//! Only ratios of decays that are at most 1 are formed. The backward keeps the inputs and A, and computes the states again.
+//! Only ratios of decays that are at most 1 are formed. The backward keeps the inputs and V', and computes A and the states again.
 
 mod cpu;
 mod kernel;
@@ -19,9 +19,6 @@ pub mod reference;
 mod tests;
 
 use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, Want, no_grad, run};
-
-/// Steps per chunk.
-pub const CHUNK: usize = 64;
 
 /// Attributes of a call.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -130,8 +127,8 @@ impl Op for DeltaRule {
         {
             return Err(Error::invalid(op, format!("initial_state must be {state}, found {}", x[i])));
         }
-        let factor = Meta::new(&[b, t, hv, if self.erase { CHUNK } else { 0 }], acc(x[0].dtype));
-        Ok(vec![x[2].clone(), state, factor])
+        let v_new = Meta::new(&[b, t, hv, if self.erase { dv } else { 0 }], acc(x[0].dtype));
+        Ok(vec![x[2].clone(), state, v_new])
     }
     fn hidden(&self) -> usize {
         1
@@ -160,7 +157,7 @@ impl Op for DeltaRule {
 }
 
 /// Gradients of q, k, v, and of log_decay, beta and the initial state where they are given.
-/// Inputs: the forward's, the factor A, the output's gradient, and the final state's gradient if there is one.
+/// Inputs: the forward's, V', the output's gradient, and the final state's gradient if there is one.
 #[derive(Debug, Clone, Copy)]
 pub struct DeltaRuleBackward {
     pub(crate) rule: DeltaRule,
