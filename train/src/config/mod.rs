@@ -152,11 +152,11 @@ pub enum Budget {
 }
 
 impl Budget {
-    /// The part of the budget that is used after `steps` steps of `tokens` tokens each and `seconds` of training.
+    /// The part of the budget that is used after `steps` steps, `tokens` tokens in all, and `seconds` of training.
     pub fn progress(self, steps: u64, tokens: u64, seconds: f64) -> f64 {
         match self {
             Budget::Minutes(m) => seconds / (60.0 * m),
-            Budget::Tokens(t) => (steps * tokens) as f64 / t as f64,
+            Budget::Tokens(t) => tokens as f64 / t as f64,
             Budget::Steps(s) => steps as f64 / s as f64,
         }
     }
