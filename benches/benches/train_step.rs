@@ -21,9 +21,9 @@ fn step(c: &mut Criterion) {
     let optim = presets::quickstart().optim;
     let mut n = 0;
     let mut step = || {
-        model.step(std::slice::from_ref(&batch), None).unwrap();
+        model.step(1, &|_| Ok(batch.clone()), None).unwrap();
         n += 1;
-        model.update(n, 1e-3, &optim).unwrap()
+        model.update(n, 1e-3, &optim, None).unwrap()
     };
     let mut group = c.benchmark_group("train_step");
     group.sample_size(10).bench_function("qwen3_next 10.06 M, 4 x 512", |b| b.iter(&mut step));

@@ -26,6 +26,7 @@ pub mod rng;
 mod self_test;
 mod tape;
 mod tensor;
+pub mod watch;
 
 pub use device::{Backend, Buffer, Device};
 pub use dtype::{DType, Element};

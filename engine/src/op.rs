@@ -1,7 +1,7 @@
 //! The `Op` contract, and `run`, through which every operation goes, built in or a user's own.
 
 use crate::tape::{self, Edge, Node, Saved};
-use crate::{DType, Device, Error, Result, Tensor, View, profile, registry};
+use crate::{DType, Device, Error, Result, Tensor, View, profile, registry, watch};
 use std::{any::Any, fmt::Debug, sync::Arc};
 
 /// Shape and dtype of a tensor that need not exist yet.
@@ -158,7 +158,10 @@ fn launch(op: &dyn Op, device: &Device, x: &[Tensor], y: &[Tensor]) -> Result<()
     let kernel = registry::kernel(op, device.backend())?;
     let xs: Vec<View> = x.iter().map(view).collect();
     let ys: Vec<View> = y.iter().map(view).collect();
-    profile::timed(op.name(), || kernel(op, device.backend(), &xs, &ys))
+    profile::timed(op.name(), || kernel(op, device.backend(), &xs, &ys))?;
+    // what is hidden is between the op and its backward: padding in it may hold anything
+    watch::check(op.name(), &y[..y.len() - op.hidden()]);
+    Ok(())
 }
 
 /// The input as the kernel wants it, without its edge.

@@ -1,7 +1,7 @@
 //! The tape: an Arc DAG owned by the tensors that were computed. Dropping the outputs drops it; nothing is registered anywhere.
 
 use crate::op::Meta;
-use crate::{Error, Op, Result, Tensor, op};
+use crate::{Error, Op, Result, Tensor, op, watch};
 use std::cell::Cell;
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -59,6 +59,8 @@ pub(crate) struct Node {
     saved: Mutex<Option<Saved>>,
     outs: Vec<Meta>,
     visible: usize,
+    /// For [`watch`]: the part of the model that recorded it.
+    place: Option<Arc<str>>,
 }
 
 static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -68,7 +70,7 @@ impl Node {
         Self::make(op.map_or(Kind::Leaf, Kind::Op), inputs, saved, outs, visible)
     }
     fn make(kind: Kind, inputs: Vec<Option<Edge>>, saved: Option<Saved>, outs: Vec<Meta>, visible: usize) -> Arc<Node> {
-        Arc::new(Node { id: NEXT.fetch_add(1, Ordering::Relaxed), kind, inputs, saved: Mutex::new(saved), outs, visible })
+        Arc::new(Node { id: NEXT.fetch_add(1, Ordering::Relaxed), kind, inputs, saved: Mutex::new(saved), outs, visible, place: watch::current() })
     }
     pub fn is_leaf(&self) -> bool {
         matches!(self.kind, Kind::Leaf)
@@ -195,8 +197,10 @@ pub(crate) fn backward(root: &Tensor, seed: Tensor, grads: &mut Grads) -> Result
     }
     let mut sweep = Sweep { heap: BinaryHeap::new(), nodes: HashMap::new() };
     sweep.give(edge, seed)?;
+    let watched = watch::sweep();
     while let Some(id) = sweep.heap.pop() {
         let Some((node, dy)) = sweep.nodes.remove(&id) else { continue };
+        watched.at(&node.place);
         match &node.kind {
             Kind::Leaf => {
                 if let Some(g) = dy.into_iter().next().flatten() {

@@ -4,6 +4,7 @@ use crate::config::{LayerType, ModelConfig};
 use crate::init::Builder;
 use crate::layers::{Attention, Cache, Context, Dense, GatedDeltaNet, Param, Sparse, Taps};
 use crate::{Error, Result};
+use engine::watch::place;
 use engine::{DType, Tensor};
 use ops::linear_cross_entropy::{linear_cross_entropy, linear_cross_entropy_per_token};
 use ops::moe::{load_balancing_loss, router_z_loss};
@@ -36,8 +37,10 @@ pub struct Losses {
     pub objective: Tensor,
     /// Mean negative log-likelihood in nats per token.
     pub nll: Tensor,
-    /// The load-balancing loss before its coefficient (0-dimensional; none without experts).
+    /// The load-balancing loss before its coefficient (0-dimensional; none without experts or with a coefficient of 0).
     pub load_balancing: Option<Tensor>,
+    /// The router's z-loss, likewise.
+    pub router_z: Option<Tensor>,
 }
 
 /// The hybrid mixture-of-experts language model. Parameters are leaves, updated in place by an optimizer.
@@ -119,11 +122,13 @@ impl Decoder {
         }
         let ctx = Context { cu_seqlens, positions: positions.as_ref(), offset };
         let mut taps = Taps { sink: tap, layer: 0 };
+        place(|| "embed_tokens".into());
         let mut stream = self.embed.embedding(tokens)?;
         let mut delta: Option<Tensor> = None;
         let mut routers = vec![];
         for (i, block) in self.blocks.iter().enumerate() {
             taps.layer = i;
+            taps.part("attn");
             let (x, h) = add_norm(delta.take(), stream, &block.input_norm, c)?;
             taps.see("hook_resid_pre", || Ok(h.clone()))?;
             let cache = caches.as_mut().map(|k| &mut k[i]);
@@ -131,6 +136,7 @@ impl Decoder {
                 Mixer::Softmax(m) => m.forward(&x, c, &ctx, cache, &mut taps)?,
                 Mixer::Delta(m) => m.forward(&x, c, &ctx, cache, &mut taps)?,
             };
+            taps.part("mlp");
             let (x, h) = add_norm(Some(y), h, &block.post_norm, c)?;
             taps.see("hook_resid_mid", || Ok(h.clone()))?;
             let y = match &block.feed_forward {
@@ -144,6 +150,7 @@ impl Decoder {
             taps.see("hook_resid_post", || h.add(&y))?;
             (stream, delta) = (h, Some(y));
         }
+        place(|| "norm".into());
         Ok((add_norm(delta, stream, &self.norm, c)?.0, routers))
     }
 
@@ -156,19 +163,23 @@ impl Decoder {
     pub fn loss(&self, tokens: &Tensor, targets: &Tensor, cu_seqlens: Option<&Tensor>, tap: Option<Tap>) -> Result<Losses> {
         let c = &self.config;
         let (x, routers) = self.forward(tokens, cu_seqlens, None, tap)?;
+        place(|| "lm_head".into());
         let nll = linear_cross_entropy(&x.reshape(&[tokens.numel(), c.hidden_size])?, &self.head, targets)?;
         let mut objective = nll.clone();
         let routers: Vec<&Tensor> = routers.iter().collect();
-        let mut load_balancing = None;
+        let (mut load_balancing, mut router_z) = (None, None);
+        place(|| "router_losses".into());
         if !routers.is_empty() && c.router_aux_loss_coef != 0.0 {
             let l = load_balancing_loss(&routers, c.num_experts_per_tok)?;
             objective = objective.add(&l.affine(c.router_aux_loss_coef, 0.0)?)?;
             load_balancing = Some(l);
         }
         if !routers.is_empty() && c.router_z_loss_coef != 0.0 {
-            objective = objective.add(&router_z_loss(&routers)?.affine(c.router_z_loss_coef, 0.0)?)?;
+            let l = router_z_loss(&routers)?;
+            objective = objective.add(&l.affine(c.router_z_loss_coef, 0.0)?)?;
+            router_z = Some(l);
         }
-        Ok(Losses { objective, nll, load_balancing })
+        Ok(Losses { objective, nll, load_balancing, router_z })
     }
 
     /// Negative log-likelihood of each position in nats, `[B·T]`.

@@ -74,7 +74,7 @@ impl<'a> Generator<'a> {
     }
     /// Continues a prompt by `n` tokens, each shown to `each` as it comes.
     pub fn generate(&mut self, prompt: &[u32], n: usize, how: &Sampler, mut each: impl FnMut(u32)) -> Result<Vec<u32>> {
-        let mut out = Vec::with_capacity(n);
+        let mut out = vec![]; // not with room for `n`, which may be beyond any memory
         let mut logits = self.feed(prompt)?;
         for i in 0..n {
             let token = how.draw(&logits, i as u64) as u32;

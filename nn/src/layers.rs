@@ -47,6 +47,10 @@ impl Taps<'_, '_> {
         }
         Ok(())
     }
+    /// Names the part of the layer that is computed from here on, for those who look for where numbers stop being finite.
+    pub fn part(&self, name: &str) {
+        engine::watch::place(|| format!("blocks.{}.{name}", self.layer));
+    }
 }
 
 /// What every layer is told about a batch.

@@ -71,6 +71,20 @@ fn every_parameters_gradient_is_that_of_the_loss() {
 }
 
 #[test]
+fn a_text_without_end_is_begun() {
+    let m = Decoder::new(&tiny(), 3, DType::F64).unwrap();
+    let how = Sampler { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
+    let mut n = 0;
+    let stop = |_| {
+        n += 1;
+        assert!(n < 3, "enough");
+    };
+    let endless = std::panic::AssertUnwindSafe(|| Generator::new(&m).generate(&[1], usize::MAX, &how, stop));
+    assert_eq!(std::panic::catch_unwind(endless).unwrap_err().downcast_ref::<&str>(), Some(&"enough"));
+    assert_eq!(n, 3);
+}
+
+#[test]
 fn decoding_token_by_token_is_the_parallel_forward() {
     let m = Decoder::new(&tiny(), 3, DType::F64).unwrap();
     let x = tokens(1, 70);

@@ -3,9 +3,11 @@
 //! A run folder holds `config.toml` (every resolved value and its origin), `run.json` (the same, typed, with the command line and the
 //! machine), `config.json` (the model's), `metrics.jsonl`, and `checkpoints/step-00001000/` with `model.safetensors`, `config.json`,
 //! `optimizer.safetensors` and `state.json`. A checkpoint is written into a folder whose name begins with `.tmp-`, synced, and renamed:
-//! at any instant, a folder called `step-…` is whole.
+//! whatever kills the process, a folder called `step-…` is whole. Should the disk damage one all the same, readers fall back to the one before.
+//! A run that goes on from an older checkpoint renames the later ones to `.old-…` first: they are of another past.
 
-use crate::config::{Resolved, RunConfig};
+use crate::config::{Origins, Resolved, RunConfig};
+use crate::data::Fingerprint;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -17,6 +19,7 @@ pub const MODEL: &str = "model.safetensors";
 pub const CONFIG: &str = "config.json";
 /// The optimizer's file name in a checkpoint.
 pub const OPTIMIZER: &str = "optimizer.safetensors";
+const LOCK: &str = ".lock";
 /// The loop state's file name in a checkpoint.
 pub const STATE: &str = "state.json";
 
@@ -33,7 +36,13 @@ pub struct State {
     pub seconds: f64,
     /// Exponential mean of the loss, for display.
     pub ema: f64,
+    /// What it was trained on.
+    #[serde(default)]
+    pub corpus: Option<Fingerprint>,
 }
+
+/// More steps than any run takes; with a step's tokens, at most 2^30, they still count in 64 bits.
+const MOST_STEPS: u64 = 1 << 33;
 
 /// `run.json`: how a run came to be.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -46,6 +55,9 @@ pub struct RunInfo {
     pub machine: String,
     /// The resolved configuration.
     pub config: RunConfig,
+    /// Where its values came from.
+    #[serde(default)]
+    pub origins: Origins,
 }
 
 /// A run folder, locked against a second writer for as long as this value lives.
@@ -62,18 +74,18 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 impl RunDir {
-    /// Opens or creates the folder. Without `resume`, a folder that holds anything is refused.
+    /// Opens or creates the folder. Without `resume`, a folder that holds anything (but a lock, which a run that never began leaves) is refused.
     pub fn open(path: &Path, resume: bool) -> Result<RunDir> {
         if path.exists() && !path.is_dir() {
             return Err(Error::Usage(format!("run folder {}: there is a file of that name; choose another with --run-dir", path.display())));
         }
         fs::create_dir_all(path).map_err(Error::io("creating", path))?;
-        let empty = fs::read_dir(path).map_err(Error::io("reading", path))?.next().is_none();
-        if !empty && !resume {
+        let taken = fs::read_dir(path).map_err(Error::io("reading", path))?.flatten().any(|e| e.file_name() != LOCK);
+        if taken && !resume {
             let p = path.display();
             return Err(Error::Usage(format!("run folder {p} isn't empty; go on with that run by --resume, or choose another by --run-dir")));
         }
-        let lock_path = path.join(".lock");
+        let lock_path = path.join(LOCK);
         let lock = File::options().create(true).append(true).open(&lock_path).map_err(Error::io("locking", &lock_path))?;
         match lock.try_lock() {
             Ok(()) => {}
@@ -110,6 +122,7 @@ impl RunDir {
             command: command.to_vec(),
             machine: format!("{} {}, {threads} threads", std::env::consts::OS, std::env::consts::ARCH),
             config: resolved.config.clone(),
+            origins: resolved.origins().clone(),
         };
         let json = serde_json::to_string_pretty(&info).map_err(|e| Error::Checkpoint(format!("run.json: {e}")))?;
         write(&self.path.join("run.json"), json.as_bytes())?;
@@ -124,10 +137,6 @@ impl RunDir {
         fs::create_dir_all(&parent).map_err(Error::io("creating", &parent))?;
         let name = format!("step-{:08}", state.step);
         let (tmp, done) = (parent.join(format!(".tmp-{name}")), parent.join(&name));
-        if done.exists() {
-            // a run that was resumed at its end: the folder is whole, and holds this very state
-            return Ok(done);
-        }
         let attempt = || -> Result<()> {
             if tmp.exists() {
                 fs::remove_dir_all(&tmp).map_err(Error::io("removing", &tmp))?;
@@ -142,6 +151,9 @@ impl RunDir {
                 File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io("syncing", &path))?;
             }
             sync_dir(&tmp)?;
+            if done.exists() {
+                set_aside(&done)?;
+            }
             fs::rename(&tmp, &done).map_err(Error::io("renaming", &tmp))?;
             sync_dir(&parent)
         };
@@ -159,6 +171,19 @@ impl RunDir {
         }
         Ok(done)
     }
+
+    /// Renames the checkpoints later than `step`, and returns their new names: a run that goes on from there writes its own.
+    pub fn set_aside(&self, step: u64) -> Result<Vec<PathBuf>> {
+        checkpoints(&self.path)?.iter().filter(|(s, _)| *s > step).map(|(_, path)| set_aside(path)).collect()
+    }
+}
+
+fn set_aside(path: &Path) -> Result<PathBuf> {
+    let name =
+        |i: u32| format!(".old-{}{}", path.file_name().unwrap_or_default().to_string_lossy(), if i > 1 { format!("-{i}") } else { String::new() });
+    let aside = (1..).map(|i| path.with_file_name(name(i))).find(|p| !p.exists()).unwrap_or_default();
+    fs::rename(path, &aside).map_err(Error::io("renaming", path))?;
+    Ok(aside)
 }
 
 fn sync_dir(path: &Path) -> Result<()> {
@@ -166,7 +191,7 @@ fn sync_dir(path: &Path) -> Result<()> {
     if cfg!(unix) { File::open(path).and_then(|f| f.sync_all()).map_err(Error::io("syncing", path)) } else { Ok(()) }
 }
 
-/// The whole checkpoints of a run folder, oldest first.
+/// The checkpoints of a run folder, oldest first.
 pub fn checkpoints(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let dir = run.join("checkpoints");
     let mut found = Vec::new();
@@ -186,37 +211,62 @@ pub fn checkpoints(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// The checkpoint that `path` means: itself, or the newest of a run folder.
-pub fn find(path: &Path) -> Result<PathBuf> {
+/// The checkpoints that `path` may mean: itself, or those of a run folder, newest first. At least one.
+pub fn candidates(path: &Path) -> Result<Vec<PathBuf>> {
     if path.join(STATE).is_file() || path.join(MODEL).is_file() {
-        return Ok(path.to_path_buf());
+        return Ok(vec![path.to_path_buf()]);
     }
-    match checkpoints(path)?.pop() {
-        Some((_, newest)) => Ok(newest),
-        None => {
-            let p = path.display();
-            let why = if path.exists() { "holds no checkpoint (yet)" } else { "does not exist" };
-            Err(Error::Usage(format!("{p} {why}; expected a run folder or a checkpoint, as runs/quickstart")))
+    let all: Vec<PathBuf> = if path.is_dir() { checkpoints(path)?.into_iter().rev().map(|c| c.1).collect() } else { vec![] };
+    if all.is_empty() {
+        let p = path.display();
+        let why = if path.exists() { "holds no checkpoint (yet)" } else { "does not exist" };
+        return Err(Error::Usage(format!("{p} {why}; expected a run folder or a checkpoint, as runs/quickstart")));
+    }
+    Ok(all)
+}
+
+/// The first of the candidates that `open` can read; `skipped` hears of those before it.
+pub fn first_whole<T>(
+    candidates: &[PathBuf],
+    mut skipped: impl FnMut(&Path, &Error),
+    mut open: impl FnMut(&Path) -> Result<T>,
+) -> Result<(PathBuf, T)> {
+    for (i, path) in candidates.iter().enumerate() {
+        match open(path) {
+            Ok(t) => return Ok((path.clone(), t)),
+            Err(e) if i + 1 == candidates.len() => return Err(e),
+            Err(e) => skipped(path, &e),
         }
     }
+    Err(Error::Usage("no checkpoint was named".into()))
 }
 
 /// Reads a checkpoint's loop state.
 pub fn read_state(checkpoint: &Path) -> Result<State> {
     let path = checkpoint.join(STATE);
     let text = fs::read_to_string(&path).map_err(Error::io("reading", &path))?;
-    let state: State = serde_json::from_str(&text).map_err(|e| Error::Checkpoint(format!("{}: {e}; use an older checkpoint", path.display())))?;
+    let wrong = |what: String| Error::Checkpoint(format!("{}: {what}; use an older checkpoint", path.display()));
+    let state: State = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
     if state.version != 1 {
         return Err(Error::Checkpoint(format!("{}: format version {}, this program reads 1", path.display(), state.version)));
+    }
+    if state.step > MOST_STEPS || state.tokens > MOST_STEPS << 30 || state.seconds < 0.0 {
+        return Err(wrong(format!("no run has done {} steps on {} tokens in {} s", state.step, state.tokens, state.seconds)));
     }
     Ok(state)
 }
 
 /// Reads `run.json`.
 pub fn read_info(run: &Path) -> Result<RunInfo> {
-    let path = run.join("run.json");
-    let text = fs::read_to_string(&path).map_err(|e| Error::Usage(format!("{} is no run folder: {}: {e}", run.display(), path.display())))?;
-    serde_json::from_str(&text).map_err(|e| Error::Checkpoint(format!("{}: {e}", path.display())))
+    let (path, r) = (run.join("run.json"), run.display());
+    let text = fs::read_to_string(&path).map_err(|e| Error::Usage(format!("{r} is no run folder: {}: {e}", path.display())))?;
+    serde_json::from_str(&text).map_err(|e| {
+        Error::Checkpoint(format!(
+            "{} is damaged ({e}); the checkpoints beside it may well be whole: delete it and go on with `tidegate train {r}/config.toml --run-dir {r} \
+             --resume`, which writes it anew",
+            path.display()
+        ))
+    })
 }
 
 #[cfg(test)]
@@ -228,6 +278,9 @@ mod tests {
     }
     fn put(text: &'static str) -> impl FnOnce(&Path) -> Result<()> {
         move |dir| fs::write(dir.join(MODEL), text).map_err(Error::io("writing", dir))
+    }
+    fn newest(run: &Path) -> PathBuf {
+        candidates(run).unwrap().remove(0)
     }
     fn steps(dir: &RunDir) -> Vec<u64> {
         checkpoints(dir.path()).unwrap().into_iter().map(|c| c.0).collect()
@@ -242,7 +295,7 @@ mod tests {
             dir.save(&state(s), 2, put("x")).unwrap();
         }
         assert_eq!(steps(&dir), [3, 4]);
-        assert_eq!(read_state(&find(&run).unwrap()).unwrap().step, 4);
+        assert_eq!(read_state(&newest(&run)).unwrap().step, 4);
         let left = run.join("checkpoints/.tmp-step-00000005");
         fs::create_dir(&left).unwrap();
         fs::write(left.join(STATE), "{").unwrap();
@@ -250,25 +303,56 @@ mod tests {
         drop(dir);
         RunDir::open(&run, true).unwrap();
         assert!(!left.exists());
-        // Once more at the same step: never is the newest moved away to make room.
+        // Once more at the same step: the new one counts, and the old one is not lost.
         let dir = RunDir::open(&run, true).unwrap();
         dir.save(&state(4), 2, put("again")).unwrap();
-        assert_eq!(fs::read_to_string(find(&run).unwrap().join(MODEL)).unwrap(), "x");
+        assert_eq!(fs::read_to_string(newest(&run).join(MODEL)).unwrap(), "again");
+        assert_eq!(fs::read_to_string(run.join("checkpoints/.old-step-00000004").join(MODEL)).unwrap(), "x");
         assert_eq!(steps(&dir), [3, 4]);
+        // Back to the third: what comes later is another past, and doesn't push the new ones out.
+        for again in ["", "-2"] {
+            let aside = dir.set_aside(2).unwrap();
+            assert_eq!(aside[0], run.join(format!("checkpoints/.old-step-00000003{again}")));
+            assert_eq!(steps(&dir), [0u64; 0]);
+            dir.save(&state(3), 2, put("new")).unwrap();
+            assert_eq!(steps(&dir), [3]);
+        }
+    }
+
+    #[test]
+    fn a_damaged_checkpoint_is_skipped_and_named() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = RunDir::open(&tmp.path().join("run"), false).unwrap();
+        for s in 1..=3 {
+            dir.save(&state(s), 9, put("x")).unwrap();
+        }
+        let all = candidates(dir.path()).unwrap();
+        for broken in all.iter().take(2) {
+            fs::write(broken.join(STATE), "{\"version\":1,").unwrap();
+        }
+        let mut skipped = vec![];
+        let (path, found) = first_whole(&all, |p, e| skipped.push((p.to_path_buf(), e.to_string())), read_state).unwrap();
+        assert_eq!((path, found.step), (all[2].clone(), 1));
+        assert!(skipped.len() == 2 && skipped[0].0 == all[0] && skipped[0].1.contains("state.json"), "{skipped:?}");
+        fs::remove_file(all[2].join(STATE)).unwrap();
+        assert!(first_whole(&all, |_, _| {}, read_state).is_err());
     }
 
     #[test]
     fn refuses_to_overwrite_and_to_share() {
         let tmp = tempfile::tempdir().unwrap();
         let run = tmp.path().join("run");
+        drop(RunDir::open(&run, false).unwrap());
+        // a run that never got as far as writing its configuration does not take the folder
         let dir = RunDir::open(&run, false).unwrap();
+        fs::write(run.join("run.json"), "{").unwrap();
         let e = RunDir::open(&run, false).unwrap_err();
         assert!(e.to_string().contains("--resume") && e.exit_code() == 2, "{e}");
         assert!(RunDir::open(&run, true).unwrap_err().to_string().contains("another process"));
         drop(dir);
         RunDir::open(&run, true).unwrap();
-        assert!(find(&run).unwrap_err().to_string().contains("no checkpoint"));
-        assert!(find(&tmp.path().join("nowhere")).unwrap_err().to_string().contains("does not exist"));
+        assert!(candidates(&run).unwrap_err().to_string().contains("no checkpoint"));
+        assert!(candidates(&tmp.path().join("nowhere")).unwrap_err().to_string().contains("does not exist"));
         let file = tmp.path().join("file");
         fs::write(&file, "x").unwrap();
         assert!(RunDir::open(&file, false).unwrap_err().to_string().contains("a file of that name"));
@@ -290,7 +374,7 @@ mod tests {
             .to_string();
         assert!(e.contains("disk is full") && e.contains("--resume") && e.contains(MODEL), "{e}");
         assert_eq!(steps(&dir), [1]);
-        assert_eq!(fs::read_to_string(find(dir.path()).unwrap().join(MODEL)).unwrap(), "good");
+        assert_eq!(fs::read_to_string(newest(dir.path()).join(MODEL)).unwrap(), "good");
         assert_eq!(fs::read_dir(dir.path().join("checkpoints")).unwrap().count(), 1);
     }
 
@@ -301,5 +385,12 @@ mod tests {
         assert!(read_state(tmp.path()).unwrap_err().to_string().contains("state.json"));
         fs::write(tmp.path().join(STATE), serde_json::to_string(&State { version: 9, ..state(1) }).unwrap()).unwrap();
         assert!(read_state(tmp.path()).unwrap_err().to_string().contains("version 9"));
+        for impossible in [state(u64::MAX), State { tokens: u64::MAX, ..state(1) }, State { seconds: -1.0, ..state(1) }] {
+            fs::write(tmp.path().join(STATE), serde_json::to_string(&impossible).unwrap()).unwrap();
+            assert!(read_state(tmp.path()).unwrap_err().to_string().contains("older checkpoint"));
+        }
+        fs::write(tmp.path().join("run.json"), "{\"version\":").unwrap();
+        let e = read_info(tmp.path()).unwrap_err().to_string();
+        assert!(e.contains("run.json is damaged") && e.contains("config.toml --run-dir") && e.contains("--resume"), "{e}");
     }
 }

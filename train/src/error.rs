@@ -18,6 +18,9 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The results could not be written where they belong.
+    #[error("writing results to stdout: {0}")]
+    Output(std::io::Error),
     /// The data can't be used.
     #[error("data {}: {message}", path.display())]
     Data {

@@ -1,4 +1,4 @@
-//! Parameter groups by name.
+//! Parameters by name: which of them decay, and which part of the model they are.
 
 /// Whether weight decay applies to a parameter: not to vectors and scalars (norms, biases, `A_log`, `dt_bias`), nor to names that match one
 /// of the patterns. A pattern matches where it is a whole dotted part of the name, or, with `*`, as a shell's glob over the whole name.
@@ -9,6 +9,17 @@ pub fn decays(name: &str, shape: &[usize], no_decay: &[String]) -> bool {
 /// Whether `pattern` matches `name`: as a whole dotted part (`A_log` in `layers.0.mixer.A_log`), or, with `*`, as a glob.
 pub fn matches(pattern: &str, name: &str) -> bool {
     if pattern.contains('*') { glob(pattern.as_bytes(), name.as_bytes()) } else { name == pattern || name.split('.').any(|part| part == pattern) }
+}
+
+/// The part of the model that a parameter belongs to, in the taps' words: `blocks.3.attn` for `model.layers.3.linear_attn.A_log`.
+pub fn part(name: &str) -> String {
+    let words: Vec<&str> = name.split('.').skip_while(|w| *w == "model").collect();
+    match words[..] {
+        ["layers", i, "self_attn" | "linear_attn", ..] => format!("blocks.{i}.attn"),
+        ["layers", i, module, ..] => format!("blocks.{i}.{module}"),
+        [first, ..] => first.to_string(),
+        [] => name.to_string(),
+    }
 }
 
 fn glob(p: &[u8], s: &[u8]) -> bool {
@@ -47,6 +58,17 @@ mod tests {
             ("lm_head.weight", &[256, 64], true),
         ] {
             assert_eq!(decays(name, shape, &none), expected, "{name}");
+        }
+        for (name, expected) in [
+            ("model.layers.3.linear_attn.A_log", "blocks.3.attn"),
+            ("model.layers.11.self_attn.q_proj.weight", "blocks.11.attn"),
+            ("model.layers.0.mlp.experts.gate_up_proj", "blocks.0.mlp"),
+            ("model.layers.0.input_layernorm.weight", "blocks.0.input_layernorm"),
+            ("model.embed_tokens.weight", "embed_tokens"),
+            ("lm_head.weight", "lm_head"),
+            ("model", "model"),
+        ] {
+            assert_eq!(part(name), expected);
         }
         assert!(glob(b"a*b*c", b"aXXbYYbc") && !glob(b"a*b*c", b"aXXbYY") && glob(b"*", b""));
     }

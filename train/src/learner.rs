@@ -4,7 +4,7 @@ use crate::config::Optim;
 use crate::data::Batch;
 use crate::metrics::Scalars;
 use crate::optim::AdamW;
-use crate::trainer::{Learner, Sampling};
+use crate::trainer::{Batches, Learner, Sampling};
 use crate::{Error, Result, checkpoint, observe};
 use engine::{DType, Grads, Tensor};
 use rayon::prelude::*;
@@ -20,6 +20,8 @@ pub struct Loss {
     pub objective: Tensor,
     /// The mean negative log-likelihood in nats a token, a scalar.
     pub nll: Tensor,
+    /// The other losses before their coefficients, scalars, by what they are called in the metrics.
+    pub auxiliary: Vec<(&'static str, Tensor)>,
 }
 
 /// What training asks of a network. Its parameters are leaves of the tape, updated in place.
@@ -64,6 +66,11 @@ impl<N: Network> Trained<N> {
     }
 }
 
+/// One of `micro` micro-batches' part of the objective.
+fn share(objective: Tensor, micro: usize) -> Result<Tensor> {
+    if micro == 1 { Ok(objective) } else { objective.affine(1.0 / micro as f64, 0.0).map_err(Error::from) }
+}
+
 fn scalar(t: &Tensor) -> Result<f64> {
     t.item().map_err(Error::from)
 }
@@ -74,59 +81,65 @@ fn values(t: &Tensor) -> Option<Vec<f32>> {
 }
 
 impl<N: Network> Learner for Trained<N> {
-    fn step(&mut self, batches: &[Batch], mut observed: Option<&mut Scalars>) -> Result<Vec<f64>> {
+    fn step(&mut self, micro: usize, batch: Batches, mut observed: Option<&mut Scalars>) -> Result<Vec<f64>> {
         let (net, experts) = (&self.net, self.net.experts());
-        let seen = Mutex::new(Scalars::new());
-        let one = |(i, batch): (usize, &Batch)| -> Result<(f64, Grads)> {
+        let seen = observed.is_some().then(|| Mutex::new(Scalars::new()));
+        let one = |i: usize| -> Result<(f64, Grads)> {
+            let batch = batch(i)?;
             // what this thread was waiting for when it took this task up may have switched recording off
             engine::enable_grad(|| {
                 let mut grads = Grads::new();
-                let loss = if i == 0 && observed.is_some() {
-                    let mut scalars = seen.lock().unwrap_or_else(|e| e.into_inner());
-                    let mut tap = |name: &str, t: &Tensor| {
-                        if let Some(v) = values(t) {
-                            observe::summarise(&mut scalars, name, t.shape(), &v, experts);
+                let loss = match &seen {
+                    Some(seen) if i == 0 => {
+                        let mut scalars = seen.lock().unwrap_or_else(|e| e.into_inner());
+                        let mut tap = |name: &str, t: &Tensor| {
+                            if let Some(v) = values(t) {
+                                observe::summarise(&mut scalars, name, t.shape(), &v, experts);
+                            }
+                        };
+                        let loss = net.loss(&batch, Some(&mut tap))?;
+                        scalars.insert("loss_auxiliary".into(), scalar(&loss.objective)? - scalar(&loss.nll)?);
+                        for (name, value) in &loss.auxiliary {
+                            scalars.insert(name.to_string(), scalar(value)?);
                         }
-                    };
-                    let loss = net.loss(batch, Some(&mut tap))?;
-                    let auxiliary = scalar(&loss.objective)? - scalar(&loss.nll)?;
-                    scalars.insert("loss_auxiliary".into(), auxiliary);
-                    loss
-                } else {
-                    net.loss(batch, None)?
+                        loss
+                    }
+                    _ => net.loss(&batch, None)?,
                 };
                 let (nll, objective) = (scalar(&loss.nll)?, scalar(&loss.objective)?);
                 // A loss that isn't finite is for the caller to report; its gradients would only hide where it began.
                 if !(nll.is_finite() && objective.is_finite()) {
                     return Ok((objective, grads));
                 }
-                let share = 1.0 / batches.len() as f64;
-                let weighted = if batches.len() == 1 { loss.objective } else { loss.objective.affine(share, 0.0)? };
-                weighted.backward_into(&mut grads)?;
+                share(loss.objective, micro)?.backward_into(&mut grads)?;
                 Ok((nll, grads))
             })
         };
-        let done: Vec<Result<(f64, Grads)>> = batches.par_iter().enumerate().with_max_len(1).map(one).collect();
-        if let Some(observed) = &mut observed {
-            **observed = seen.into_inner().unwrap_or_else(|e| e.into_inner());
+        let mut losses = Vec::new();
+        // as many at a time as there are threads, since each holds gradients of the whole model until they are added up
+        let together = rayon::current_num_threads();
+        for first in (0..micro).step_by(together) {
+            let done: Vec<Result<(f64, Grads)>> = (first..micro.min(first + together)).into_par_iter().with_max_len(1).map(one).collect();
+            for done in done {
+                let (loss, grads) = done?;
+                losses.push(loss);
+                self.grads.merge(grads)?;
+            }
         }
-        let mut losses = Vec::with_capacity(batches.len());
-        for done in done {
-            let (loss, grads) = done?;
-            losses.push(loss);
-            self.grads.merge(grads)?;
+        if let (Some(observed), Some(seen)) = (&mut observed, seen) {
+            **observed = seen.into_inner().unwrap_or_else(|e| e.into_inner());
         }
         Ok(losses)
     }
 
-    fn update(&mut self, step: u64, lr: f64, optim: &Optim) -> Result<f64> {
+    fn update(&mut self, step: u64, lr: f64, optim: &Optim, observed: Option<&mut Scalars>) -> Result<f64> {
         let grads = std::mem::take(&mut self.grads);
         let params = self.net.params();
         let state = match &mut self.optim {
             Some(state) => state,
             None => self.optim.insert(AdamW::new(&params)?),
         };
-        state.step(&params, &grads, step, lr, optim)
+        state.step(&params, &grads, step, lr, optim, observed)
     }
 
     fn nll(&mut self, batches: &[Batch]) -> Result<Vec<f64>> {
@@ -139,25 +152,20 @@ impl<N: Network> Learner for Trained<N> {
         engine::no_grad(|| self.net.generate(prompt, how))
     }
 
-    fn diagnose(&mut self, batch: &Batch) -> String {
+    fn diagnose(&mut self, batch: &Batch, micro: usize) -> Option<String> {
         for (name, t) in self.net.params() {
             if values(t).is_some_and(|v| v.iter().any(|x| !x.is_finite())) {
-                return format!("the parameter `{name}` is not finite");
+                return Some(format!("the parameter `{name}` is not finite"));
             }
         }
-        let mut first: Option<String> = None;
-        let mut tap = |name: &str, t: &Tensor| {
-            // A log-decay of minus infinity forgets everything, which is no fault; NaN always is.
-            let bad = |x: &f32| x.is_nan() || (x.is_infinite() && !name.ends_with("log_decay"));
-            if first.is_none() && values(t).is_some_and(|v| v.iter().any(bad)) {
-                first = Some(name.to_string());
-            }
-        };
-        match engine::no_grad(|| self.net.loss(batch, Some(&mut tap))) {
-            Err(e) => format!("and looking for where it began failed: {e}"),
-            Ok(_) => {
-                first.map_or("it began in `lm_head` or the loss, after the last tensor that is watched".into(), |n| format!("it began at `{n}`"))
-            }
+        let again = || -> Result<Grads> { Ok(share(self.net.loss(batch, None)?.objective, micro)?.backward()?) };
+        let (done, seen) = engine::watch::watch(|| engine::enable_grad(again));
+        let first = [("infinity", seen.infinity), ("NaN", seen.nan)];
+        let said: Vec<String> =
+            first.iter().filter_map(|(what, origin)| Some(format!("the first {what} came out of {}", origin.as_ref()?))).collect();
+        match done {
+            Err(e) if said.is_empty() => Some(format!("looking for where it began failed: {e}")),
+            _ => (!said.is_empty()).then(|| said.join(", ")),
         }
     }
 
@@ -221,7 +229,8 @@ impl Network for Hybrid {
         };
         let (tokens, targets, cu) = make()?;
         let l = self.model.loss(&tokens, &targets, cu.as_ref(), tap)?;
-        Ok(Loss { objective: l.objective, nll: l.nll })
+        let auxiliary = [("loss_balancing", l.load_balancing), ("loss_z", l.router_z)];
+        Ok(Loss { objective: l.objective, nll: l.nll, auxiliary: auxiliary.into_iter().filter_map(|(name, t)| Some((name, t?))).collect() })
     }
     fn generate(&self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {
         let sampler = nn::Sampler { temperature: how.temperature, top_k: how.top_k, top_p: how.top_p, seed: how.seed };
@@ -242,118 +251,5 @@ impl Network for Hybrid {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::checkpoint::{RunDir, find};
-    use crate::config::RunConfig;
-    use crate::data::Corpus;
-    use crate::{presets, trainer};
-
-    /// Embedding, SiLU, output matrix: the smallest network that goes through tape, optimizer and files.
-    struct Tiny {
-        params: [(&'static str, Tensor); 2],
-        break_at: Option<f32>,
-    }
-    fn tiny() -> Tiny {
-        let make = |shape: &[usize], stream| Tensor::randn(shape, DType::F32, &engine::Device::cpu(), 5, stream).unwrap().affine(0.3, 0.0).unwrap();
-        Tiny { params: [("embed", make(&[128, 16], 0).requires_grad()), ("head", make(&[128, 16], 1).requires_grad())], break_at: None }
-    }
-    impl Network for Tiny {
-        fn params(&self) -> Vec<(&str, &Tensor)> {
-            self.params.iter().map(|(n, t)| (*n, t)).collect()
-        }
-        fn loss(&self, batch: &Batch, mut tap: Option<Tap>) -> Result<Loss> {
-            let mut run = || -> engine::Result<Loss> {
-                let ids = |v: &[u32]| Tensor::from_vec(v.iter().map(|&t| i64::from(t)).collect::<Vec<_>>(), &[v.len()]);
-                let mut h = self.params[0].1.embedding(&ids(&batch.tokens)?)?;
-                if let Some(at) = self.break_at {
-                    h = h.affine(f64::from(at), 0.0)?;
-                }
-                if let Some(tap) = &mut tap {
-                    tap("blocks.0.hook_resid_post", &h);
-                }
-                let logits = h.silu()?.linear(&self.params[1].1)?.log_softmax(1)?;
-                let picked = logits.gather(1, &ids(&batch.targets)?.reshape(&[batch.targets.len(), 1])?)?;
-                let nll = picked.mean(&[0, 1], false)?.neg()?;
-                Ok(Loss { objective: nll.clone(), nll })
-            };
-            run().map_err(Error::from)
-        }
-        fn generate(&self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {
-            Ok(vec![prompt[0]; how.tokens])
-        }
-        fn save(&self, dir: &Path) -> Result<()> {
-            let bytes: Vec<u8> = self.params.iter().flat_map(|p| p.1.to_vec::<f32>().unwrap()).flat_map(f32::to_le_bytes).collect();
-            std::fs::write(dir.join(checkpoint::MODEL), bytes).map_err(Error::io("writing", dir))
-        }
-        fn load(&mut self, dir: &Path) -> Result<()> {
-            let bytes = std::fs::read(dir.join(checkpoint::MODEL)).unwrap();
-            let all: Vec<f32> = bytes.chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect();
-            for (part, p) in all.chunks_exact(128 * 16).zip(&self.params) {
-                p.1.assign(&Tensor::from_vec(part, &[128, 16]).unwrap()).unwrap();
-            }
-            Ok(())
-        }
-        fn vocab_size(&self) -> usize {
-            128
-        }
-    }
-    fn setup(steps: u64) -> (Corpus, RunConfig) {
-        let mut c = presets::smoke();
-        c.train.steps = Some(steps);
-        c.train.accumulate = 2;
-        c.checkpoint.every = 7;
-        c.optim.lr = 0.05;
-        (Corpus::from_documents(&["It was the whiteness of the whale that above all things appalled me. ".repeat(50)]), c)
-    }
-
-    #[test]
-    fn learns_on_the_engine_and_resumes_bit_for_bit() {
-        let tmp = tempfile::tempdir().unwrap();
-        let (corpus, config) = setup(40);
-        let whole = RunDir::open(&tmp.path().join("whole"), false).unwrap();
-        let mut a = Trained::new(tiny());
-        let s = trainer::train(&mut a, &corpus, &config, &whole, None).unwrap();
-        assert!(s.held_out.unwrap() < 4.0, "{s:?}");
-        let half = RunDir::open(&tmp.path().join("half"), false).unwrap();
-        let stop = RunConfig { checkpoint: crate::config::Checkpoint { every: 7, keep: 9 }, ..config.clone() };
-        trainer::train(&mut Trained::new(tiny()), &corpus, &stop, &half, None).unwrap();
-        let newest = tmp.path().join("half/checkpoints/step-00000021");
-        let mut b = Trained::new(tiny());
-        let again = trainer::train(&mut b, &corpus, &config, &half, Some(&newest)).unwrap();
-        assert_eq!(s.held_out.unwrap().to_bits(), again.held_out.unwrap().to_bits());
-        for (x, y) in a.net().params.iter().zip(&b.net().params) {
-            assert_eq!(x.1.to_vec::<f32>().unwrap(), y.1.to_vec::<f32>().unwrap());
-        }
-        assert!(find(whole.path()).unwrap().join(checkpoint::OPTIMIZER).is_file());
-        let metrics = std::fs::read_to_string(whole.path().join("metrics.jsonl")).unwrap();
-        assert!(metrics.lines().next().unwrap().contains("blocks.0.resid_post_rms"));
-    }
-
-    #[test]
-    fn accumulation_is_one_large_batch() {
-        let (corpus, config) = setup(1);
-        let sampler = |rows, micro| crate::data::Sampler::new(&corpus, 0..3000, 1, rows, 32, micro, Default::default()).unwrap();
-        let (small, large) = (sampler(2, 3), sampler(6, 1));
-        let (mut a, mut b) = (Trained::new(tiny()), Trained::new(tiny()));
-        a.step(&[0, 1, 2].map(|m| small.batch(&corpus, 0, m)), None).unwrap();
-        b.step(&[large.batch(&corpus, 0, 0)], None).unwrap();
-        let (na, nb) = (a.update(1, 0.01, &config.optim).unwrap(), b.update(1, 0.01, &config.optim).unwrap());
-        assert!((na - nb).abs() < 1e-5 * nb, "{na} {nb}");
-    }
-
-    #[test]
-    fn the_first_tensor_that_is_not_finite_is_named() {
-        let (corpus, config) = setup(3);
-        let tmp = tempfile::tempdir().unwrap();
-        let run = RunDir::open(&tmp.path().join("a"), false).unwrap();
-        let mut net = Trained::new(Tiny { break_at: Some(f32::NAN), ..tiny() });
-        let e = trainer::train(&mut net, &corpus, &config, &run, None).unwrap_err();
-        assert!(e.exit_code() == 1 && e.to_string().contains("`blocks.0.hook_resid_post`"), "{e}");
-        let net = tiny();
-        net.params[1].1.assign(&Tensor::full(f64::NAN, &[128, 16], DType::F32, &engine::Device::cpu()).unwrap()).unwrap();
-        let run = RunDir::open(&tmp.path().join("b"), false).unwrap();
-        let e = trainer::train(&mut Trained::new(net), &corpus, &config, &run, None).unwrap_err();
-        assert!(e.to_string().contains("`head`"), "{e}");
-    }
-}
+#[path = "learner_tests.rs"]
+mod tests;

@@ -26,7 +26,7 @@ fn gate(out: &mut Scalars, name: &str, x: impl Iterator<Item = f64>) {
 /// | `hook_router_probs`, `[…, experts]` | `router_entropy` (nats, mean over tokens), `router_max` (mean largest probability) |
 /// | `hook_router_index`, expert ids | `router_load_max` (largest load over the mean load), `router_load_min`, `router_load_entropy`, given `experts` |
 /// | `hook_resid_*` | `…_rms`, `…_max` (largest magnitude) |
-/// | anything else | `…_mean` |
+/// | anything else | `…_rms`: queries, keys, values, outputs and logits have either sign, and means near zero |
 pub fn summarise(out: &mut Scalars, name: &str, shape: &[usize], values: &[f32], experts: usize) {
     let (path, hook) = name.rsplit_once('.').unwrap_or(("", name));
     let hook = hook.strip_prefix("hook_").unwrap_or(hook);
@@ -62,11 +62,12 @@ pub fn summarise(out: &mut Scalars, name: &str, shape: &[usize], values: &[f32],
             let e = experts as f64;
             out.extend([(key("router_load_max"), max * e), (key("router_load_min"), min * e), (key("router_load_entropy"), entropy)]);
         }
-        h if h.starts_with("resid") => {
-            let max = wide().fold(0.0f64, |a, v| a.max(v.abs()));
-            out.extend([(key(&format!("{h}_rms")), (wide().map(|v| v * v).sum::<f64>() / n).sqrt()), (key(&format!("{h}_max")), max)]);
+        h => {
+            out.insert(key(&format!("{h}_rms")), (wide().map(|v| v * v).sum::<f64>() / n).sqrt());
+            if h.starts_with("resid") {
+                out.insert(key(&format!("{h}_max")), wide().fold(0.0f64, |a, v| a.max(v.abs())));
+            }
         }
-        h => drop(out.insert(key(&format!("{h}_mean")), wide().sum::<f64>() / n)),
     }
 }
 
@@ -82,6 +83,7 @@ mod tests {
         summarise(&mut s, "blocks.1.mlp.hook_router_probs", &[2, 2], &[0.5, 0.5, 1.0, 0.0], 2);
         summarise(&mut s, "blocks.1.mlp.hook_router_index", &[4], &[0.0, 0.0, 0.0, 1.0], 2);
         summarise(&mut s, "blocks.1.hook_resid_post", &[2], &[3.0, -4.0], 0);
+        summarise(&mut s, "blocks.1.attn.hook_z", &[2], &[3.0, -4.0], 0);
         summarise(&mut s, "hook_x", &[0], &[], 0);
         let near = |k: &str, v: f64| assert!((s[k] - v).abs() < 1e-6, "{k}: {}", s[k]);
         near("blocks.0.attn.gate_mean", 0.6125);
@@ -93,6 +95,7 @@ mod tests {
         near("blocks.1.mlp.router_load_min", 0.5);
         near("blocks.1.resid_post_rms", 12.5f64.sqrt());
         near("blocks.1.resid_post_max", 4.0);
-        assert!(!s.contains_key("x_mean"));
+        near("blocks.1.attn.z_rms", 12.5f64.sqrt());
+        assert!(!s.contains_key("x_rms") && !s.contains_key("blocks.1.attn.z_mean"));
     }
 }

@@ -4,8 +4,9 @@ use crate::checkpoint::{RunDir, State, read_state};
 use crate::config::{Budget, Optim, RunConfig};
 use crate::data::{Batch, Corpus, EvalWindows, Sampler};
 use crate::metrics::{Metrics, Scalars, memory};
-use crate::progress::{Line, Progress};
+use crate::progress::{Line, Progress, say};
 use crate::{Error, Result};
+use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
 
@@ -24,21 +25,24 @@ pub struct Sampling {
     pub seed: u64,
 }
 
+/// Makes micro-batch `i` of a step; each is asked for when its turn comes.
+pub type Batches<'a> = &'a (dyn Fn(usize) -> Result<Batch> + Sync);
+
 /// What the loop asks of a model with its optimizer. All that decides its results is in its parameters, its optimizer's state, and the arguments.
 pub trait Learner {
-    /// Forward and backward of a step's micro-batches, side by side where there are threads: adds the gradient of the mean of their mean losses to
+    /// Forward and backward of a step's `micro` batches, side by side where there are threads: adds the gradient of the mean of their mean losses to
     /// the gradients held, in the order of the micro-batches, puts what the observer saw of the first into `observed`, and returns each mean loss in
     /// nats a token.
-    fn step(&mut self, batches: &[Batch], observed: Option<&mut Scalars>) -> Result<Vec<f64>>;
+    fn step(&mut self, micro: usize, batch: Batches, observed: Option<&mut Scalars>) -> Result<Vec<f64>>;
     /// Clips the gradients held, takes optimizer step number `step` (from 1), drops the gradients. Returns the gradients' global norm before
-    /// clipping. A norm that is not finite is an error that names the first parameter, and nothing is changed.
-    fn update(&mut self, step: u64, lr: f64, optim: &Optim) -> Result<f64>;
+    /// clipping, and adds what there is to see of gradients and updates to `observed`. Gradients that are not finite are an error, and nothing is changed.
+    fn update(&mut self, step: u64, lr: f64, optim: &Optim, observed: Option<&mut Scalars>) -> Result<f64>;
     /// The sums of negative log-likelihoods over batches, in nats, without gradients.
     fn nll(&mut self, batches: &[Batch]) -> Result<Vec<f64>>;
     /// Continues `prompt`; returns the new tokens.
     fn sample(&mut self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>>;
-    /// Where in the model a loss over `batch` first stops being finite, in words.
-    fn diagnose(&mut self, batch: &Batch) -> String;
+    /// Where in the model the loss over `batch`, one of `micro`, or its gradient first stops being finite, in words; none if neither does.
+    fn diagnose(&mut self, batch: &Batch, micro: usize) -> Option<String>;
     /// Writes `model.safetensors`, `config.json` and `optimizer.safetensors` into `dir`.
     fn save(&self, dir: &Path) -> Result<()>;
     /// Reads what [`save`](Self::save) wrote.
@@ -65,7 +69,7 @@ const TOGETHER: usize = 16;
 pub fn evaluate(
     learner: &mut dyn Learner,
     corpus: &Corpus,
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
     config: &RunConfig,
     max_tokens: usize,
 ) -> Result<Option<(f64, usize)>> {
@@ -92,137 +96,184 @@ fn check_tokens(batch: &Batch, vocab: usize, corpus: &Corpus) -> Result<()> {
     }
 }
 
-/// Trains `learner` on `corpus` until the budget is used, from `resume`'s checkpoint if there is one.
-pub fn train(learner: &mut dyn Learner, corpus: &Corpus, config: &RunConfig, run: &RunDir, resume: Option<&Path>) -> Result<Summary> {
-    let budget = config.budget()?;
-    let (d, t) = (&config.data, &config.train);
-    let (training, held_out) = corpus.split(d.held_out);
-    let sampler = Sampler::new(corpus, training, config.seed, d.batch, d.seq_len, t.accumulate, d.packing)?;
-    let mut state = State { version: 1, ..State::default() };
-    if let Some(checkpoint) = resume {
-        learner.load(checkpoint)?;
-        state = read_state(checkpoint)?;
+/// The training batches of a run; an error if the text is too short for one.
+pub fn sampler(corpus: &Corpus, config: &RunConfig) -> Result<Sampler> {
+    let d = &config.data;
+    Sampler::new(corpus, corpus.split(d.held_out).0, config.seed, d.batch, d.seq_len, config.train.accumulate, d.packing)
+}
+
+/// Reads a checkpoint into `learner`; the state is for [`train`] to go on from.
+pub fn load(learner: &mut dyn Learner, checkpoint: &Path) -> Result<State> {
+    let state = read_state(checkpoint)?;
+    learner.load(checkpoint)?;
+    Ok(state)
+}
+
+/// Trains `learner` on `corpus` until the budget is used, from the beginning or from a state that was [loaded](load).
+pub fn train(learner: &mut dyn Learner, corpus: &Corpus, config: &RunConfig, run: &RunDir, from: Option<State>) -> Result<Summary> {
+    let sampler = sampler(corpus, config)?;
+    let held_out = corpus.split(config.data.held_out).1;
+    let state = State { version: 1, corpus: Some(corpus.fingerprint()), ..from.unwrap_or_default() };
+    for aside in run.set_aside(state.step)? {
+        say(&format!("a later checkpoint is now {}; delete it if it isn't wanted", aside.display()));
     }
-    let mut metrics = Metrics::open(run.path(), state.step)?;
-    let mut progress = Progress::new(t.log_every);
-    let result = steps(learner, corpus, config, run, budget, &sampler, &held_out, &mut state, &mut metrics, &mut progress);
-    progress.finish();
+    let metrics = Metrics::open(run.path(), state.step)?;
+    let progress = Progress::new(config.train.log_every);
+    let (first, budget) = (state, config.budget()?);
+    let mut work = Loop { learner, corpus, config, run, sampler, held_out, budget, first, began: Instant::now(), state, metrics, progress };
+    let result = work.run();
+    work.progress.finish();
     result?;
-    let last = evaluate(learner, corpus, held_out, config, 0)?;
+    let last = evaluate(work.learner, corpus, work.held_out.clone(), config, 0)?;
     if let Some((bits, count)) = last {
         let fields = [("final", true.into()), ("held_out_bits", bits.into()), ("held_out_tokens", count.into())];
-        metrics.write(state.step, &fields, &Scalars::new())?;
+        work.metrics.write(work.state.step, &fields, &Scalars::new())?;
     }
-    metrics.sync()?;
-    Ok(Summary { state, held_out: last.map(|l| l.0), scored: last.map_or(0, |l| l.1) })
+    work.metrics.sync()?;
+    Ok(Summary { state: work.state, held_out: last.map(|l| l.0), scored: last.map_or(0, |l| l.1) })
 }
 
-#[allow(clippy::too_many_arguments)] // one loop, cut from its set-up so that the bar is taken away whatever happens
-fn steps(
-    learner: &mut dyn Learner,
-    corpus: &Corpus,
-    config: &RunConfig,
-    run: &RunDir,
+struct Loop<'a> {
+    learner: &'a mut dyn Learner,
+    corpus: &'a Corpus,
+    config: &'a RunConfig,
+    run: &'a RunDir,
+    sampler: Sampler,
+    held_out: Range<usize>,
     budget: Budget,
-    sampler: &Sampler,
-    held_out: &std::ops::Range<usize>,
-    state: &mut State,
-    metrics: &mut Metrics,
-    progress: &mut Progress,
-) -> Result<()> {
-    let (t, schedule, tokens) = (&config.train, config.schedule(), sampler.tokens_per_step());
-    let (before, start) = (state.seconds, Instant::now());
-    let (mut last_saved, first) = (None, state.step);
-    let progress_at = |s: &State| budget.progress(s.step, tokens, s.seconds);
-    while progress_at(state) < 1.0 {
-        let (began, part) = (Instant::now(), progress_at(state));
-        let step = state.step + 1;
-        // Steps are counted to their end, so that the first has a rate and the last has the final one; of time, only the past is known.
-        let lr = config.optim.lr * schedule.factor(budget.progress(step, tokens, state.seconds));
-        let mut scalars = Scalars::new();
-        let batches: Vec<Batch> = (0..t.accumulate as u64).map(|micro| sampler.batch(corpus, state.step, micro)).collect();
-        for batch in &batches {
-            check_tokens(batch, learner.vocab_size(), corpus)?;
-        }
-        let observed = (t.observe_every > 0 && step.is_multiple_of(t.observe_every)).then_some(&mut scalars);
-        let losses = learner.step(&batches, observed)?;
-        if let Some((l, batch)) = losses.iter().zip(&batches).find(|(l, _)| !l.is_finite()) {
-            let place = learner.diagnose(batch);
-            return Err(Error::NonFinite(format!("step {step}: the loss is {l}: {place}; lower optim.lr (now {lr:.2e}) or optim.clip")));
-        }
-        let loss = losses.iter().sum::<f64>() / losses.len() as f64;
-        let grad_norm = learner.update(step, lr, &config.optim).map_err(|e| match e {
-            Error::NonFinite(m) => Error::NonFinite(format!("step {step}: {m}; lower optim.lr (now {lr:.2e}) or optim.clip")),
-            e => e,
-        })?;
-        state.step = step;
-        state.tokens += tokens;
-        state.seconds = before + start.elapsed().as_secs_f64();
-        // The mean over about 50 steps, without the bias of its beginning.
-        let weight = (1.0 / step as f64).max(0.02);
-        state.ema += weight * (loss - state.ema);
-        let (rss, peak) = memory();
-        let tokens_per_s = tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
-        let used = progress_at(state);
-        metrics.write(
-            step,
-            &[
-                ("loss", loss.into()),
-                ("lr", lr.into()),
-                ("grad_norm", grad_norm.into()),
-                ("tokens", state.tokens.into()),
-                ("tokens_per_s", tokens_per_s.into()),
-                ("seconds", state.seconds.into()),
-                ("memory", rss.into()),
-                ("memory_peak", peak.into()),
-            ],
-            &scalars,
-        )?;
-        let done_here = used - budget.progress(first, tokens, before);
-        let eta = (state.seconds - before) / done_here.max(1e-12) * (1.0 - used);
-        progress.step(&Line { step, progress: used, loss: state.ema, lr, grad_norm, tokens_per_s, memory: rss, eta });
-
-        let ends = used >= 1.0;
-        if config.eval.every > 0
-            && step.is_multiple_of(config.eval.every)
-            && !ends
-            && let Some((bits, count)) = evaluate(learner, corpus, held_out.clone(), config, config.eval.tokens)?
-        {
-            metrics.write(step, &[("held_out_bits", bits.into()), ("held_out_tokens", count.into())], &Scalars::new())?;
-            let unit = if corpus.is_bytes() { "bits per byte" } else { "bits per token" };
-            progress.say(&format!("step {step:>6}  held out: {bits:.3} {unit} ({count} tokens)"));
-        }
-        let c = config.sample.count as f64;
-        if (used.min(1.0) * c).floor() > (part * c).floor() && corpus.is_bytes() {
-            let how = Sampling {
-                tokens: config.sample.tokens,
-                temperature: config.sample.temperature,
-                top_k: config.sample.top_k,
-                top_p: 1.0,
-                seed: config.seed ^ step,
-            };
-            let prompt: Vec<u32> = config.sample.prompt.bytes().map(u32::from).collect();
-            let written = text(&learner.sample(&prompt, &how)?);
-            metrics.write(step, &[("sample", format!("{}{written}", config.sample.prompt).into())], &Scalars::new())?;
-            progress.say(&format!("--- step {step}\n{}{written}\n---", config.sample.prompt));
-        }
-        state.seconds = before + start.elapsed().as_secs_f64();
-        if config.checkpoint.every > 0 && step.is_multiple_of(config.checkpoint.every) {
-            metrics.sync()?;
-            run.save(state, config.checkpoint.keep, |dir| learner.save(dir))?;
-            last_saved = Some(step);
-        }
-    }
-    if last_saved != Some(state.step) && state.step > first {
-        metrics.sync()?;
-        run.save(state, config.checkpoint.keep, |dir| learner.save(dir))?;
-    }
-    Ok(())
+    /// Where this process began.
+    first: State,
+    began: Instant,
+    state: State,
+    metrics: Metrics,
+    progress: Progress,
 }
 
-/// Byte tokens as text.
+impl Loop<'_> {
+    fn used(&self, s: &State) -> f64 {
+        self.budget.progress(s.step, s.tokens, s.seconds)
+    }
+    fn seconds(&self) -> f64 {
+        self.first.seconds + self.began.elapsed().as_secs_f64()
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let (eval, keep) = (self.config.eval.every, self.config.checkpoint.every);
+        let mut saved = self.first.step;
+        while self.used(&self.state) < 1.0 {
+            let before = self.used(&self.state);
+            self.step()?;
+            let (step, after) = (self.state.step, self.used(&self.state));
+            if eval > 0 && step.is_multiple_of(eval) && after < 1.0 {
+                self.evaluate()?;
+            }
+            let shown = |used: f64| (used.min(1.0) * self.config.sample.count as f64).floor();
+            if shown(after) > shown(before) && self.corpus.is_bytes() {
+                self.sample()?;
+            }
+            self.state.seconds = self.seconds();
+            if keep > 0 && step.is_multiple_of(keep) {
+                self.save()?;
+                saved = step;
+            }
+        }
+        if saved != self.state.step { self.save() } else { Ok(()) }
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let (t, began, step, tokens) = (&self.config.train, Instant::now(), self.state.step + 1, self.sampler.tokens_per_step());
+        // Steps are counted to their end, so that the first has a rate and the last has the final one; of time, only the past is known.
+        let part = self.budget.progress(step, self.state.tokens + tokens, self.state.seconds);
+        let lr = self.config.optim.lr * self.config.schedule().factor(part);
+        let mut scalars = Scalars::new();
+        let observe = t.observe_every > 0 && step.is_multiple_of(t.observe_every);
+        let (corpus, vocab, sampler, done) = (self.corpus, self.learner.vocab_size(), &self.sampler, self.state.step);
+        let batch = |micro: usize| {
+            let batch = sampler.batch(corpus, done, micro as u64);
+            check_tokens(&batch, vocab, corpus)?;
+            Ok(batch)
+        };
+        let losses = self.learner.step(t.accumulate, &batch, observe.then_some(&mut scalars))?;
+        let loss = losses.iter().sum::<f64>() / losses.len() as f64;
+        let updated = match losses.iter().position(|l| !l.is_finite()) {
+            Some(micro) => Err((format!("the loss is {}", losses[micro]), micro)),
+            None => match self.learner.update(step, lr, &self.config.optim, observe.then_some(&mut scalars)) {
+                Err(Error::NonFinite(m)) => Err((m, 0)),
+                other => Ok(other?),
+            },
+        };
+        let grad_norm = match updated {
+            Ok(norm) => norm,
+            Err((what, micro)) => {
+                let mut places = (micro..t.accumulate).map(|m| -> Result<Option<String>> { Ok(self.learner.diagnose(&batch(m)?, t.accumulate)) });
+                let place = places.find_map(Result::transpose).transpose()?;
+                let place = place.unwrap_or_else(|| "each micro-batch alone gives finite numbers, their sum does not".into());
+                let message = format!("step {step}: {what}: {place}; lower optim.lr (now {lr:.2e}) or optim.clip");
+                let fields = [("loss", loss.into()), ("lr", lr.into()), ("stopped", message.as_str().into())];
+                self.metrics.write(step, &fields, &scalars)?;
+                self.metrics.sync()?;
+                return Err(Error::NonFinite(message));
+            }
+        };
+        let s = &mut self.state;
+        (s.step, s.tokens) = (step, s.tokens + tokens);
+        s.seconds = self.first.seconds + self.began.elapsed().as_secs_f64();
+        // The mean over about 50 steps, without the bias of its beginning.
+        s.ema += (1.0 / step as f64).max(0.02) * (loss - s.ema);
+        let (memory, peak) = memory();
+        let tokens_per_s = tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
+        let fields = [
+            ("loss", loss.into()),
+            ("lr", lr.into()),
+            ("grad_norm", grad_norm.into()),
+            ("tokens", self.state.tokens.into()),
+            ("tokens_per_s", tokens_per_s.into()),
+            ("seconds", self.state.seconds.into()),
+            ("memory", memory.into()),
+            ("memory_peak", peak.into()),
+        ];
+        self.metrics.write(step, &fields, &scalars)?;
+        let used = self.used(&self.state);
+        let eta = (self.state.seconds - self.first.seconds) / (used - self.used(&self.first)).max(1e-12) * (1.0 - used);
+        self.progress.step(&Line { step, progress: used, loss: self.state.ema, lr, grad_norm, tokens_per_s, memory, eta });
+        Ok(())
+    }
+
+    fn evaluate(&mut self) -> Result<()> {
+        let (step, range) = (self.state.step, self.held_out.clone());
+        let Some((bits, count)) = evaluate(self.learner, self.corpus, range, self.config, self.config.eval.tokens)? else { return Ok(()) };
+        self.metrics.write(step, &[("held_out_bits", bits.into()), ("held_out_tokens", count.into())], &Scalars::new())?;
+        let unit = if self.corpus.is_bytes() { "bits per byte" } else { "bits per token" };
+        self.progress.say(&format!("step {step:>6}  held out: {bits:.3} {unit} ({count} tokens)"));
+        Ok(())
+    }
+
+    fn sample(&mut self) -> Result<()> {
+        let (c, step) = (&self.config.sample, self.state.step);
+        let seed = self.config.seed ^ step;
+        let how = Sampling { tokens: c.tokens, temperature: c.temperature, top_k: c.top_k, top_p: 1.0, seed };
+        let prompt: Vec<u32> = c.prompt.bytes().map(u32::from).collect();
+        let written = text(&self.learner.sample(&prompt, &how)?);
+        self.metrics.write(step, &[("sample", format!("{}{written}", c.prompt).into())], &Scalars::new())?;
+        self.progress.say(&format!("--- step {step}\n{}{written}\n---", c.prompt));
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.metrics.sync()?;
+        self.run.save(&self.state, self.config.checkpoint.keep, |dir| self.learner.save(dir)).map(drop)
+    }
+}
+
+/// Byte tokens as text; one that is no byte becomes the replacement character.
 pub fn text(tokens: &[u32]) -> String {
-    let bytes: Vec<u8> = tokens.iter().map(|&t| t as u8).collect();
+    let mut bytes = Vec::with_capacity(tokens.len());
+    for &t in tokens {
+        match u8::try_from(t) {
+            Ok(b) => bytes.push(b),
+            Err(_) => bytes.extend("\u{fffd}".bytes()),
+        }
+    }
     String::from_utf8_lossy(&bytes).into_owned()
 }
 

@@ -1,7 +1,7 @@
 //! The loop, driven by a bigram table with plain AdamW: small enough to check everything bit for bit.
 
 use super::*;
-use crate::checkpoint::{checkpoints, find};
+use crate::checkpoint::{candidates, checkpoints};
 use crate::presets;
 use std::fs;
 
@@ -40,17 +40,18 @@ impl Bigram {
 }
 
 impl Learner for Bigram {
-    fn step(&mut self, batches: &[Batch], observed: Option<&mut Scalars>) -> Result<Vec<f64>> {
+    fn step(&mut self, micro: usize, batch: Batches, observed: Option<&mut Scalars>) -> Result<Vec<f64>> {
         if let Some(o) = observed {
             o.insert("blocks.0.mean".into(), f64::from(self.w[0]));
         }
-        let one = |b: &Batch| {
-            let sum = self.pass(b, Some(1.0 / batches.len() as f64));
-            if self.poison == Some(self.updates) { f64::NAN } else { sum / b.tokens.len() as f64 }
+        let one = |i: usize| {
+            let b = batch(i)?;
+            let sum = self.pass(&b, Some(1.0 / micro as f64));
+            Ok(if self.poison == Some(self.updates) { f64::NAN } else { sum / b.tokens.len() as f64 })
         };
-        Ok(batches.iter().map(one).collect())
+        (0..micro).map(one).collect()
     }
-    fn update(&mut self, step: u64, lr: f64, o: &Optim) -> Result<f64> {
+    fn update(&mut self, step: u64, lr: f64, o: &Optim, _: Option<&mut Scalars>) -> Result<f64> {
         assert_eq!(step, self.updates + 1);
         if self.dies == Some(step) {
             return Err(Error::Model("killed".into()));
@@ -80,8 +81,9 @@ impl Learner for Bigram {
             })
             .collect())
     }
-    fn diagnose(&mut self, _: &Batch) -> String {
-        "first in `blocks.0.mixer.out`".into()
+    fn diagnose(&mut self, _: &Batch, micro: usize) -> Option<String> {
+        assert_eq!(micro, 2);
+        Some("first in `blocks.0.mixer.out`".into())
     }
     fn save(&self, dir: &Path) -> Result<()> {
         let bytes: Vec<u8> = [&self.w, &self.m, &self.v].iter().flat_map(|v| v.iter().flat_map(|x| x.to_le_bytes())).collect();
@@ -114,6 +116,11 @@ fn config(steps: u64) -> RunConfig {
     c.optim.lr = 0.05;
     c.sample.prompt = "T".into();
     c
+}
+/// Goes on from a run folder's newest checkpoint.
+fn resume(b: &mut Bigram, c: &RunConfig, run: &RunDir) -> Summary {
+    let state = load(b, &candidates(run.path()).unwrap()[0]).unwrap();
+    train(b, &corpus(), c, run, Some(state)).unwrap()
 }
 /// Metrics without what depends on the clock and the machine.
 fn metrics(run: &Path) -> Vec<String> {
@@ -157,14 +164,12 @@ fn resumed_equals_uninterrupted_bit_for_bit() {
     train(&mut dying, &corpus(), &config(23), &cut, None).unwrap_err();
     assert_eq!(metrics(cut.path()).len(), 14);
     let mut b = Bigram::new();
-    let newest = find(cut.path()).unwrap();
-    let sb = train(&mut b, &corpus(), &config(23), &cut, Some(&newest)).unwrap();
+    let sb = resume(&mut b, &config(23), &cut);
     assert!(a.w.iter().zip(&b.w).all(|(x, y)| x.to_bits() == y.to_bits()));
     assert_eq!(metrics(whole.path()), metrics(cut.path()));
     assert_eq!(sa.held_out.unwrap().to_bits(), sb.held_out.unwrap().to_bits());
     // A finished run that is resumed does nothing but its closing evaluation.
-    let newest = find(cut.path()).unwrap();
-    let sc = train(&mut Bigram::new(), &corpus(), &config(23), &cut, Some(&newest)).unwrap();
+    let sc = resume(&mut Bigram::new(), &config(23), &cut);
     assert_eq!((sc.state.step, sc.held_out), (23, sb.held_out));
     assert_eq!(metrics(whole.path()), metrics(cut.path()));
 }
@@ -184,9 +189,29 @@ fn budgets() {
     let s = train(&mut Bigram::new(), &corpus(), &c, &run, None).unwrap();
     assert!(s.state.seconds >= 0.6 && s.state.seconds < 10.0, "{s:?}");
     // Time used before a resume counts.
-    let newest = find(run.path()).unwrap();
-    let again = train(&mut Bigram::new(), &corpus(), &c, &run, Some(&newest)).unwrap();
+    let again = resume(&mut Bigram::new(), &c, &run);
     assert_eq!(again.state.step, s.state.step);
+}
+
+#[test]
+fn going_back_to_an_older_checkpoint_keeps_the_new_result_and_loses_no_old_one() {
+    let tmp = tempfile::tempdir().unwrap();
+    let run = RunDir::open(&tmp.path().join("run"), false).unwrap();
+    let mut c = config(8);
+    (c.checkpoint.every, c.checkpoint.keep) = (2, 9);
+    train(&mut Bigram::new(), &corpus(), &c, &run, None).unwrap();
+    let mut b = Bigram::new();
+    let state = load(&mut b, &run.path().join("checkpoints/step-00000002")).unwrap();
+    (c.train.steps, c.checkpoint.keep, c.optim.lr) = (Some(5), 2, 1e-4);
+    train(&mut b, &corpus(), &c, &run, Some(state)).unwrap();
+    let steps: Vec<u64> = checkpoints(run.path()).unwrap().iter().map(|c| c.0).collect();
+    assert_eq!(steps, [4, 5]);
+    let mut newest = Bigram::new();
+    newest.load(&candidates(run.path()).unwrap()[0]).unwrap();
+    assert!(newest.w == b.w);
+    for step in [4, 6, 8] {
+        assert!(run.path().join(format!("checkpoints/.old-step-{step:08}")).is_dir(), "{step}");
+    }
 }
 
 #[test]
@@ -196,6 +221,8 @@ fn stops_when_not_finite_and_when_tokens_do_not_fit() {
     let e = train(&mut Bigram { poison: Some(5), ..Bigram::new() }, &corpus(), &config(9), &run, None).unwrap_err();
     let m = e.to_string();
     assert!(e.exit_code() == 1 && m.contains("step 6") && m.contains("NaN") && m.contains("blocks.0.mixer.out"), "{m}");
+    let last = metrics(run.path()).pop().unwrap();
+    assert!(last.contains("\"step\":6") && last.contains("\"loss\":null") && last.contains("\"stopped\":\"step 6"), "{last}");
     let run = RunDir::open(&tmp.path().join("big"), false).unwrap();
     let odd = Corpus::from_documents(&["é".repeat(500)]);
     let m = train(&mut Bigram::new(), &odd, &config(9), &run, None).unwrap_err().to_string();

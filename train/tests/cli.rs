@@ -30,7 +30,54 @@ fn wrong_usage_ends_with_two() {
     fails(&["generate", "nowhere"], 2, &["nowhere does not exist"]);
     fails(&["generate", "nowhere", "--top-p", "2"], 2, &["--top-p"]);
     fails(&["generate", "nowhere", "--temperature=-1"], 2, &["--temperature"]);
+    fails(&["generate", "nowhere", "--tokens", "18446744073709551615"], 2, &["--tokens", "at most 1048576"]);
     fails(&["eval", "nowhere"], 2, &["nowhere does not exist"]);
+    for (set, word) in [
+        ("train.accumulate=9223372036854775807", "train.accumulate"),
+        ("sample.prompt=", "sample.prompt"),
+        ("optim.lr=nan", "optim.lr = NaN"),
+        ("model.num_attention_heads=3", "num_key_value_heads"),
+        ("model.linear_num_value_heads=3", "linear_num_key_heads"),
+        ("model.head_dim=7", "head_dim"),
+    ] {
+        fails(&["train", "smoke", "--set", set], 2, &[word]);
+    }
+    fails(&["train", "smoke", "--set", "data.path=2024"], 1, &["data 2024: not found"]);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn results_that_can_not_be_written_are_an_error() {
+    let tmp = tempfile::tempdir().unwrap();
+    let quick = ["train", "smoke", "--run-dir", "r", "--set", "train.steps=1", "--set", "data.held_out=0.002"];
+    assert!(tidegate(tmp.path(), &quick).status.success());
+    for args in [&["generate", "r", "--tokens", "3"][..], &["eval", "r"], &["doctor"], &["train", "smoke", "--print-config"]] {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let o = Command::new(env!("CARGO_BIN_EXE_tidegate")).args(args).current_dir(tmp.path()).stdout(full).output().unwrap();
+        let e = String::from_utf8_lossy(&o.stderr);
+        assert!(o.status.code() == Some(1) && e.contains("stdout"), "{args:?}: {e}");
+        // a reader that goes away has seen enough
+        let line = format!("{} {} | true; exit ${{PIPESTATUS[0]}}", env!("CARGO_BIN_EXE_tidegate"), args.join(" "));
+        assert!(Command::new("bash").args(["-c", &line]).current_dir(tmp.path()).status().unwrap().success(), "{args:?}");
+    }
+}
+
+#[test]
+fn tokens_that_are_no_bytes_are_not_written_as_text() {
+    let tmp = tempfile::tempdir().unwrap();
+    let tokens: Vec<u32> = (0..3000).map(|i| i * i % 1000).collect();
+    train::data::write_shard(&tmp.path().join("t.bin"), &tokens, 1000, None).unwrap();
+    let set = ["--set", "data.path=t.bin", "--set", "model.vocab_size=1000", "--set", "train.steps=1", "--run-dir", "r"];
+    assert!(tidegate(tmp.path(), &[&["train", "smoke"][..], &set].concat()).status.success());
+    let o = tidegate(tmp.path(), &["generate", "r"]);
+    let e = String::from_utf8_lossy(&o.stderr);
+    assert!(o.status.code() == Some(2) && o.stdout.is_empty() && e.contains("1000 tokens") && e.contains("no tokenizer"), "{e}");
+    assert!(tidegate(tmp.path(), &["eval", "r"]).status.success());
+    // a vocabulary of bytes with room to spare is one of bytes
+    let spare = ["train", "smoke", "--set", "model.vocab_size=300", "--set", "train.steps=1", "--set", "data.held_out=0.002", "--run-dir", "b"];
+    assert!(tidegate(tmp.path(), &spare).status.success());
+    let o = tidegate(tmp.path(), &["generate", "b", "--prompt", "Call", "--tokens", "9"]);
+    assert!(o.status.success() && o.stdout.starts_with(b"Call"));
 }
 
 #[test]

@@ -14,23 +14,23 @@ fn cpu() -> String {
 }
 
 pub(super) fn run() -> Result<()> {
-    out(&format!("tidegate {} on {} {}", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH));
+    out(&format!("tidegate {} on {} {}", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH))?;
     let memory = engine::cpu::system_memory().map_or(String::new(), |b| format!(", {:.1} GiB memory", b as f64 / (1u64 << 30) as f64));
-    out(&format!("machine  {}{memory}", cpu()));
-    out(&format!("vectors  {:?}", engine::cpu::simd::level()));
-    out(&format!("threads  {} (RAYON_NUM_THREADS sets them; results don't depend on it)", rayon::current_num_threads()));
-    out(&format!("device   {}", Device::cpu().name()));
-    out(&format!("matmul   {:.0} GFLOP/s in f32 at 512³", matmul_speed()?));
+    out(&format!("machine  {}{memory}", cpu()))?;
+    out(&format!("vectors  {:?}", engine::cpu::simd::level()))?;
+    out(&format!("threads  {} (RAYON_NUM_THREADS sets them; results don't depend on it)", rayon::current_num_threads()))?;
+    out(&format!("device   {}", Device::cpu().name()))?;
+    out(&format!("matmul   {:.0} GFLOP/s in f32 at 512³", matmul_speed()?))?;
     let mut failed = Vec::new();
     for t in engine::self_tests() {
         match t.run(&Device::cpu(), DType::F32) {
-            Ok(e) if e <= BOUND => out(&format!("ok       {:<24} values and gradients within {e:.0e} of the reference", t.name)),
+            Ok(e) if e <= BOUND => out(&format!("ok       {:<24} values and gradients within {e:.0e} of the reference", t.name))?,
             Ok(e) => failed.push((t.name, format!("relative error {e:.0e} to the reference, at most {BOUND:.0e} is right"))),
             Err(e) => failed.push((t.name, e.to_string())),
         }
     }
     for (name, why) in &failed {
-        out(&format!("FAILED   {name:<24} {why}"));
+        out(&format!("FAILED   {name:<24} {why}"))?;
     }
     let names: Vec<&str> = failed.iter().map(|f| f.0).collect();
     if failed.is_empty() { Ok(()) } else { Err(Error::Model(format!("self-tests failed: {}; please report this machine", names.join(", ")))) }

@@ -5,9 +5,10 @@
 mod doctor;
 mod train;
 
-use crate::config::RunConfig;
+use crate::config::{MOST_TOKENS, RunConfig};
 use crate::data::Corpus;
-use crate::learner::Hybrid;
+use crate::learner::{Hybrid, Trained};
+use crate::progress::say;
 use crate::trainer::{Learner, Sampling, evaluate};
 use crate::{Error, Result, checkpoint, presets};
 use clap::{Parser, Subcommand};
@@ -92,18 +93,33 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// A line of results. A closed pipe is no error.
-fn out(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+/// A line of results. A reader that has seen enough is no error; a full disk is.
+fn out(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout();
+    match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::Output(e)),
+        _ => Ok(()),
+    }
 }
 
-/// The run folder that a path means: itself, or the one a checkpoint lies in.
+/// The run folder that a path means: itself, or the one a checkpoint lies in, wherever the path is relative to.
 fn run_of(path: &Path) -> PathBuf {
-    let above = path.parent().filter(|p| p.file_name().is_some_and(|n| n == "checkpoints")).and_then(Path::parent);
+    let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let above = whole.parent().filter(|p| p.file_name().is_some_and(|n| n == "checkpoints")).and_then(Path::parent);
     match above {
-        Some(run) if path.join(checkpoint::MODEL).is_file() => run.to_path_buf(),
+        Some(run) if whole.join(checkpoint::MODEL).is_file() => run.to_path_buf(),
         _ => path.to_path_buf(),
     }
+}
+
+/// What can't be read is passed over in favour of what was written before it, and named.
+fn skip(path: &Path, e: &Error) {
+    say(&format!("skipped {}: {e}", path.display()));
+}
+
+/// The newest whole checkpoint that `path` means, and where it is.
+fn open(path: &Path) -> Result<(PathBuf, Trained<Hybrid>)> {
+    checkpoint::first_whole(&checkpoint::candidates(path)?, skip, Hybrid::open)
 }
 
 fn generate(args: &Generate) -> Result<()> {
@@ -117,22 +133,30 @@ fn generate(args: &Generate) -> Result<()> {
     if args.prompt.is_empty() {
         return wrong("--prompt: expected at least one byte of text to continue".into());
     }
-    let mut model = Hybrid::open(&checkpoint::find(&args.run)?)?;
-    if model.vocab_size() < 256 {
-        return wrong(format!("{}: a vocabulary of {} has no token for every byte", args.run.display(), model.vocab_size()));
+    if args.tokens > MOST_TOKENS {
+        return wrong(format!("--tokens: expected at most {MOST_TOKENS}, found {}", args.tokens));
+    }
+    let (path, mut model) = open(&args.run)?;
+    let vocab = model.vocab_size();
+    // Where no state says what it was trained on, the size of a vocabulary of bytes tells.
+    let trained_on = checkpoint::read_state(&path).ok().and_then(|s| s.corpus);
+    if vocab < 256 || !trained_on.map_or(vocab == 256, |c| c.bytes) {
+        let p = path.display();
+        return wrong(format!(
+            "{p}: its {vocab} tokens are not the 256 bytes of text, and tidegate has no tokenizer to write them with; `eval` scores it"
+        ));
     }
     let prompt: Vec<u32> = args.prompt.bytes().map(u32::from).collect();
     let how = Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     // The prompt and what follows are decoded as one, since a character may straddle the two.
     let mut all = prompt.clone();
     all.extend(model.sample(&prompt, &how)?);
-    out(&crate::trainer::text(&all));
-    Ok(())
+    out(&crate::trainer::text(&all))
 }
 
 fn eval(args: &Eval) -> Result<()> {
-    let found = checkpoint::find(&args.run)?;
-    let config: RunConfig = match checkpoint::read_info(&run_of(&args.run)) {
+    let (path, mut model) = open(&args.run)?;
+    let config: RunConfig = match checkpoint::read_info(&run_of(&path)) {
         Ok(info) => info.config,
         // A checkpoint from elsewhere: only the windows' size is missing.
         Err(_) if args.data.is_some() => presets::quickstart(),
@@ -140,12 +164,10 @@ fn eval(args: &Eval) -> Result<()> {
     };
     let corpus = Corpus::open(args.data.as_deref().unwrap_or(&config.data.path), config.data.eot)?;
     let range = if args.data.is_some() { 0..corpus.len() } else { corpus.split(config.data.held_out).1 };
-    let mut model = Hybrid::open(&found)?;
     let Some((bits, count)) = evaluate(&mut model, &corpus, range, &config, 0)? else {
         return Err(Error::Usage("nothing was held out in this run; name a text with --data".into()));
     };
-    out(&result_line(&corpus, bits, count));
-    Ok(())
+    out(&result_line(&corpus, bits, count))
 }
 
 /// The line a run or an evaluation ends with.

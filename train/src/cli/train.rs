@@ -1,12 +1,16 @@
 //! `tidegate train`.
 
-use super::{out, result_line, run_of};
-use crate::checkpoint::{self, RunDir};
-use crate::config::{Layers, Resolved};
+use super::{out, result_line, run_of, skip};
+use crate::checkpoint::{self, RunDir, RunInfo, State};
+use crate::config::{Change, Layers, Resolved};
 use crate::data::Corpus;
-use crate::learner::Hybrid;
+use crate::learner::{Hybrid, Trained};
+use crate::progress::say;
 use crate::{Error, Result, presets, trainer};
 use std::path::{Path, PathBuf};
+
+/// Keys that decide which text a step sees.
+const ORDER: [&str; 6] = ["seed", "data.path", "data.held_out", "data.seq_len", "data.batch", "train.accumulate"];
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -29,18 +33,49 @@ pub(super) struct Args {
     profile: bool,
 }
 
-/// The preset or file, with `--set`s on top.
-fn layers(what: &str) -> Result<Layers> {
+/// The TOML file that `what` means, unless it means a preset.
+fn file(what: &str) -> Option<&Path> {
     let path = Path::new(what);
-    if !presets::NAMES.contains(&what) && (path.extension().is_some_and(|e| e == "toml") || path.is_file()) {
-        let base = Layers::base_of(path)?.unwrap_or_else(|| "quickstart".into());
-        let mut preset = presets::by_name(&base)?;
-        preset.name = path.file_stem().and_then(|s| s.to_str()).unwrap_or("run").to_string();
-        let mut layers = Layers::preset(&preset)?;
-        layers.file(path)?;
-        return Ok(layers);
+    (!presets::NAMES.contains(&what) && (path.extension().is_some_and(|e| e == "toml") || path.is_file())).then_some(path)
+}
+
+/// The name that a run of `what` has when nobody gives it another.
+fn stem(what: &str) -> &str {
+    file(what).and_then(Path::file_stem).and_then(|s| s.to_str()).unwrap_or(what)
+}
+
+/// The preset or file, with `--set`s on top.
+fn layers(what: &str, set: &[String]) -> Result<Layers> {
+    let mut layers = match file(what) {
+        None => Layers::preset(&presets::by_name(what)?)?,
+        Some(path) => {
+            let mut preset = presets::by_name(&Layers::base_of(path)?.unwrap_or_else(|| "quickstart".into()))?;
+            preset.name = stem(what).to_string();
+            let mut layers = Layers::preset(&preset)?;
+            layers.file(path)?;
+            layers
+        }
+    };
+    layers.set(set)?;
+    Ok(layers)
+}
+
+/// A run that goes on keeps its own configuration, so that it ends as it began. Its file, where one is named, is read again, and lies under what
+/// `--set` gives now and gave before.
+fn layers_of_run(dir: &Path, info: &RunInfo, args: &Args) -> Result<Layers> {
+    let mut layers = Layers::of(&info.config, info.origins.clone())?;
+    if let Some(what) = &args.what {
+        let own = [&info.origins.base, &info.config.name];
+        if !own.iter().any(|o| *o == stem(what)) {
+            let (d, own) = (dir.display(), own[0]);
+            return Err(Error::Usage(format!("run folder {d} holds a run of `{own}`, not of `{what}`; choose another by --run-dir")));
+        }
+        if let Some(path) = file(what) {
+            layers.file(path)?;
+        }
     }
-    Layers::preset(&presets::by_name(what)?)
+    layers.set(&args.set)?;
+    Ok(layers)
 }
 
 /// `runs/NAME`, or the first of `runs/NAME-2`, … that is free (the last that is not, to resume).
@@ -54,78 +89,133 @@ fn default_dir(name: &str, resume: bool) -> PathBuf {
     }
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
-    let from = args.resume.as_deref().filter(|r| *r != "auto").map(|r| checkpoint::find(Path::new(r))).transpose()?;
-    let named = args.run_dir.clone().or_else(|| from.as_deref().map(run_of));
-    let resuming = args.resume.is_some();
-    // A resumed run keeps its own configuration, so that it goes on as it began; what the command line sets is laid on top.
-    let dir = match (&named, &args.what) {
-        (Some(dir), _) => Some(dir.clone()),
-        (None, Some(what)) => Some(default_dir(layers(what)?.resolve()?.config.name.as_str(), resuming)),
-        (None, None) => None,
-    };
-    let own = dir.as_ref().filter(|_| resuming).filter(|d| d.join("run.json").is_file()).map(|d| checkpoint::read_info(d)).transpose()?;
-    let mut layered = match (&own, &args.what) {
-        (Some(info), what) => {
-            if let Some(name) = what.as_deref().filter(|w| Path::new(w).file_stem().and_then(|s| s.to_str()) != Some(&info.config.name)) {
-                let (d, own) = (dir.as_deref().unwrap_or(Path::new("")).display(), &info.config.name);
-                return Err(Error::Usage(format!("run folder {d} holds a run of `{own}`, not of `{name}`; choose another by --run-dir")));
-            }
-            Layers::preset(&info.config)?
-        }
-        (None, Some(what)) => layers(what)?,
-        (None, None) => {
+/// The checkpoints that `--resume CHECKPOINT` names, newest first.
+fn named(args: &Args) -> Result<Option<Vec<PathBuf>>> {
+    let Some(path) = args.resume.as_deref().filter(|r| *r != "auto") else { return Ok(None) };
+    checkpoint::candidates(Path::new(path)).map(Some).map_err(|e| match &args.what {
+        None => Error::Usage(format!("--resume {path}: {e}. What to train stands before it, as in `tidegate train quickstart --resume`")),
+        Some(_) => e,
+    })
+}
+
+/// What a run is to do.
+struct Plan {
+    resolved: Resolved,
+    dir: PathBuf,
+    /// Against the configuration that the run folder holds.
+    changes: Vec<Change>,
+    /// The checkpoints to go on from, if any were named.
+    from: Option<Vec<PathBuf>>,
+    resuming: bool,
+    /// Whether the command line itself says what to train on.
+    chooses_data: bool,
+}
+
+fn plan(args: &Args) -> Result<Plan> {
+    let (resuming, from) = (args.resume.is_some(), named(args)?);
+    let dir = match (&args.run_dir, &from, &args.what) {
+        (Some(dir), _, _) => dir.clone(),
+        (None, Some(from), _) => run_of(args.resume.as_deref().filter(|p| Path::new(p).join("run.json").is_file()).map_or(&from[0], Path::new)),
+        (None, None, Some(what)) => default_dir(&layers(what, &args.set)?.resolve()?.config.name, resuming),
+        (None, None, None) => {
             return Err(Error::Usage("train what? Name a preset (quickstart, smoke) or a TOML file, as in `tidegate train quickstart`".into()));
         }
     };
-    layered.set(&args.set)?;
-    let resolved = layered.resolve()?;
-    if args.print_config {
-        out(resolved.to_toml().trim_end());
-        return Ok(());
+    let own = if resuming && dir.join("run.json").is_file() { Some(checkpoint::read_info(&dir)?) } else { None };
+    let resolved = match (&own, &args.what) {
+        (Some(info), _) => layers_of_run(&dir, info, args)?,
+        (None, Some(what)) => layers(what, &args.set)?,
+        (None, None) => {
+            let d = dir.display();
+            return Err(Error::Usage(format!("train what? {d} holds no run yet; name a preset or a TOML file, as in `tidegate train quickstart`")));
+        }
     }
-    let dir = dir.unwrap_or_else(|| default_dir(&resolved.config.name, resuming));
+    .resolve()?;
+    let changes = own.map_or(Ok(vec![]), |info| resolved.changes(&info.config))?;
+    let chooses_data = args.set.iter().any(|s| s.trim_start().starts_with("data.path"));
+    Ok(Plan { resolved, dir, changes, from, resuming, chooses_data })
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let plan = plan(args)?;
+    if args.print_config {
+        return out(plan.resolved.to_toml().trim_end());
+    }
     if args.profile {
         engine::profile::start();
     }
-    go(&resolved, &dir, resuming, from)?;
+    go(&plan)?;
     if args.profile {
-        out(engine::profile::stop().to_string().trim_end());
+        out(engine::profile::stop().to_string().trim_end())?;
     }
     Ok(())
 }
 
-fn go(resolved: &Resolved, dir: &Path, resuming: bool, from: Option<PathBuf>) -> Result<()> {
-    let config = &resolved.config;
-    let corpus = Corpus::open(&config.data.path, config.data.eot)?;
-    let mut model = Hybrid::create(&config.model, config.seed)?;
-    let run = RunDir::open(dir, resuming)?;
-    let from = from.or(if resuming { checkpoint::checkpoints(dir)?.pop().map(|c| c.1) } else { None });
-    let command: Vec<String> = std::env::args().collect();
-    run.write_config(resolved, &command, &model.net().config_json()?)?;
-    let say = |text: String| drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{text}\n")));
-    let bytes = corpus.len();
-    let unit = if corpus.is_bytes() { "bytes" } else { "tokens" };
-    say(format!("{}: {} parameters", config.name, model.parameters()));
-    say(format!(
-        "data {}: {bytes} {unit}, the last {:.0}% held out; run folder {}",
-        corpus.path().display(),
-        100.0 * config.data.held_out,
-        dir.display()
-    ));
-    match &from {
-        Some(c) => say(format!("resuming {}", c.display())),
-        None if resuming => say("no checkpoint yet: beginning at the beginning".into()),
-        None => {}
+/// Everything that can be wrong is found before the run folder is touched.
+fn go(plan: &Plan) -> Result<()> {
+    let (config, dir) = (&plan.resolved.config, plan.dir.display());
+    if let Some(c) = plan.changes.iter().find(|c| c.key.starts_with("model.")) {
+        return Err(Error::Usage(format!("{c}: a run keeps its model; begin another in a folder of its own by --run-dir, without --resume")));
     }
-    let done = trainer::train(&mut model, &corpus, config, &run, from.as_deref())?;
+    let corpus = Corpus::open(&config.data.path, config.data.eot)?;
+    let vocab = config.model.vocab_size;
+    if corpus.is_bytes() && vocab < 256 {
+        return Err(Error::Usage(format!("model.vocab_size: expected at least 256, as text is bytes, found {vocab}")));
+    }
+    trainer::sampler(&corpus, config)?;
+    let mut model = Hybrid::create(&config.model, config.seed)?;
+    let run = RunDir::open(&plan.dir, plan.resuming)?;
+    let from = restore(plan, &mut model, &corpus)?;
+    let command: Vec<String> = std::env::args().collect();
+    run.write_config(&plan.resolved, &command, &model.net().config_json()?)?;
+
+    let (n, unit) = (corpus.len(), if corpus.is_bytes() { "bytes" } else { "tokens" });
+    say(&format!("{}: {} parameters", config.name, model.parameters()));
+    let (path, part) = (corpus.path().display(), 100.0 * config.data.held_out);
+    say(&format!("data {path}: {n} {unit}, the last {part:.0}% held out; run folder {dir}"));
+    for c in &plan.changes {
+        let order = if ORDER.contains(&c.key.as_str()) { " (from here on the text comes in another order)" } else { "" };
+        say(&format!("changed  {c}{order}"));
+    }
+    if from.is_some() && config.train.minutes.is_some() {
+        say("the budget is in minutes and the learning rate follows the clock: this run will not equal an uninterrupted one bit for bit");
+    }
+    let done = trainer::train(&mut model, &corpus, config, &run, from)?;
     let (s, per_s) = (done.state, done.state.tokens as f64 / done.state.seconds.max(1e-9));
-    out(&format!("trained {} steps, {} tokens, {:.1} s, {per_s:.0} tokens/s: {}", s.step, s.tokens, s.seconds, dir.display()));
+    out(&format!("trained {} steps, {} tokens, {:.1} s, {per_s:.0} tokens/s: {dir}", s.step, s.tokens, s.seconds))?;
     if let Some(bits) = done.held_out {
-        out(&result_line(&corpus, bits, done.scored));
+        out(&result_line(&corpus, bits, done.scored))?;
     }
     if corpus.is_bytes() {
-        out(&format!("write with it: tidegate generate {} --prompt \"{}\"", dir.display(), config.sample.prompt));
+        out(&format!("write with it: tidegate generate {dir} --prompt \"{}\"", config.sample.prompt))?;
     }
     Ok(())
+}
+
+/// Loads the checkpoint to go on from, the newest that is whole, if this run goes on and there is any.
+fn restore(plan: &Plan, model: &mut Trained<Hybrid>, corpus: &Corpus) -> Result<Option<State>> {
+    let found = match &plan.from {
+        Some(from) => from.clone(),
+        None if plan.resuming => checkpoint::checkpoints(&plan.dir)?.into_iter().rev().map(|c| c.1).collect(),
+        None => return Ok(None),
+    };
+    if found.is_empty() {
+        say("no checkpoint yet: beginning at the beginning");
+        return Ok(None);
+    }
+    let (path, state) = checkpoint::first_whole(&found, skip, |c| trainer::load(model, c))?;
+    say(&format!("resuming {}", path.display()));
+    let now = corpus.fingerprint();
+    match state.corpus {
+        Some(then) if then != now && !plan.chooses_data => {
+            let (p, then, now) = (corpus.path().display(), then.tokens, now.tokens);
+            Err(Error::data(
+                corpus.path(),
+                format!(
+                    "is not what this run was trained on ({then} tokens then, {now} now); put that text back, or, to go on with this, add --set data.path={p}"
+                ),
+            ))
+        }
+        _ => Ok(Some(state)),
+    }
 }

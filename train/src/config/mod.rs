@@ -4,13 +4,16 @@ mod overlay;
 #[cfg(test)]
 mod tests;
 
-pub use overlay::{Layers, Resolved, nearest};
+pub use overlay::{Change, Layers, Origins, Resolved, nearest};
 
 use crate::data::Packing;
 use crate::schedule::{Schedule, Shape};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+
+/// The longest text that is written at once: each token costs more time than the one before.
+pub const MOST_TOKENS: usize = 1 << 20;
 
 /// Everything that decides what a run computes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -58,7 +61,8 @@ pub struct Data {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Train {
-    /// Budget in minutes of training, which go on being counted over a resume.
+    /// Budget in minutes of training, which go on being counted over a resume. The learning rate then follows the clock, so no two runs are equal
+    /// bit for bit, a resumed one and its uninterrupted twin among them; under a budget in tokens or steps they are.
     pub minutes: Option<f64>,
     /// Budget in tokens.
     pub tokens: Option<u64>,
@@ -148,11 +152,11 @@ pub enum Budget {
 }
 
 impl Budget {
-    /// The part of the budget that is used after `steps` steps of `tokens` tokens each and `seconds` of training.
+    /// The part of the budget that is used after `steps` steps, `tokens` tokens in all, and `seconds` of training.
     pub fn progress(self, steps: u64, tokens: u64, seconds: f64) -> f64 {
         match self {
             Budget::Minutes(m) => seconds / (60.0 * m),
-            Budget::Tokens(t) => (steps * tokens) as f64 / t as f64,
+            Budget::Tokens(t) => tokens as f64 / t as f64,
             Budget::Steps(s) => steps as f64 / s as f64,
         }
     }
@@ -195,9 +199,20 @@ impl RunConfig {
                 return wrong(key, "at least 1", &v);
             }
         }
-        // One micro-batch's token count also indexes packed sequences as u32.
-        if d.seq_len.checked_mul(d.batch).is_none_or(|n| n > 1 << 30) {
-            return wrong("data.seq_len x data.batch", "at most 2^30 tokens", &format!("{} x {}", d.seq_len, d.batch));
+        // A step's token count also indexes packed sequences as u32, and times the number of steps the text as u64.
+        let step = d.seq_len.checked_mul(d.batch).and_then(|n| n.checked_mul(self.train.accumulate));
+        if step.is_none_or(|n| n > 1 << 30) {
+            let found = format!("{} x {} x {}", d.seq_len, d.batch, self.train.accumulate);
+            return wrong("data.seq_len x data.batch x train.accumulate", "at most 2^30 tokens a step", &found);
+        }
+        if self.sample.count > 0 && self.sample.prompt.is_empty() {
+            return wrong("sample.prompt", "at least one byte of text (or sample.count = 0)", &"an empty text");
+        }
+        if self.sample.tokens > MOST_TOKENS {
+            return wrong("sample.tokens", &format!("at most {MOST_TOKENS}"), &self.sample.tokens);
+        }
+        if self.name.is_empty() || self.name.starts_with('.') || self.name.contains(['/', '\\']) {
+            return wrong("name", "a name for the run's folder: not empty, no slash, no dot in front", &format!("`{}`", self.name));
         }
         if !(0.0..1.0).contains(&d.held_out) {
             return wrong("data.held_out", "at least 0 and below 1", &d.held_out);

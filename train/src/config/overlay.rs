@@ -2,19 +2,30 @@
 
 use super::RunConfig;
 use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
+/// The layer of the command line.
+const SET: &str = "--set";
 const BUDGET: [&str; 3] = ["train.minutes", "train.tokens", "train.steps"];
+
+/// Where a configuration's values came from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Origins {
+    /// The preset or file that it started from.
+    pub base: String,
+    /// The layer that set a value last, by key.
+    pub source: BTreeMap<String, String>,
+}
 
 /// A configuration under construction.
 #[derive(Clone, Debug)]
 pub struct Layers {
     tree: Value,
-    source: BTreeMap<String, String>,
-    base: String,
+    origins: Origins,
 }
 
 /// A checked configuration, with each value's origin.
@@ -23,15 +34,35 @@ pub struct Resolved {
     /// The typed configuration.
     pub config: RunConfig,
     tree: Value,
-    source: BTreeMap<String, String>,
-    base: String,
+    origins: Origins,
+}
+
+/// A value that a resumed run does not have from its beginning.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Change {
+    /// Which.
+    pub key: String,
+    /// Before.
+    pub old: Value,
+    /// From here on.
+    pub new: Value,
+}
+
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {} -> {}", self.key, self.old, self.new)
+    }
 }
 
 impl Layers {
     /// Starts from a typed preset.
     pub fn preset(config: &RunConfig) -> Result<Layers> {
-        let tree = serde_json::to_value(config).map_err(|e| Error::Usage(format!("preset {}: {e}", config.name)))?;
-        Ok(Layers { tree, source: BTreeMap::new(), base: format!("preset {}", config.name) })
+        Layers::of(config, Origins { base: config.name.clone(), source: BTreeMap::new() })
+    }
+    /// Starts from the configuration of a run that is to go on.
+    pub fn of(config: &RunConfig, origins: Origins) -> Result<Layers> {
+        let tree = serde_json::to_value(config).map_err(|e| Error::Usage(format!("configuration {}: {e}", config.name)))?;
+        Ok(Layers { tree, origins })
     }
 
     /// Lays a TOML file on top. Its top-level key `preset`, if any, was read by [`base_of`](Self::base_of) before.
@@ -51,28 +82,32 @@ impl Layers {
         }
     }
 
-    /// Lays TOML text on top; `source` names it in messages.
+    /// Lays TOML text on top, under what `--set` gave before; `source` names it in messages.
     pub fn toml(&mut self, text: &str, source: &str) -> Result<()> {
         let table: toml::Table = toml::from_str(text).map_err(|e| Error::Usage(format!("configuration {source}: {e}")))?;
         let mut pairs = Vec::new();
         for (key, value) in table.into_iter().filter(|(k, _)| k != "preset") {
             self.flatten(key, value, source, &mut pairs)?;
         }
+        pairs.retain(|(key, _)| self.origins.source.get(key).is_none_or(|s| s != SET));
         self.apply(pairs, source)
     }
 
-    /// Lays `a.b=c` on top, where `c` is a TOML value or a bare string.
+    /// Lays `a.b=c` on top. Where text stands now, `c` is text as it is, or a TOML string; elsewhere it is a TOML value.
     pub fn set(&mut self, assignments: &[String]) -> Result<()> {
         let mut pairs = Vec::new();
         for a in assignments {
             let Some((key, text)) = a.split_once('=') else {
                 return Err(Error::Usage(format!("--set {a}: expected key=value, as in --set train.minutes=0.5")));
             };
-            let (key, text) = (key.trim(), text.trim());
+            // `key = value` is meant as TOML writes it; in `key=value`, a blank belongs to the value
+            let text = if key.ends_with(' ') { text.strip_prefix(' ').unwrap_or(text) } else { text };
+            let key = key.trim();
             let value = toml::from_str::<toml::Table>(&format!("v = {text}")).ok().and_then(|mut t| if t.len() == 1 { t.remove("v") } else { None });
-            self.flatten(key.to_string(), value.unwrap_or_else(|| toml::Value::String(text.to_string())), "--set", &mut pairs)?;
+            let value = value.filter(|v| v.is_str() || !self.at(key).is_some_and(Value::is_string));
+            self.flatten(key.to_string(), value.unwrap_or_else(|| toml::Value::String(text.to_string())), SET, &mut pairs)?;
         }
-        self.apply(pairs, "--set")
+        self.apply(pairs, SET)
     }
 
     /// Tables become dotted keys as far as the configuration itself has tables there.
@@ -85,6 +120,10 @@ impl Layers {
                 for (k, v) in t {
                     self.flatten(format!("{key}.{k}"), v, source, out)?;
                 }
+            }
+            // JSON, in which runs are kept, has no such numbers, and no key has a use for them
+            toml::Value::Float(x) if !x.is_finite() => {
+                return Err(Error::Usage(format!("{key} = {x} ({source}): expected a finite number")));
             }
             v => {
                 let v = serde_json::to_value(v).map_err(|e| Error::Usage(format!("{key}: {e}")))?;
@@ -114,7 +153,7 @@ impl Layers {
         }
         if !budgets.is_empty() {
             for other in BUDGET.iter().filter(|b| !budgets.contains(b)) {
-                self.source.insert(other.to_string(), source.into());
+                self.origins.source.insert(other.to_string(), source.into());
                 self.put(other, Value::Null);
             }
         }
@@ -131,7 +170,7 @@ impl Layers {
                 self.put(&key, old.clone());
                 return Err(Error::Usage(format!("{key} = {value} ({source}): {e}; it is now {old}")));
             }
-            self.source.insert(key, source.into());
+            self.origins.source.insert(key, source.into());
         }
         Ok(())
     }
@@ -145,7 +184,7 @@ impl Layers {
     pub fn resolve(self) -> Result<Resolved> {
         let config: RunConfig = serde_json::from_value(self.tree.clone()).map_err(|e| Error::Usage(format!("configuration: {e}")))?;
         config.validate()?;
-        Ok(Resolved { config, tree: self.tree, source: self.source, base: self.base })
+        Ok(Resolved { config, tree: self.tree, origins: self.origins })
     }
 }
 
@@ -154,6 +193,21 @@ fn first_key(v: Option<&Value>) -> String {
 }
 
 impl Resolved {
+    /// Where the values came from.
+    pub fn origins(&self) -> &Origins {
+        &self.origins
+    }
+    /// What differs from the configuration `old`.
+    pub fn changes(&self, old: &RunConfig) -> Result<Vec<Change>> {
+        let tree = |c: &RunConfig| serde_json::to_value(c).map_err(|e| Error::Usage(format!("configuration {}: {e}", c.name)));
+        let (old, new) = (tree(old)?, tree(&self.config)?);
+        let mut all = Vec::new();
+        keys(&new, "", &mut all);
+        let at = |tree: &Value, key: &str| tree.pointer(&format!("/{}", key.replace('.', "/"))).cloned().unwrap_or_default();
+        let change = |key: String| Change { old: at(&old, &key), new: at(&new, &key), key };
+        Ok(all.into_iter().map(change).filter(|c| c.old != c.new).collect())
+    }
+
     /// The whole configuration as TOML of dotted keys, each with its origin: what `--print-config` shows and a run folder keeps. It is a
     /// valid overlay file itself.
     pub fn to_toml(&self) -> String {
@@ -168,7 +222,8 @@ impl Resolved {
                 out.push('\n');
             }
             section = head;
-            let source = self.source.get(&key).unwrap_or(&self.base);
+            let base = format!("preset {}", self.origins.base);
+            let source = self.origins.source.get(&key).unwrap_or(&base);
             match toml::Value::try_from(value) {
                 Ok(v) if !value.is_null() => {
                     let line = format!("{key} = {v}");

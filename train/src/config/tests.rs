@@ -38,6 +38,46 @@ fn values() {
     assert_eq!(c.data.path, std::path::Path::new("some/file.txt"));
     assert_eq!(c.optim.schedule, Shape::Wsd);
     assert_eq!(c.optim.no_decay, ["x"]);
+    // where text is wanted, text is taken as it stands
+    for (given, path) in [("data.path=2024", "2024"), ("data.path=\"a b\"", "a b"), ("data.path = x.txt", "x.txt"), ("data.path=true", "true")] {
+        assert_eq!(set(&[given]).unwrap().data.path, std::path::Path::new(path));
+    }
+    assert_eq!(set(&["sample.prompt=The whale "]).unwrap().sample.prompt, "The whale ");
+}
+
+#[test]
+fn impossible_values_say_what_is_possible() {
+    for (given, words) in [
+        ("optim.lr=nan", "optim.lr = NaN (--set): expected a finite number"),
+        ("optim.lr=-inf", "optim.lr = -inf"),
+        ("train.accumulate=9223372036854775807", "at most 2^30 tokens a step"),
+        ("sample.prompt=", "sample.prompt: expected at least one byte"),
+        ("sample.tokens=18446744073709551615", "sample.tokens"),
+        ("sample.tokens=2000000", "sample.tokens: expected at most 1048576"),
+        ("name=../x", "no slash"),
+        ("model.num_attention_heads=5", "num_key_value_heads"),
+        ("model.linear_num_value_heads=3", "linear_num_key_heads"),
+        ("model.head_dim=0", "head_dim"),
+    ] {
+        let m = message(&[given]);
+        assert!(m.contains(words), "{given}: {m}");
+    }
+    assert!(set(&["sample.prompt=", "sample.count=0"]).is_ok());
+}
+
+#[test]
+fn a_run_that_goes_on_takes_its_file_anew_under_what_was_set() {
+    let mut first = layers();
+    first.toml("optim.lr = 0.5\noptim.clip = 3.0\ntrain.steps = 9", "run.toml").unwrap();
+    first.set(&["optim.lr=0.25".into(), "train.tokens=7".into()]).unwrap();
+    let first = first.resolve().unwrap();
+    let mut again = Layers::of(&first.config, first.origins().clone()).unwrap();
+    again.toml("optim.lr = 0.5\noptim.clip = 4.0\ntrain.steps = 9", "run.toml").unwrap();
+    again.set(&["seed=5".into()]).unwrap();
+    let again = again.resolve().unwrap();
+    let changes: Vec<String> = again.changes(&first.config).unwrap().iter().map(Change::to_string).collect();
+    assert_eq!(changes, ["seed: 1 -> 5", "optim.clip: 3.0 -> 4.0"]);
+    assert!(again.to_toml().lines().any(|l| l.starts_with("optim.lr = 0.25") && l.ends_with("# --set")), "origins go on");
 }
 
 #[test]

@@ -126,7 +126,7 @@ impl EvalWindows {
     /// Windows over `range`, at most `max_tokens` of it when that is not 0.
     pub fn new(range: Range<usize>, rows: usize, time: usize, max_tokens: usize, packing: Packing) -> EvalWindows {
         let first = range.start.max(1);
-        let end = if max_tokens > 0 { range.end.min(first + max_tokens) } else { range.end };
+        let end = if max_tokens > 0 { range.end.min(first.saturating_add(max_tokens)) } else { range.end };
         EvalWindows { next: first - 1, end: end.saturating_sub(1).max(first - 1), rows: rows.max(1), time: time.max(1), packing }
     }
     /// The next batch: full windows, then what is left in one shorter row.

@@ -1,6 +1,6 @@
 //! Memory-mapped token shards.
 
-use super::{Corpus, Store};
+use super::{Corpus, Store, map};
 use crate::{Error, Result};
 use std::io::Write;
 use std::path::Path;
@@ -18,9 +18,7 @@ pub(super) fn open(path: &Path, eot: Option<u32>) -> Result<Corpus> {
     if size == 0 {
         return Err(Error::data(path, "is empty; there is nothing to train on"));
     }
-    // SAFETY: the mapping is only ever read as bytes, for which every content is valid; like every program that maps its data, we rely on
-    // nobody truncating the file during the run.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io("mapping", path))?;
+    let map = map(path, &file)?;
     let word = |i: usize| u32::from_le_bytes([map[4 * i], map[4 * i + 1], map[4 * i + 2], map[4 * i + 3]]);
     let magic = if size >= 4 { word(0) } else { 0 };
     let (start, wide, len, eot) = if magic == MAGIC_U16 || magic == MAGIC_U32 {
@@ -44,7 +42,7 @@ pub(super) fn open(path: &Path, eot: Option<u32>) -> Result<Corpus> {
         }
         (0, false, size / 2, eot)
     };
-    Ok(Corpus { store: Store::Shard { map, start, wide }, len, starts: vec![], eot, path: path.into() })
+    Ok(Corpus { store: Store::Shard { map, start, wide }, len, eot, path: path.into() })
 }
 
 /// Writes a token shard. The header is 256 little-endian 32-bit words: magic ([`MAGIC_U16`] or [`MAGIC_U32`], which says the width of a

@@ -23,7 +23,6 @@ fn text_file_folder_and_jsonl() {
     let c = Corpus::open(p, None).unwrap();
     let bytes: Vec<u8> = read_all(&c).iter().map(|&t| t as u8).collect();
     assert_eq!(bytes, "abcdefé".as_bytes());
-    assert_eq!(c.starts, [1, 4, 6]);
     assert_eq!(c.document_starts(0..8, &[0; 8]), [1, 4, 6]);
     assert_eq!(c.document_starts(1..4, &[0; 3]), [0usize; 0]);
     assert_eq!(c.document_starts(2..7, &[0; 5]), [4, 6]);
@@ -46,6 +45,48 @@ fn bad_text_says_where() {
     std::fs::write(&j, "{\"text\":\"a\"}\n{\"txt\":1}\n").unwrap();
     let m = message(&j);
     assert!(m.contains("line 2") && m.contains("text"), "{m}");
+}
+
+#[test]
+fn large_files_are_mapped_and_read_as_one_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let big = |c: &str| format!("{c}é").repeat(load::MAPPED as usize / 3 + 1);
+    let documents = [big("a"), "small".into(), "tiny".into(), big("b"), big("c")];
+    for (i, d) in documents.iter().enumerate() {
+        std::fs::write(dir.path().join(format!("{i}.txt")), d).unwrap();
+    }
+    let c = Corpus::open(dir.path(), None).unwrap();
+    let Store::Text(text) = &c.store else { panic!() };
+    let mapped: Vec<bool> = text.pieces().map(|p| matches!(p, Bytes::Mapped(_))).collect();
+    assert_eq!(mapped, [true, false, true, true], "the two small files are one piece in memory");
+    let in_memory = Corpus::from_documents(&documents);
+    assert_eq!(c.len(), in_memory.len());
+    let n = documents[0].len();
+    for range in [0..c.len(), n - 3..n + 12, n..n + 5, n + 9..n + 9, c.len() - 1..c.len(), n + 7..2 * n + 20] {
+        let read = |c: &Corpus| {
+            let mut out = vec![];
+            c.read(range.clone(), &mut out);
+            (c.document_starts(range.clone(), &out), out)
+        };
+        assert!(read(&c) == read(&in_memory), "{range:?}");
+    }
+    assert_eq!(c.fingerprint(), in_memory.fingerprint());
+    let file = dir.path().join("3.txt");
+    assert!(matches!(&Corpus::open(&file, None).unwrap().store, Store::Text(t) if t.pieces().all(|p| matches!(p, Bytes::Mapped(_)))));
+    let mut bytes = documents[3].clone().into_bytes();
+    bytes[n - 2] = 0xff;
+    std::fs::write(&file, bytes).unwrap();
+    let m = message(dir.path());
+    assert!(m.contains("3.txt") && m.contains(&format!("byte offset {}", n - 2)), "{m}");
+}
+
+#[test]
+fn fingerprints_tell_texts_apart() {
+    let of = |d: &[&str]| Corpus::from_documents(d).fingerprint();
+    assert_eq!(of(&["abc", "def"]), of(&["abc", "", "def"]));
+    assert_ne!(of(&["abc", "def"]), of(&["abcdef"]), "documents count");
+    assert_ne!(of(&["abcdef"]), of(&["abcdeg"]));
+    assert_ne!(of(&["abcdef"]), of(&["abcde"]));
 }
 
 #[test]
@@ -134,6 +175,8 @@ fn held_out_bytes_are_scored_once() {
             assert_eq!(scored, range.end - first);
         }
     }
+    let mut all = EvalWindows::new(100..137, 2, 8, usize::MAX, Packing::Windows);
+    assert_eq!(std::iter::from_fn(|| all.next_batch(&c)).map(|b| b.targets.len()).sum::<usize>(), 37);
     let mut few = EvalWindows::new(100..137, 2, 8, 20, Packing::Windows);
     let mut n = 0;
     while let Some(b) = few.next_batch(&c) {
