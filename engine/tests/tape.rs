@@ -125,6 +125,24 @@ fn bad_arguments_are_errors_that_name_the_op() {
 }
 
 #[test]
+fn tensors_larger_than_the_machine_are_errors() {
+    let (cpu, shape) = (Device::cpu(), [1usize << 40]);
+    for t in [
+        Tensor::zeros(&shape, DType::F32, &cpu),
+        Tensor::ones(&shape, DType::U8, &cpu),
+        Tensor::full(2.0, &shape, DType::BF16, &cpu),
+        Tensor::rand(&shape, DType::F64, &cpu, 1, 0),
+        Tensor::randn(&shape, DType::F32, &cpu, 1, 0),
+    ] {
+        assert!(matches!(t.unwrap_err(), Error::OutOfMemory { .. }));
+    }
+    // made in parts, and the same numbers
+    let x = Tensor::randn(&[3, 200_001], DType::F64, &cpu, 1, 2).unwrap();
+    assert_eq!(x.to_vec::<f64>().unwrap(), engine::rng::normal(1, 2, 600_003));
+    assert!(Tensor::full(3.0, &[700_001], DType::I32, &cpu).unwrap().to_vec::<i32>().unwrap().iter().all(|v| *v == 3));
+}
+
+#[test]
 fn dropping_a_long_chain_does_not_recurse() {
     let mut x = leaf(&[1.0]);
     for _ in 0..1_000_000 {
