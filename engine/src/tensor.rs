@@ -168,7 +168,7 @@ impl Tensor {
         self.edge().is_some_and(|e| e.node.is_leaf())
     }
 
-    /// The same values as a new leaf, whose gradient a backward delivers.
+    /// The same values as a new leaf, whose gradient a backward delivers. Integers have none: the first op on such a leaf is an error.
     pub fn requires_grad(&self) -> Tensor {
         self.with_edge(Edge { node: Node::new(None, vec![], None, vec![self.meta()], 1), slot: 0 })
     }
@@ -223,9 +223,7 @@ impl Tensor {
         if self.device() == device {
             return Ok(self.clone());
         }
-        if tape::grad_enabled() && self.is_tracked() {
-            return Err(Error::NoGrad { op: "to_device" });
-        }
+        tape::refuse_tracked("to_device", &[self])?;
         crate::dispatch!(self.dtype(), |T| Self::from_slice(&self.to_vec::<T>()?, self.shape(), device))
     }
     /// Overwrites the values in place with those of `src` (same shape and dtype): loading parameters.
