@@ -92,6 +92,18 @@ element! {
     u8, U8, |x| x as u8, |x| x as f64;
 }
 
+/// The memory of some elements.
+pub(crate) fn bytes<T: Element>(x: &[T]) -> &[u8] {
+    // SAFETY: an `Element` has no padding, so its bytes may be read.
+    unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), size_of_val(x)) }
+}
+
+/// The memory of some elements, to be written.
+pub(crate) fn bytes_mut<T: Element>(x: &mut [T]) -> &mut [u8] {
+    // SAFETY: an `Element` is any bytes of its size.
+    unsafe { std::slice::from_raw_parts_mut(x.as_mut_ptr().cast(), size_of_val(x)) }
+}
+
 /// Runs a generic body for the Rust type of a dtype: `dispatch!(dtype, |T| body::<T>(..))`.
 #[macro_export]
 macro_rules! dispatch {

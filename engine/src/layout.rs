@@ -13,10 +13,11 @@ pub struct Layout {
     pub offset: usize,
 }
 
-/// Number of elements, or an error where it (or its size in bytes) does not fit the address space.
+/// Number of elements, or an error where a stride or the size in bytes does not fit the address space: empty axes count as one there.
 pub(crate) fn checked_numel(shape: &[usize], bytes_each: usize) -> Result<usize> {
-    let n = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
-    n.filter(|n| n.checked_mul(bytes_each).is_some_and(|b| b <= isize::MAX as usize)).ok_or_else(|| Error::TooLarge { shape: shape.to_vec() })
+    let n = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d.max(&1)));
+    let fits = n.and_then(|n| n.checked_mul(bytes_each)).is_some_and(|b| b <= isize::MAX as usize);
+    if fits { Ok(shape.iter().product()) } else { Err(Error::TooLarge { shape: shape.to_vec() }) }
 }
 
 impl Layout {

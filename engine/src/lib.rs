@@ -40,5 +40,5 @@ pub use layout::{Layout, broadcast_shape};
 pub use op::{Meta, Op, Want, run, run_in_place, run_on, run1};
 pub use registry::View;
 pub use self_test::{SelfTest, self_tests};
-pub use tape::{Grads, Saved, checkpoint, enable_grad, grad_enabled, no_grad};
+pub use tape::{Grads, Saved, checkpoint, enable_grad, grad_enabled, no_grad, refuse_tracked};
 pub use tensor::Tensor;

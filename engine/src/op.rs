@@ -2,7 +2,7 @@
 
 use crate::tape::{self, Edge, Node, Saved};
 use crate::{DType, Device, Error, Result, Tensor, View, profile, registry, watch};
-use std::{any::Any, fmt::Debug, sync::Arc};
+use std::{any::Any, fmt::Debug, ops::RangeInclusive, sync::Arc};
 
 /// Shape and dtype of a tensor that need not exist yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +49,10 @@ pub trait Op: Any + Send + Sync + Debug {
     fn name(&self) -> &'static str;
     /// Checks every input and gives all outputs, hidden ones last. Allocates nothing.
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>>;
+    /// How many inputs it takes; checked before `infer`, which may index them.
+    fn arity(&self) -> RangeInclusive<usize> {
+        1..=1
+    }
     /// How many of the outputs are for `backward` alone (log-sum-exp, chunk factors).
     fn hidden(&self) -> usize {
         0
@@ -96,17 +100,20 @@ pub fn run_on<O: Op>(op: O, device: &Device, x: &[&Tensor]) -> Result<Vec<Tensor
             return Err(Error::Device { op: name, first: device.name(), other: t.device().name() });
         }
     }
-    let metas: Vec<Meta> = x.iter().map(|t| t.meta()).collect();
-    let outs = op.infer(&metas)?;
+    let outs = outputs(&op, x)?;
+    let visible = outs.len().checked_sub(op.hidden());
+    let visible = visible.ok_or_else(|| Error::invalid(name, format!("hides {} of {} outputs", op.hidden(), outs.len())))?;
     // integers carry no gradient, so an op with only such outputs ends the graph by its nature
     let track = tape::grad_enabled() && x.iter().any(|t| t.edge().is_some()) && outs.iter().any(|m| m.dtype.is_float());
     if track && !op.differentiable() {
         return Err(Error::NoGrad { op: name });
     }
+    if let Some(t) = x.iter().find(|t| track && t.is_tracked() && !t.dtype().is_float()) {
+        return Err(Error::dtype(name, "an input that requires a gradient", "a float dtype", t.dtype()));
+    }
     let fitted = x.iter().enumerate().map(|(i, t)| fit(&op, i, t)).collect::<Result<Vec<_>>>()?;
     let ys = outs.iter().map(|m| Tensor::empty(&m.shape, m.dtype, device)).collect::<Result<Vec<_>>>()?;
     launch(&op, device, &fitted, &ys)?;
-    let visible = outs.len() - op.hidden();
     if !track {
         return Ok(ys.into_iter().take(visible).collect());
     }
@@ -124,16 +131,21 @@ pub fn run_on<O: Op>(op: O, device: &Device, x: &[&Tensor]) -> Result<Vec<Tensor
 
 /// Runs a kernel whose outputs are the buffers of `targets`, which it may read as well as write: optimizers, gradient accumulation.
 ///
-/// The targets must be contiguous, distinct, and have the metas that `op.infer(x)` gives. Nothing is recorded. A tensor that was saved for backward
-/// and is changed here makes that backward fail with [`Error::Modified`].
+/// The targets must be contiguous, distinct, and have the metas that `op.infer(x)` gives. Nothing is recorded: under recording, an input that needs a
+/// gradient is refused, and so is a target that was computed from one (a leaf may be changed). A tensor that was saved for backward and is changed here
+/// makes that backward fail with [`Error::Modified`].
 pub fn run_in_place<O: Op>(op: O, targets: &[&Tensor], x: &[&Tensor]) -> Result<()> {
     let name = op.name();
     let Some(device) = targets.first().map(|t| t.device().clone()) else { return Ok(()) };
     if let Some(t) = targets.iter().chain(x).find(|t| *t.device() != device) {
         return Err(Error::Device { op: name, first: device.name(), other: t.device().name() });
     }
-    let metas: Vec<Meta> = x.iter().map(|t| t.meta()).collect();
-    let outs = op.infer(&metas)?;
+    tape::refuse_tracked(name, x)?;
+    if let Some(j) = targets.iter().position(|t| tape::grad_enabled() && t.is_tracked() && !t.is_leaf()) {
+        let msg = format!("in-place target {j} was computed under recording, and its gradient would be that of the old value; detach() it");
+        return Err(Error::invalid(name, msg));
+    }
+    let outs = outputs(&op, x)?;
     if outs.len() != targets.len() {
         return Err(Error::invalid(name, format!("writes {} tensors in place, {} targets were given", outs.len(), targets.len())));
     }
@@ -149,6 +161,17 @@ pub fn run_in_place<O: Op>(op: O, targets: &[&Tensor], x: &[&Tensor]) -> Result<
     let ys: Vec<Tensor> = targets.iter().map(|t| t.detach()).collect();
     ys.iter().for_each(|t| t.bump_version());
     launch(&op, &device, &fitted, &ys)
+}
+
+/// What `op` makes of `x`, once their number is right.
+fn outputs(op: &dyn Op, x: &[&Tensor]) -> Result<Vec<Meta>> {
+    let arity = op.arity();
+    if !arity.contains(&x.len()) {
+        let (least, most) = (arity.start(), arity.end());
+        let want = if least == most { least.to_string() } else { format!("{least} to {most}") };
+        return Err(Error::invalid(op.name(), format!("takes {want} inputs, found {}", x.len())));
+    }
+    op.infer(&x.iter().map(|t| t.meta()).collect::<Vec<_>>())
 }
 
 fn launch(op: &dyn Op, device: &Device, x: &[Tensor], y: &[Tensor]) -> Result<()> {

@@ -1,6 +1,8 @@
 //! Counter-based random numbers: Philox 4×32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 //! A number is a function of (seed, stream, index), so that a resume needs no state and every device draws the same.
 
+use std::ops::Range;
+
 /// Four 32-bit words for one counter value.
 pub fn philox(seed: u64, stream: u64, index: u64) -> [u32; 4] {
     let (mut c, mut k) = ([index as u32, (index >> 32) as u32, stream as u32, (stream >> 32) as u32], [seed as u32, (seed >> 32) as u32]);
@@ -17,27 +19,33 @@ fn unit(a: u32, b: u32) -> f64 {
     (((a as u64) << 21) ^ (b as u64 >> 11)) as f64 * (1.0 / (1u64 << 53) as f64)
 }
 
+/// The numbers of a range of indices; one counter value makes two.
+fn draw(seed: u64, stream: u64, of: Range<usize>, two: impl Fn([u32; 4]) -> [f64; 2]) -> Vec<f64> {
+    let counters = of.start as u64 / 2..of.end.div_ceil(2) as u64;
+    counters.flat_map(|i| two(philox(seed, stream, i))).skip(of.start % 2).take(of.len()).collect()
+}
+
 /// `n` numbers uniform in [0, 1).
 pub fn uniform(seed: u64, stream: u64, n: usize) -> Vec<f64> {
-    (0..n.div_ceil(2) as u64)
-        .flat_map(|i| {
-            let w = philox(seed, stream, i);
-            [unit(w[0], w[1]), unit(w[2], w[3])]
-        })
-        .take(n)
-        .collect()
+    uniform_of(seed, stream, 0..n)
 }
 
 /// `n` standard normal numbers (Box–Muller).
 pub fn normal(seed: u64, stream: u64, n: usize) -> Vec<f64> {
-    (0..n.div_ceil(2) as u64)
-        .flat_map(|i| {
-            let w = philox(seed, stream, i);
-            let (r, t) = ((-2.0 * (1.0 - unit(w[0], w[1])).ln()).sqrt(), std::f64::consts::TAU * unit(w[2], w[3]));
-            [r * t.cos(), r * t.sin()]
-        })
-        .take(n)
-        .collect()
+    normal_of(seed, stream, 0..n)
+}
+
+/// A range of what [`uniform`] gives.
+pub(crate) fn uniform_of(seed: u64, stream: u64, of: Range<usize>) -> Vec<f64> {
+    draw(seed, stream, of, |w| [unit(w[0], w[1]), unit(w[2], w[3])])
+}
+
+/// A range of what [`normal`] gives.
+pub(crate) fn normal_of(seed: u64, stream: u64, of: Range<usize>) -> Vec<f64> {
+    draw(seed, stream, of, |w| {
+        let (r, t) = ((-2.0 * (1.0 - unit(w[0], w[1])).ln()).sqrt(), std::f64::consts::TAU * unit(w[2], w[3]));
+        [r * t.cos(), r * t.sin()]
+    })
 }
 
 #[cfg(test)]
@@ -60,5 +68,7 @@ mod tests {
         let u = uniform(7, 2, 1000);
         assert!(u.iter().all(|x| (0.0..1.0).contains(x)) && u != uniform(7, 3, 1000));
         assert_eq!(uniform(7, 2, 10), u[..10]);
+        assert_eq!(uniform_of(7, 2, 3..10), u[3..10]);
+        assert_eq!(normal_of(7, 1, 501..700), v[501..700]);
     }
 }

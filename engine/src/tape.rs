@@ -2,7 +2,7 @@
 
 use crate::op::Meta;
 use crate::{Error, Op, Result, Tensor, op, watch};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -34,6 +34,11 @@ pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
 /// Runs `f` with recording on, whatever the caller's state: for work that another thread, or a stolen task, runs for us.
 pub fn enable_grad<R>(f: impl FnOnce() -> R) -> R {
     with_grad(true, f)
+}
+
+/// An error if recording would have to cut a gradient off: for functions that have none.
+pub fn refuse_tracked(op: &'static str, x: &[&Tensor]) -> Result<()> {
+    if grad_enabled() && x.iter().any(|t| t.is_tracked()) { Err(Error::NoGrad { op }) } else { Ok(()) }
 }
 
 /// Where a tensor comes from: output `slot` of a node.
@@ -87,15 +92,33 @@ impl Node {
     }
 }
 
+/// What a node holds other nodes by: its inputs, and the tensors that a checkpointed function captures.
+type Parts = (Vec<Option<Edge>>, Kind);
+
+thread_local! {
+    /// Whether this thread is taking nodes apart, and what is left of those that died meanwhile.
+    static DYING: RefCell<(bool, Vec<Parts>)> = const { RefCell::new((false, vec![])) };
+}
+
 impl Drop for Node {
     /// Iterative: a chain of a million nodes must not recurse.
     fn drop(&mut self) {
-        let mut stack: Vec<Edge> = self.inputs.drain(..).flatten().collect();
-        while let Some(e) = stack.pop() {
-            if let Some(mut n) = Arc::into_inner(e.node) {
-                stack.extend(n.inputs.drain(..).flatten());
+        let parts = (std::mem::take(&mut self.inputs), std::mem::replace(&mut self.kind, Kind::Leaf));
+        // a thread that ends has no list any more; what it still held then goes recursively
+        let _ = DYING.try_with(|dying| {
+            {
+                let mut dying = dying.borrow_mut();
+                dying.1.push(parts);
+                if std::mem::replace(&mut dying.0, true) {
+                    return;
+                }
             }
-        }
+            loop {
+                let Some(next) = dying.borrow_mut().1.pop() else { break };
+                drop(next);
+            }
+            dying.borrow_mut().0 = false;
+        });
     }
 }
 
@@ -241,6 +264,11 @@ pub(crate) fn backward(root: &Tensor, seed: Tensor, grads: &mut Grads) -> Result
                     .collect::<Result<Vec<_>>>()?;
                 // the re-run's nodes are younger than all that is left of the sweep, so they join it in the right order
                 let ys = with_grad(true, || f(&xs))?;
+                if !ys.iter().map(|y| y.meta()).eq(node.outs.iter().cloned()) {
+                    let list = |m: &mut dyn Iterator<Item = Meta>| m.map(|m| m.to_string()).collect::<Vec<_>>().join(", ");
+                    let (first, now) = (list(&mut node.outs.iter().cloned()), list(&mut ys.iter().map(|y| y.meta())));
+                    return Err(Error::invalid("checkpoint", format!("its function gave [{first}] at first and [{now}] when run again")));
+                }
                 for (y, g) in ys.iter().zip(dy) {
                     if let (Some(e), Some(g)) = (y.edge(), g) {
                         sweep.give(e, g)?;
@@ -267,14 +295,14 @@ impl Sweep {
     }
 }
 
-/// Activation checkpointing: runs `f` without recording and keeps only `x`; the backward runs `f` again and sweeps through it.
+/// Activation checkpointing: runs `f`, keeps only `x`, and lets the backward run `f` again and sweep through it.
 ///
 /// `f` may also use tensors that it captures (parameters): their gradients arrive as usual. It must be a function of its inputs and captures alone;
-/// counter-based random numbers repeat by themselves.
+/// counter-based random numbers repeat by themselves. What `f` computes is held until it returns, no longer than a backward holds it.
 pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static, x: &[&Tensor]) -> Result<Vec<Tensor>> {
     let xs: Vec<Tensor> = x.iter().map(|t| (*t).clone()).collect();
-    let ys = no_grad(|| f(&xs))?;
-    if !grad_enabled() {
+    let ys = f(&xs)?;
+    if !ys.iter().any(Tensor::is_tracked) {
         return Ok(ys);
     }
     let n = xs.len();
@@ -282,9 +310,7 @@ pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + '
     let outs: Vec<Meta> = ys.iter().map(|t| t.meta()).collect();
     let saved = Saved::new("checkpoint", xs.iter().map(Tensor::detach).collect(), (0..n).collect(), vec![], vec![]);
     let node = Node::make(Kind::Checkpoint(Arc::new(f)), edges, Some(saved), outs, ys.len());
-    Ok(ys
-        .into_iter()
-        .enumerate()
-        .map(|(slot, y)| if y.dtype().is_float() { y.detach().with_edge(Edge { node: node.clone(), slot }) } else { y })
-        .collect())
+    // detached first: what f recorded goes here, and the backward makes it again
+    let edge = |(slot, y): (usize, Tensor)| if y.is_tracked() { y.detach().with_edge(Edge { node: node.clone(), slot }) } else { y };
+    Ok(ys.into_iter().enumerate().map(edge).collect())
 }

@@ -3,9 +3,13 @@
 use crate::layout::{broadcast_shape, checked_numel};
 use crate::op::Meta;
 use crate::tape::{self, Edge, Grads, Node, no_grad};
-use crate::{Buffer, DType, Device, Element, Error, Layout, Result, prim};
+use crate::{Buffer, DType, Device, Element, Error, Layout, Result, dtype, prim, rng};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Elements that the host makes at a time for a tensor that it fills.
+const PART: usize = 1 << 18;
 
 /// Memory and how often it was written in place.
 struct Storage {
@@ -77,15 +81,34 @@ impl Tensor {
             ));
         }
         let t = Self::empty(shape, T::DTYPE, device)?;
-        // SAFETY: an `Element` has no padding, so its bytes may be read.
-        let bytes = unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<u8>(), std::mem::size_of_val(data)) };
-        device.0.upload(bytes, &**t.buffer())?;
+        device.0.upload(dtype::bytes(data), &**t.buffer())?;
         Ok(t)
     }
     /// All elements `value`.
     pub fn full(value: f64, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        let n = checked_numel(shape, dtype.size())?.min(PART);
+        let part = crate::dispatch!(dtype, |T| Self::from_slice(&vec![T::from_f64(value); n], &[n], device))?;
+        Self::from_parts(shape, dtype, device, |r| part.narrow(0, 0, r.len()))
+    }
+    /// From parts of the flat tensor. The memory comes first: a size that cannot be had is an error before anything is made.
+    fn from_parts(shape: &[usize], dtype: DType, device: &Device, part: impl Fn(Range<usize>) -> Result<Tensor>) -> Result<Tensor> {
         let n = checked_numel(shape, dtype.size())?;
-        crate::dispatch!(dtype, |T| Self::from_slice(&vec![T::from_f64(value); n], shape, device))
+        if n <= PART {
+            return part(0..n)?.reshape(shape);
+        }
+        let all = Self::empty(&[n], dtype, device)?;
+        for at in (0..n).step_by(PART) {
+            let r = at..n.min(at + PART);
+            all.narrow(0, at, r.len())?.assign(&part(r)?)?;
+        }
+        all.reshape(shape)
+    }
+    fn random(shape: &[usize], dtype: DType, device: &Device, draw: impl Fn(Range<usize>) -> Vec<f64>) -> Result<Tensor> {
+        let part = |r: Range<usize>| {
+            let v = draw(r);
+            crate::dispatch!(dtype, |T| Self::from_slice(&v.iter().map(|x| <T as Element>::from_f64(*x)).collect::<Vec<T>>(), &[v.len()], device))
+        };
+        Self::from_parts(shape, dtype, device, part)
     }
     /// Zeros.
     pub fn zeros(shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
@@ -97,15 +120,11 @@ impl Tensor {
     }
     /// Independent standard normal numbers, a function of (seed, stream) alone: the same on every device.
     pub fn randn(shape: &[usize], dtype: DType, device: &Device, seed: u64, stream: u64) -> Result<Tensor> {
-        let n = checked_numel(shape, dtype.size())?;
-        let v = crate::rng::normal(seed, stream, n);
-        crate::dispatch!(dtype, |T| Self::from_slice(&v.iter().map(|x| <T as Element>::from_f64(*x)).collect::<Vec<T>>(), shape, device))
+        Self::random(shape, dtype, device, |r| rng::normal_of(seed, stream, r))
     }
     /// Independent numbers uniform in [0, 1), a function of (seed, stream) alone.
     pub fn rand(shape: &[usize], dtype: DType, device: &Device, seed: u64, stream: u64) -> Result<Tensor> {
-        let n = checked_numel(shape, dtype.size())?;
-        let v = crate::rng::uniform(seed, stream, n);
-        crate::dispatch!(dtype, |T| Self::from_slice(&v.iter().map(|x| <T as Element>::from_f64(*x)).collect::<Vec<T>>(), shape, device))
+        Self::random(shape, dtype, device, |r| rng::uniform_of(seed, stream, r))
     }
 
     /// Length of each axis.
@@ -149,7 +168,7 @@ impl Tensor {
         self.edge().is_some_and(|e| e.node.is_leaf())
     }
 
-    /// The same values as a new leaf, whose gradient a backward delivers.
+    /// The same values as a new leaf, whose gradient a backward delivers. Integers have none: the first op on such a leaf is an error.
     pub fn requires_grad(&self) -> Tensor {
         self.with_edge(Edge { node: Node::new(None, vec![], None, vec![self.meta()], 1), slot: 0 })
     }
@@ -180,19 +199,17 @@ impl Tensor {
     /// All elements, row-major, converted to `T` if they are of another dtype.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
         let t = self.detach().contiguous()?;
-        fn bytes<S: Element>(t: &Tensor) -> Result<Vec<S>> {
+        fn read<S: Element>(t: &Tensor) -> Result<Vec<S>> {
             let off = t.layout().offset;
             let mut all = vec![S::default(); off + t.numel()];
-            // SAFETY: an `Element` is any bytes of its size.
-            let b = unsafe { std::slice::from_raw_parts_mut(all.as_mut_ptr().cast::<u8>(), std::mem::size_of_val(&all[..])) };
-            t.device().0.download(&**t.buffer(), b)?;
+            t.device().0.download(&**t.buffer(), dtype::bytes_mut(&mut all))?;
             all.drain(..off);
             Ok(all)
         }
         if t.dtype() == T::DTYPE {
-            return bytes::<T>(&t);
+            return read::<T>(&t);
         }
-        crate::dispatch!(t.dtype(), |S| Ok(bytes::<S>(&t)?.into_iter().map(|x| T::from_f64(x.to_f64())).collect()))
+        crate::dispatch!(t.dtype(), |S| Ok(read::<S>(&t)?.into_iter().map(|x| T::from_f64(x.to_f64())).collect()))
     }
     /// The only element, as f64.
     pub fn item(&self) -> Result<f64> {
@@ -206,9 +223,7 @@ impl Tensor {
         if self.device() == device {
             return Ok(self.clone());
         }
-        if tape::grad_enabled() && self.is_tracked() {
-            return Err(Error::NoGrad { op: "to_device" });
-        }
+        tape::refuse_tracked("to_device", &[self])?;
         crate::dispatch!(self.dtype(), |T| Self::from_slice(&self.to_vec::<T>()?, self.shape(), device))
     }
     /// Overwrites the values in place with those of `src` (same shape and dtype): loading parameters.

@@ -97,7 +97,9 @@ fn reductions() {
         check(|x| x[0].softmax(a), std::slice::from_ref(&x));
         check(|x| x[0].log_softmax(a), std::slice::from_ref(&x));
     }
-    assert_eq!(Tensor::from_vec([1.0f32, 3.0, 3.0, 0.0], &[2, 2]).unwrap().argmax(1).unwrap().to_vec::<i64>().unwrap(), [1, 0]);
+    let x = Tensor::from_vec([1.0f32, 3.0, 3.0, 0.0, 1.0, f32::NAN, f32::NAN, 1.0], &[4, 2]).unwrap();
+    assert_eq!(x.argmax(1).unwrap().to_vec::<i64>().unwrap(), [1, 0, 1, 0]);
+    assert_eq!(x.sort(true).unwrap().1.narrow(1, 0, 1).unwrap().to_vec::<i64>().unwrap(), [1, 0, 1, 0]);
     assert_eq!(Tensor::ones(&[100_000], DType::F32, &Device::cpu()).unwrap().sum_all().unwrap().item().unwrap(), 1e5);
 }
 

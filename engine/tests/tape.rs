@@ -37,6 +37,58 @@ fn changing_a_saved_tensor_in_place_is_an_error() {
     assert_eq!(x.to_vec::<f64>().unwrap(), [5.0]);
 }
 
+#[test]
+fn changing_what_was_recorded_is_an_error() {
+    let x = leaf(&[2.0]);
+    let y = x.square().unwrap();
+    let c = Tensor::from_vec([5.0f64], &[1]).unwrap();
+    assert!(y.assign(&c).unwrap_err().to_string().contains("detach()"), "its gradient would be that of x²");
+    assert!(matches!(c.assign(&y).unwrap_err(), Error::NoGrad { op: "assign" }), "the gradient of y would be cut off");
+    no_grad(|| c.assign(&y)).unwrap();
+    assert_eq!(c.item().unwrap(), 4.0);
+    x.assign(&c).unwrap();
+}
+
+#[test]
+fn integers_need_no_gradient() {
+    let i = Tensor::from_vec([1i64], &[1]).unwrap().requires_grad();
+    let e = i.cast(DType::F64).unwrap_err().to_string();
+    assert!(e.contains("cast") && e.contains("found i64"), "{e}");
+}
+
+#[test]
+fn a_wrong_number_of_inputs_is_an_error() {
+    use engine::prim;
+    let a = Tensor::ones(&[2, 2], DType::F64, &Device::cpu()).unwrap();
+    let errors = [
+        run1(prim::MatMul, &[&a]).err(),
+        run1(prim::Select, &[&a, &a]).err(),
+        run1(prim::Gather { axis: 0 }, &[&a]).err(),
+        run1(prim::Contiguous, &[&a, &a]).err(),
+        run1(prim::Softmax { log: false }, &[&a; 3]).err(),
+        engine::run_on(prim::Cat { axis: 0 }, &Device::cpu(), &[]).err(),
+        engine::run_in_place(prim::Assign { meta: a.meta() }, &[&a], &[]).err(),
+        Tensor::cat(&[], 0).err(),
+    ];
+    for (i, e) in errors.into_iter().enumerate() {
+        assert!(e.is_some_and(|e| e.to_string().contains("inputs")), "case {i}");
+    }
+    assert!(run1(HidesTooMuch, &[&a]).unwrap_err().to_string().contains("hides 2 of 1"));
+}
+#[derive(Debug)]
+struct HidesTooMuch;
+impl Op for HidesTooMuch {
+    fn name(&self) -> &'static str {
+        "hides_too_much"
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        Ok(x.to_vec())
+    }
+    fn hidden(&self) -> usize {
+        2
+    }
+}
+
 #[derive(Debug)]
 struct NoKernel;
 impl Op for NoKernel {
@@ -116,6 +168,11 @@ fn bad_arguments_are_errors_that_name_the_op() {
         f(&[2, 2]).backward().err(),
         f(&[1]).backward().err(),
         Tensor::zeros(&[usize::MAX, 2], DType::F32, &Device::cpu()).err(),
+        Tensor::zeros(&[0, 1 << 62, 1 << 62], DType::F32, &Device::cpu()).err(),
+        f(&[2, 3]).mean(&[0, 0], false).err(),
+        f(&[2, 3]).sum(&[1, 0, 1], true).err(),
+        f(&[2]).pad(0, usize::MAX, 1).err(),
+        Tensor::cat(&[&f(&[2, 0]).expand(&[2, 0]).unwrap(), &f(&[1, 1]).expand(&[2, usize::MAX >> 8]).unwrap()], 1).err(),
         f(&[1]).expand(&[usize::MAX / 2, 4]).err(),
         Tensor::from_vec([1.0f32], &[2]).err(),
     ];
@@ -125,10 +182,35 @@ fn bad_arguments_are_errors_that_name_the_op() {
 }
 
 #[test]
+fn tensors_larger_than_the_machine_are_errors() {
+    let (cpu, shape) = (Device::cpu(), [1usize << 40]);
+    for t in [
+        Tensor::zeros(&shape, DType::F32, &cpu),
+        Tensor::ones(&shape, DType::U8, &cpu),
+        Tensor::full(2.0, &shape, DType::BF16, &cpu),
+        Tensor::rand(&shape, DType::F64, &cpu, 1, 0),
+        Tensor::randn(&shape, DType::F32, &cpu, 1, 0),
+    ] {
+        assert!(matches!(t.unwrap_err(), Error::OutOfMemory { .. }));
+    }
+    // made in parts, and the same numbers
+    let x = Tensor::randn(&[3, 200_001], DType::F64, &cpu, 1, 2).unwrap();
+    assert_eq!(x.to_vec::<f64>().unwrap(), engine::rng::normal(1, 2, 600_003));
+    assert!(Tensor::full(3.0, &[700_001], DType::I32, &cpu).unwrap().to_vec::<i32>().unwrap().iter().all(|v| *v == 3));
+}
+
+#[test]
 fn dropping_a_long_chain_does_not_recurse() {
     let mut x = leaf(&[1.0]);
     for _ in 0..1_000_000 {
         x = x.neg().unwrap();
+    }
+    drop(x);
+    // through the tensors that checkpointed functions capture
+    let mut x = leaf(&[1.0]);
+    for _ in 0..100_000 {
+        let captured = x.clone();
+        x = checkpoint(move |_| Ok(vec![captured.neg()?]), &[]).unwrap().remove(0);
     }
     drop(x);
 }
@@ -163,6 +245,21 @@ fn checkpointing_gives_the_same_gradients_captures_included() {
     .unwrap()
     .within(1e-8)
     .unwrap();
+}
+
+#[test]
+fn checkpointing_cuts_nothing_silently() {
+    let x = Tensor::ones(&[2], DType::F64, &Device::cpu()).unwrap();
+    let y = checkpoint(|x| Ok(vec![x[0].square()?]), &[&x]).unwrap();
+    assert!(!y[0].is_tracked(), "nothing needs a gradient");
+    let runs = std::sync::atomic::AtomicUsize::new(0);
+    let fickle = move |x: &[Tensor]| {
+        let n = 2 - runs.fetch_add(1, std::sync::atomic::Ordering::Relaxed).min(1);
+        (0..n).map(|_| x[0].square()).collect()
+    };
+    let y = checkpoint(fickle, &[&leaf(&[1.0])]).unwrap();
+    let e = y[1].backward().err().unwrap().to_string();
+    assert!(e.contains("[f64[1], f64[1]] at first and [f64[1]]"), "{e}");
 }
 
 #[test]

@@ -185,7 +185,7 @@ impl Decoder {
     /// Negative log-likelihood of each position in nats, `[B·T]`.
     pub fn token_losses(&self, tokens: &Tensor, targets: &Tensor, cu_seqlens: Option<&Tensor>) -> Result<Tensor> {
         let (x, _) = engine::no_grad(|| self.forward(tokens, cu_seqlens, None, None))?;
-        Ok(linear_cross_entropy_per_token(&x.reshape(&[tokens.numel(), self.config.hidden_size])?, &self.head, targets)?)
+        Ok(linear_cross_entropy_per_token(&x.reshape(&[tokens.numel(), self.config.hidden_size])?, &self.head.detach(), targets)?)
     }
 }
 

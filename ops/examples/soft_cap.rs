@@ -48,6 +48,9 @@ impl Op for SoftCapBackward {
     fn name(&self) -> &'static str {
         "soft_cap_backward"
     }
+    fn arity(&self) -> std::ops::RangeInclusive<usize> {
+        2..=2
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         Ok(vec![x[0].clone()])
     }

@@ -3,6 +3,7 @@
 pub mod adamw;
 pub mod delta_rule;
 mod documents;
+mod dtypes;
 pub mod gated_sdpa;
 pub mod linear_cross_entropy;
 pub mod moe;

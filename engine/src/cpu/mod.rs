@@ -66,10 +66,13 @@ pub fn memory() -> (usize, usize, usize) {
 
 /// Bytes of memory that this process can have at most: the machine's, or less in a container. None where the system does not tell.
 pub fn system_memory() -> Option<u64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib: u64 = info.lines().find_map(|l| l.strip_prefix("MemTotal:"))?.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|s| s.trim().parse().ok());
-    Some((kib << 10).min(limit.unwrap_or(u64::MAX)))
+    static FOUND: LazyLock<Option<u64>> = LazyLock::new(|| {
+        let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let kib: u64 = info.lines().find_map(|l| l.strip_prefix("MemTotal:"))?.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|s| s.trim().parse().ok());
+        Some((kib << 10).min(limit.unwrap_or(u64::MAX)))
+    });
+    *FOUND
 }
 
 /// Returns all cached blocks to the system.
@@ -95,7 +98,9 @@ fn take_block(bytes: usize) -> Result<Block> {
     let refuse = |c: &Cache| Error::OutOfMemory { device: "cpu".into(), requested: bytes, live: c.live, cached: c.cached };
     let size = size_class(bytes).filter(|s| *s <= isize::MAX as usize - ALIGN);
     let mut c = cache();
-    let Some(size) = size else { return Err(refuse(&c)) };
+    // the system would hand out more than there is, and end the process when it is written
+    let fits = |s: &usize| system_memory().is_none_or(|all| (c.live + s) as u64 <= all);
+    let Some(size) = size.filter(fits) else { return Err(refuse(&c)) };
     let reused = c.free.get_mut(&size).and_then(Vec::pop);
     if reused.is_some() {
         c.cached -= size;

@@ -4,6 +4,7 @@ use super::{float, for_rows, same_dtype};
 use crate::cpu::{Inputs, Outputs};
 use crate::{DType, Element, Error, Layout, Meta, Op, Result, Saved, Tensor, Want, broadcast_shape, cpu_kernel, dispatch, run1, vectorized};
 use half::{bf16, f16};
+use std::ops::RangeInclusive;
 
 /// How a stored element is computed with: halves in f32, integers in i64.
 pub(crate) trait Lane: Element {
@@ -97,6 +98,9 @@ impl Op for Binary {
             BinaryKind::Min => "minimum",
         }
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         same_dtype(self.name(), x)?;
         same_shape(self.name(), x)?;
@@ -184,6 +188,9 @@ impl Op for Compare {
             CompareKind::Le => "le",
         }
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         same_dtype(self.name(), x)?;
         same_shape(self.name(), x)?;
@@ -223,6 +230,9 @@ pub struct Select;
 impl Op for Select {
     fn name(&self) -> &'static str {
         "where"
+    }
+    fn arity(&self) -> RangeInclusive<usize> {
+        3..=3
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         if x[0].dtype != DType::U8 {

@@ -2,6 +2,7 @@
 
 use crate::cpu::Inputs;
 use crate::{DType, Element, Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch, run1};
+use std::ops::RangeInclusive;
 
 fn check(op: &'static str, x: &[Meta], axis: usize) -> Result<()> {
     if !matches!(x[1].dtype, DType::I64 | DType::I32 | DType::U32) {
@@ -51,6 +52,9 @@ impl Op for IndexSelect {
     fn name(&self) -> &'static str {
         "index_select"
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         check(self.name(), x, self.axis)?;
         let [n] = x[1].shape[..] else { return Err(Error::shape(self.name(), "index", "[n]", &x[1].shape)) };
@@ -93,6 +97,9 @@ pub struct IndexAdd {
 impl Op for IndexAdd {
     fn name(&self) -> &'static str {
         "index_add"
+    }
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         check(self.name(), x, self.axis)?;
@@ -143,6 +150,9 @@ impl Op for Gather {
     fn name(&self) -> &'static str {
         "gather"
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         check("gather", x, self.axis)?;
         gather_shapes("gather", &x[0].shape, &x[1].shape, self.axis)?;
@@ -182,6 +192,9 @@ pub struct ScatterAdd {
 impl Op for ScatterAdd {
     fn name(&self) -> &'static str {
         "scatter_add"
+    }
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         check("scatter_add", x, self.axis)?;

@@ -4,6 +4,7 @@ use super::{float, same_dtype};
 use crate::cpu::simd::Real;
 use crate::cpu::{Inputs, Outputs};
 use crate::{Error, Layout, Meta, Op, Result, Saved, Tensor, Want, broadcast_shape, cpu_kernel, dispatch_real, run1};
+use std::ops::RangeInclusive;
 
 /// `y[.., m, n] = Σ_k a[.., m, k] · b[.., k, n]`; f32 accumulation for bf16 and f16.
 #[derive(Debug)]
@@ -12,6 +13,9 @@ pub struct MatMul;
 impl Op for MatMul {
     fn name(&self) -> &'static str {
         "matmul"
+    }
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         float("matmul", "a", &x[0])?;

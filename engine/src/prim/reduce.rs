@@ -125,7 +125,7 @@ fn max_kernel<F: Real>(x: &Inputs, y: &mut Outputs) -> Result<()> {
     Ok(())
 }
 
-/// Index (i64) of the first maximum along the last axis of a matrix.
+/// Index (i64) of the first maximum along the last axis of a matrix; NaN counts as the largest, as in sorting.
 #[derive(Debug)]
 pub struct ArgMax;
 
@@ -145,7 +145,7 @@ cpu_kernel!(ArgMax => |_, x, y| {
     dispatch!(x.dtype(0), |T| {
         let (v, mut out, c) = (x.slice::<T>(0)?, y.slice::<i64>(0)?, x.shape(0)[1]);
         for (o, row) in out.iter_mut().zip(v.chunks(c)) {
-            *o = row.iter().enumerate().fold(0, |best, (i, x)| if *x > row[best] { i } else { best }) as i64;
+            *o = row.iter().enumerate().fold(0, |best, (i, x)| if super::sort::rank(x, &row[best]).is_gt() { i } else { best }) as i64;
         }
     });
     Ok(())
@@ -199,7 +199,9 @@ impl Tensor {
         let mut gone = vec![false; self.rank()];
         for a in axes {
             self.axis(name, *a)?;
-            gone[*a] = true;
+            if std::mem::replace(&mut gone[*a], true) {
+                return Err(Error::invalid(name, format!("axes {axes:?} name axis {a} twice")));
+            }
         }
         let (red, kept): (Vec<usize>, Vec<usize>) = (0..self.rank()).partition(|a| gone[*a]);
         let size = |v: &[usize]| v.iter().map(|a| self.shape()[*a]).product::<usize>();

@@ -3,6 +3,7 @@
 use super::{GRAIN, for_chunks, for_rows};
 use crate::cpu::{Inputs, Outputs};
 use crate::{Error, Meta, Op, Result, Saved, Tensor, Want, cpu_kernel, dispatch, run1};
+use std::ops::RangeInclusive;
 
 /// A view: moves no data, so it has no kernel; recorded for its gradient.
 #[derive(Debug, Clone)]
@@ -111,6 +112,10 @@ fn copy_kernel(_: &Contiguous, x: &Inputs, y: &mut Outputs) -> Result<()> {
     Ok(())
 }
 
+fn assigned(op: &'static str, target: &Meta, x: &Meta) -> Result<Vec<Meta>> {
+    if x == target { Ok(vec![x.clone()]) } else { Err(Error::invalid(op, format!("needs {target}, found {x}"))) }
+}
+
 /// `target += x` in place.
 #[derive(Debug)]
 pub struct AddAssign {
@@ -123,11 +128,7 @@ impl Op for AddAssign {
         "add_assign"
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
-        if x[0] == self.meta {
-            Ok(vec![self.meta.clone()])
-        } else {
-            Err(Error::invalid("add_assign", format!("needs {}, found {}", self.meta, x[0])))
-        }
+        assigned("add_assign", &self.meta, &x[0])
     }
 }
 cpu_kernel!(AddAssign => |_, x, y| {
@@ -149,14 +150,20 @@ impl Op for Assign {
     fn name(&self) -> &'static str {
         "assign"
     }
-    fn infer(&self, _: &[Meta]) -> Result<Vec<Meta>> {
-        Ok(vec![self.meta.clone()])
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        assigned("assign", &self.meta, &x[0])
     }
 }
 cpu_kernel!(Assign => |_, x, y| {
     dispatch!(x.dtype(0), |T| y.slice::<T>(0)?.copy_from_slice(x.slice::<T>(0)?));
     Ok(())
 });
+
+/// The length of an axis made of parts.
+fn length(op: &'static str, parts: &[usize]) -> Result<usize> {
+    let sum = parts.iter().try_fold(0usize, |n, p| n.checked_add(*p));
+    sum.ok_or_else(|| Error::invalid(op, format!("an axis of {parts:?} entries together is larger than the address space")))
+}
 
 /// Concatenation along an axis.
 #[derive(Debug)]
@@ -169,6 +176,9 @@ impl Op for Cat {
     fn name(&self) -> &'static str {
         "cat"
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        1..=usize::MAX
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         super::same_dtype("cat", x)?;
         let mut out = x[0].clone();
@@ -180,7 +190,7 @@ impl Op for Cat {
             if !fits {
                 return Err(Error::shape("cat", format!("input {i}"), format!("{:?} except along axis {}", x[0].shape, self.axis), &m.shape));
             }
-            out.shape[self.axis] += m.shape[self.axis];
+            out.shape[self.axis] = length("cat", &[out.shape[self.axis], m.shape[self.axis]])?;
         }
         Ok(vec![out])
     }
@@ -238,7 +248,7 @@ impl Op for Pad {
         let Some(d) = m.shape.get_mut(self.axis) else {
             return Err(Error::invalid("pad", format!("axis {} is out of range for shape {:?}", self.axis, x[0].shape)));
         };
-        *d += self.before + self.after;
+        *d = length("pad", &[*d, self.before, self.after])?;
         Ok(vec![m])
     }
     fn backward(&self, s: &Saved, dy: &[Option<Tensor>], _: &[bool]) -> Result<Vec<Option<Tensor>>> {

@@ -4,6 +4,7 @@ use super::{GRAIN, float, for_chunks};
 use crate::cpu::simd::{Real, dot, max, sum};
 use crate::cpu::{Inputs, Outputs};
 use crate::{Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch_real, run1, vectorized};
+use std::ops::RangeInclusive;
 
 vectorized! {
     fn softmax_row[F: Real](x: &[F], y: &mut [F], log: bool) {
@@ -71,8 +72,11 @@ impl Op for SoftmaxBackward {
     fn name(&self) -> &'static str {
         "softmax_backward"
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
-        Ok(vec![x[0].clone()])
+        if x[0] == x[1] { Ok(vec![x[0].clone()]) } else { Err(Error::invalid(self.name(), format!("y is {}, dy is {}", x[0], x[1]))) }
     }
 }
 cpu_kernel!(SoftmaxBackward => |op, x, y| dispatch_real!(x.dtype(0), |F| backward::<F>(op, x, y)));

@@ -78,16 +78,19 @@ cpu_kernel!(Sort => |op, x, y| {
     Ok(())
 });
 
-/// Stable order of a row; NaN counts as the largest.
 /// Rows of a task of [`TopK`].
 const ROWS: usize = 64;
 
-/// The first k places of a row in order; equals in the order in which they stand, NaN above all numbers.
-fn order<T: PartialOrd>(row: &[T], descending: bool, k: usize) -> Vec<usize> {
+/// NaN counts as the largest.
+pub(super) fn rank<T: PartialOrd>(x: &T, y: &T) -> Ordering {
     let nan = |x: &T| x.partial_cmp(x).is_none();
+    x.partial_cmp(y).unwrap_or_else(|| nan(x).cmp(&nan(y)))
+}
+
+/// The first k places of a row in order; equals in the order in which they stand.
+fn order<T: PartialOrd>(row: &[T], descending: bool, k: usize) -> Vec<usize> {
     let cmp = |a: &usize, b: &usize| {
-        let (x, y) = (&row[*a], &row[*b]);
-        let c: Ordering = x.partial_cmp(y).unwrap_or_else(|| nan(x).cmp(&nan(y)));
+        let c = rank(&row[*a], &row[*b]);
         (if descending { c.reverse() } else { c }).then(a.cmp(b))
     };
     let mut v: Vec<usize> = (0..row.len()).collect();

@@ -4,6 +4,7 @@ use super::{GRAIN, float, for_chunks};
 use crate::cpu::simd::Real;
 use crate::cpu::{Inputs, Outputs};
 use crate::{Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch_real, run1, vectorized};
+use std::ops::RangeInclusive;
 
 /// Which function.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -162,6 +163,9 @@ pub struct UnaryBackward {
 impl Op for UnaryBackward {
     fn name(&self) -> &'static str {
         "unary_backward"
+    }
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         if x[0] == x[1] { Ok(vec![x[0].clone()]) } else { Err(Error::invalid(self.name(), format!("x is {}, dy is {}", x[0], x[1]))) }

@@ -92,12 +92,12 @@ impl<'a, F: Real> Source<'a, F> {
                 }
             }
         }
-        let (mut sum, col) = (F::ZERO, |x: &Option<Cow<'_, [F]>>, r: usize| x.as_ref().map(|x| x[(at + r) * self.hv + h]));
+        let (mut sum, col) = (0f64, |x: &Option<Cow<'_, [F]>>, r: usize| x.as_ref().map(|x| x[(at + r) * self.hv + h]));
         out.g.clear();
         out.beta.clear();
         for r in 0..n {
             // a log-decay of −∞ forgets everything; from −10⁴ on a ratio is 0 in any dtype, and a difference of sums stays a number
-            sum += F::from_f64(-1e4).max(col(&self.decay, r).unwrap_or(F::ZERO));
+            sum += col(&self.decay, r).map_or(0.0, |g| g.to_f64().max(-1e4));
             out.g.push(sum);
             out.beta.push(col(&self.beta, r).unwrap_or(F::ONE));
         }

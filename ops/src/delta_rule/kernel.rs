@@ -74,9 +74,11 @@ fn transpose<F: Real>(x: &Mat<F>, rows: usize, cols: usize, y: &mut Mat<F>) {
 
 vectorized! {
     /// D_ij = exp(g_i − g_j) on and below the diagonal. The mask comes before the exponential: above it nothing is computed.
-    fn decay_ratios[F: Real](g: &[F], d: &mut [F], ld: usize) {
+    fn decay_ratios[F: Real](g: &[f64], d: &mut [F], ld: usize) {
         for (i, gi) in g.iter().enumerate() {
-            for (d, gj) in d[i * ld..=i * ld + i].iter_mut().zip(g) { *d = (*gi - *gj).exp() }
+            let row = &mut d[i * ld..=i * ld + i];
+            for (d, gj) in row.iter_mut().zip(g) { *d = F::from_f64(*gi - *gj) }
+            for d in row { *d = d.exp() }
         }
     }
     /// m ⊙ D below the diagonal (and on it, if `diagonal`), zero elsewhere.
@@ -128,13 +130,13 @@ vectorized! {
     fn row_dots[F: Real](x: &[F], y: &[F], dots: &mut [F], ld: usize, cols: usize) {
         for ((x, y), d) in x.chunks(ld).zip(y.chunks(ld)).zip(dots) { *d = simd::dot(&x[..cols], &y[..cols]) }
     }
-    /// Row sums added to dg, column sums taken from it, of a ⊙ b below (and on) the diagonal: the gradient of g through a decay matrix.
-    /// Row sums also go to `rows`.
+    /// Row sums added to dg, column sums taken from it, of a ⊙ b below the diagonal: the gradient of g through a decay matrix. `rows` is scratch.
+    /// On the diagonal the two cancel; they are left out, as their rounding would drown what a strong decay leaves.
     fn decay_grad[F: Real](a: &[F], b: &[F], ld: usize, dg: &mut [F], rows: &mut [F]) {
         let n = dg.len();
         let mut cols = [F::ZERO; CHUNK];
         for i in 0..n {
-            let (a, b) = (&a[i * ld..=i * ld + i], &b[i * ld..=i * ld + i]);
+            let (a, b) = (&a[i * ld..i * ld + i], &b[i * ld..i * ld + i]);
             rows[i] = simd::dot(a, b);
             for ((c, a), b) in cols.iter_mut().zip(a).zip(b) { *c = a.mul_add(*b, *c) }
         }
@@ -144,12 +146,13 @@ vectorized! {
 }
 
 /// One chunk's inputs: q, k `[n, dk]` (normalised), v `[n, dv]`, g (running log-decay) and beta `[n]`.
+/// The sums are f64: in f32 a strong decay would leave the weak ones after it few digits in the differences.
 pub struct Chunk<F: Real> {
     pub n: usize,
     pub q: Mat<F>,
     pub k: Mat<F>,
     pub v: Mat<F>,
-    pub g: Vec<F>,
+    pub g: Vec<f64>,
     pub beta: Vec<F>,
 }
 
@@ -190,9 +193,9 @@ impl<F: Real> Work<F> {
     pub fn decays(&mut self, c: &Chunk<F>) {
         let last = c.g[c.n - 1];
         self.eg.clear();
-        self.eg.extend_from_slice(&c.g);
+        self.eg.extend(c.g.iter().map(|g| F::from_f64(*g)));
         self.tail.clear();
-        self.tail.extend(c.g.iter().map(|g| last - *g));
+        self.tail.extend(c.g.iter().map(|g| F::from_f64(last - *g)));
         exp_all(&mut self.eg);
         exp_all(&mut self.tail);
     }
@@ -365,7 +368,8 @@ impl<F: Real> BackWork<F> {
             if let Some(h) = h {
                 into_last = w.eg[last] * (0..dk).map(|i| dot(h.row(i, dv), dh.row(i, dv))).sum();
             }
-            for i in 0..n {
+            // the last row's own share cancels
+            for i in 0..last {
                 gg[i] -= w.tail[i] * dots[i];
                 into_last += w.tail[i] * dots[i];
             }

@@ -5,7 +5,7 @@
 //! `S_t = α_t S_{t−1} − β_t k_t (k_tᵀ α_t S_{t−1}) + β_t k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.
 //!
 //! With decay and erase it is Gated DeltaNet; erase alone, DeltaNet (2406.06484); decay alone, Mamba2's state-space dual (2405.21060); neither, linear
-//! attention. In chunks of 64 steps, with `g` the running sum of log-decay inside a chunk, `D_ij = exp(g_i − g_j)` for i ≥ j, and h the state before it:
+//! attention. In chunks of 32 steps, with `g` the running sum of log-decay inside a chunk, `D_ij = exp(g_i − g_j)` for i ≥ j, and h the state before it:
 //!
 //! `M = strictLower(β_i (K Kᵀ)_ij D_ij)`, `A = (I + M)⁻¹`, `R = β (V − e^g (K h))`, `V' = A R`,
 //! `O = scale (e^g (Q h) + tril(Q Kᵀ D) V')`, `h' = e^{g_last} h + (e^{g_last − g} K)ᵀ V'`.
@@ -18,7 +18,8 @@ pub mod reference;
 #[cfg(test)]
 mod tests;
 
-use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, Want, no_grad, run};
+use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, Want, refuse_tracked, run};
+use std::ops::RangeInclusive;
 
 /// Attributes of a call.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -87,11 +88,11 @@ impl Op for DeltaRule {
     fn name(&self) -> &'static str {
         "delta_rule"
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        self.inputs()..=self.inputs()
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         let op = "delta_rule";
-        if x.len() != self.inputs() {
-            return Err(Error::invalid(op, format!("needs {} inputs, found {}", self.inputs(), x.len())));
-        }
         for (i, n) in [(0, "q"), (1, "k"), (2, "v")] {
             if x[i].shape.len() != 4 {
                 return Err(Error::shape(op, n, "[B, T, H, D]", &x[i].shape));
@@ -104,7 +105,10 @@ impl Op for DeltaRule {
         if x[1].shape != x[0].shape {
             return Err(Error::shape(op, "k", format!("{:?} as q", x[0].shape), &x[1].shape));
         }
-        if x[2].shape[..2] != [b, t] || hk == 0 || hv % hk != 0 {
+        if hk == 0 || dk == 0 {
+            return Err(Error::shape(op, "q", "[B, T, H > 0, D > 0]", &x[0].shape));
+        }
+        if x[2].shape[..2] != [b, t] || hv == 0 || hv % hk != 0 {
             return Err(Error::shape(op, "v", format!("[{b}, {t}, a multiple of {hk} heads, Dv]"), &x[2].shape));
         }
         for (i, n) in [(self.at_decay(), "log_decay"), (self.at_beta(), "beta")] {
@@ -112,9 +116,10 @@ impl Op for DeltaRule {
             if x[i].shape != [b, t, hv] {
                 return Err(Error::shape(op, n, format!("[{b}, {t}, {hv}]"), &x[i].shape));
             }
-            if !x[i].dtype.is_float() || (n == "log_decay" && x[i].dtype != acc(x[0].dtype)) {
-                return Err(Error::dtype(op, n, if n == "beta" { "a float dtype".into() } else { acc(x[0].dtype).to_string() }, x[i].dtype));
+            if n == "log_decay" && x[i].dtype != acc(x[0].dtype) {
+                return Err(Error::dtype(op, n, acc(x[0].dtype), x[i].dtype));
             }
+            crate::dtypes::beside(op, n, x[0].dtype, x[i].dtype)?;
         }
         let mut seqs = b;
         if let Some(i) = self.at_cu() {
@@ -168,6 +173,10 @@ impl Op for DeltaRuleBackward {
     fn name(&self) -> &'static str {
         "delta_rule_backward"
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        let n = self.rule.inputs() + 2 + self.state_grad as usize;
+        n..=n
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         Ok(x[..self.rule.inputs() - self.rule.packed as usize].to_vec())
     }
@@ -187,10 +196,15 @@ pub fn delta_rule(op: DeltaRule, q: &Tensor, k: &Tensor, v: &Tensor, x: DeltaRul
     Ok((y.remove(0), state))
 }
 
-/// One token for decoding: T = 1, from a state to the next; not recorded.
+/// One token for decoding: T = 1, from a state to the next; not recorded, so that tracked inputs are refused.
 pub fn delta_rule_step(op: DeltaRule, q: &Tensor, k: &Tensor, v: &Tensor, x: DeltaRuleInputs) -> Result<(Tensor, Tensor)> {
-    if q.dim(1) != 1 || x.initial_state.is_none() {
-        return Err(Error::invalid("delta_rule_step", format!("needs T = 1 and a state, found T = {}", q.dim(1))));
+    const NAME: &str = "delta_rule_step";
+    if q.dim(1) != 1 {
+        return Err(Error::shape(NAME, "q", "[B, 1, H, D]: one token", q.shape()));
     }
-    no_grad(|| delta_rule(op, q, k, v, x))
+    let Some(state) = x.initial_state else { return Err(Error::invalid(NAME, "needs the state to go on from; give zeros at first")) };
+    for t in [Some(q), Some(k), Some(v), x.log_decay, x.beta, Some(state)].into_iter().flatten() {
+        refuse_tracked(NAME, &[t])?;
+    }
+    delta_rule(op, q, k, v, x)
 }

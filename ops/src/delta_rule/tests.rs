@@ -128,20 +128,64 @@ fn gradients_are_those_of_the_composed_reference() {
     }
 }
 
+/// o, the final state and every gradient.
+fn whole(op: DeltaRule, x: [&Tensor; 6], with_decay: bool, cu_seqlens: Option<&Tensor>, dy: [&Tensor; 2]) -> Vec<Tensor> {
+    let v = x.map(Tensor::requires_grad);
+    let ins = DeltaRuleInputs { log_decay: with_decay.then_some(&v[3]), beta: Some(&v[4]), initial_state: Some(&v[5]), cu_seqlens };
+    let (o, s) = delta_rule(op, &v[0], &v[1], &v[2], ins).unwrap();
+    let part = |y: &Tensor, d: &Tensor| y.mul(&d.cast(y.dtype()).unwrap()).unwrap().cast(DType::F64).unwrap().sum_all().unwrap();
+    let g = part(&o, dy[0]).add(&part(&s, dy[1])).unwrap().backward().unwrap();
+    let grads = v.iter().enumerate().filter(|(i, _)| *i != 3 || with_decay).map(|(_, v)| g.get(v).unwrap().clone());
+    [o.detach(), s.detach()].into_iter().chain(grads).collect()
+}
+
+#[test]
+fn f32_keeps_its_digits_after_a_strong_decay() {
+    let t = 75;
+    let weak_after_strong = |i: usize| if i % 32 < 16 { -20.0 } else { -0.01 };
+    let one_reset = |i: usize| if i % 32 == 1 { f64::NEG_INFINITY } else { -0.1 };
+    let decays: [&dyn Fn(usize) -> f64; 5] = [&weak_after_strong, &one_reset, &|_| -20.0, &|_| -1e-4, &|_| -1.0];
+    for (i, decay) in decays.into_iter().enumerate() {
+        let c = case(1, t, 1, 2, 24, 20, 1.0);
+        let g = Tensor::from_vec((0..2 * t).map(|i| decay(i / 2)).collect::<Vec<f64>>(), &[1, t, 2]).unwrap();
+        let dy = [&randn(&[1, t, 2, 20], 21), &randn(&[1, 2, 24, 20], 22)];
+        for (erase, with_decay) in [(true, true), (true, false), (false, true), (false, false)] {
+            let run = |d: DType| {
+                let x = [&c.q, &c.k, &c.v, &g, &c.beta, &c.h0].map(|x| x.cast(DType::F32).unwrap().cast(d).unwrap());
+                whole(rule(erase), x.each_ref(), with_decay, None, dy)
+            };
+            for (j, (a, b)) in run(DType::F32).iter().zip(&run(DType::F64)).enumerate() {
+                assert!(ratio(a, b) <= 1e-5, "decay {i}, erase {erase}, decay {with_decay}, result {j}: {:e}", ratio(a, b));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_zero_key_has_a_gradient_through_its_norm() {
+    let c = case(1, 5, 1, 1, 3, 2, 0.5);
+    let k = c.k.mul(&Tensor::from_vec([1.0, 0.0, 1.0, 0.0, 1.0], &[1, 5, 1, 1]).unwrap()).unwrap();
+    let x = DeltaRuleInputs { log_decay: Some(&c.g), beta: Some(&c.beta), initial_state: Some(&c.h0), cu_seqlens: None };
+    // the norm bends within 1e-3 of zero: the step is small against that
+    let f = |v: &[Tensor]| delta_rule(rule(true), &c.q, &v[0], &c.v, x).map(|(o, h)| vec![o, h]);
+    gradcheck(f, &[k], 1e-7).unwrap().within(1e-6).unwrap();
+}
+
 #[test]
 fn packed_documents_are_separate_documents() {
     let c = case(1, 203, 2, 2, 8, 8, 0.3);
     let cu = Tensor::from_vec([0i32, 65, 65, 70, 203], &[5]).unwrap();
     let h0 = randn(&[4, 2, 8, 8], 9);
-    let x = DeltaRuleInputs { log_decay: Some(&c.g), beta: Some(&c.beta), initial_state: Some(&h0), cu_seqlens: Some(&cu) };
-    let (o, h) = delta_rule(rule(true), &c.q, &c.k, &c.v, x).unwrap();
+    let dy = [&randn(&[1, 203, 2, 8], 21), &randn(&[4, 2, 8, 8], 22)];
+    let packed = whole(rule(true), [&c.q, &c.k, &c.v, &c.g, &c.beta, &h0], true, Some(&cu), dy);
     for (i, (a, n)) in [(0, 65), (65, 0), (65, 5), (70, 133)].into_iter().enumerate() {
-        let cut = |x: &Tensor| x.narrow(1, a, n).unwrap();
-        let hi = h0.narrow(0, i, 1).unwrap();
-        let x = DeltaRuleInputs { log_decay: Some(&cut(&c.g)), beta: Some(&cut(&c.beta)), initial_state: Some(&hi), cu_seqlens: None };
-        let (oi, hi) = delta_rule(rule(true), &cut(&c.q), &cut(&c.k), &cut(&c.v), x).unwrap();
-        assert_eq!(oi.to_vec::<f64>().unwrap(), cut(&o).to_vec::<f64>().unwrap());
-        assert_eq!(hi.to_vec::<f64>().unwrap(), h.narrow(0, i, 1).unwrap().to_vec::<f64>().unwrap());
+        let (cut, state) = (|x: &Tensor| x.narrow(1, a, n).unwrap(), |x: &Tensor| x.narrow(0, i, 1).unwrap());
+        let x = [cut(&c.q), cut(&c.k), cut(&c.v), cut(&c.g), cut(&c.beta), state(&h0)];
+        let alone = whole(rule(true), x.each_ref(), true, None, [&cut(dy[0]), &state(dy[1])]);
+        for (j, (alone, packed)) in alone.iter().zip(&packed).enumerate() {
+            let part = if j == 1 || j == 7 { state(packed) } else { cut(packed) };
+            assert_eq!(alone.to_vec::<f64>().unwrap(), part.to_vec::<f64>().unwrap(), "document {i}, result {j}");
+        }
     }
     let small = case(1, 7, 1, 2, 3, 2, 0.3);
     let cu = Tensor::from_vec([0i64, 3, 7], &[3]).unwrap();
@@ -194,8 +238,10 @@ fn stepping_is_the_whole_and_thread_counts_do_not_matter() {
     }
     close(&s, &h, 1e-10);
     let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-    let alone = one.install(|| delta_rule(rule(true), &c.q, &c.k, &c.v, all).unwrap());
-    assert_eq!(alone.0.to_vec::<f64>().unwrap(), o.to_vec::<f64>().unwrap());
+    let dy = [&randn(&[1, 70, 2, 8], 21), &randn(&[1, 2, 8, 8], 22)];
+    let many = || whole(rule(true), [&c.q, &c.k, &c.v, &c.g, &c.beta, &c.h0], true, None, dy);
+    let bits = |x: Vec<Tensor>| x.iter().map(|x| x.to_vec::<f64>().unwrap()).collect::<Vec<_>>();
+    assert_eq!(bits(one.install(many)), bits(many()));
 }
 
 #[test]
@@ -206,6 +252,14 @@ fn bad_arguments() {
     let bad = randn(&[1, 3, 2], 1);
     assert!(delta_rule(rule(true), &c.q, &c.k, &c.v, DeltaRuleInputs { beta: Some(&bad), ..Default::default() }).is_err());
     assert!(delta_rule(rule(true), &c.q, &c.k, &c.v.cast(DType::F32).unwrap(), DeltaRuleInputs::default()).is_err());
+    let (no_heads, no_width) = (c.v.narrow(2, 0, 0).unwrap(), c.q.narrow(3, 0, 0).unwrap());
+    assert!(delta_rule(rule(true), &c.q, &c.k, &no_heads, DeltaRuleInputs::default()).is_err());
+    assert!(delta_rule(rule(true), &no_width, &no_width, &c.v, DeltaRuleInputs::default()).is_err());
+    let one = |x: &Tensor| x.narrow(1, 0, 1).unwrap();
+    let step = |q: &Tensor, x| delta_rule_step(rule(true), q, &one(&c.k), &one(&c.v), x).unwrap_err();
+    assert!(step(&one(&c.q), DeltaRuleInputs::default()).to_string().contains("needs the state"));
+    let state = DeltaRuleInputs { initial_state: Some(&c.h0), ..Default::default() };
+    assert!(matches!(step(&one(&c.q).requires_grad(), state), Error::NoGrad { .. }));
     let empty = c.q.narrow(1, 0, 0).unwrap();
     assert_eq!(delta_rule(rule(true), &empty, &empty, &empty, DeltaRuleInputs::default()).unwrap().0.shape(), [1, 0, 2, 4]);
 }

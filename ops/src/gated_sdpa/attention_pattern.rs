@@ -2,12 +2,12 @@
 
 use super::{Attention, check_qk, sums};
 use engine::{DType, Error, Meta, Op, Result, Tensor, Want, run1};
+use std::ops::RangeInclusive;
 
 /// The attention pattern `softmax(scale·q kᵀ + mask)`, `[B, H, T, S]`, for `q [B, T, H, D]`, `k [B, S, Hkv, D]` and the masks of
-/// [`gated_sdpa`](super::gated_sdpa). In f32 (f64 for f64). Needs memory for all of it, and carries no gradient.
+/// [`gated_sdpa`](super::gated_sdpa). In f32 (f64 for f64). Needs memory for all of it, and has no backward.
 pub fn attention_pattern(q: &Tensor, k: &Tensor, cu_seqlens: Option<&Tensor>, attention: Attention) -> Result<Tensor> {
-    let (q, k) = (q.detach(), k.detach());
-    let mut x = vec![&q, &k];
+    let mut x = vec![q, k];
     x.extend(cu_seqlens);
     run1(AttentionPattern { attention, packed: cu_seqlens.is_some() }, &x)
 }
@@ -27,11 +27,11 @@ impl Op for AttentionPattern {
     fn name(&self) -> &'static str {
         NAME
     }
-    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+    fn arity(&self) -> RangeInclusive<usize> {
         let n = 2 + self.packed as usize;
-        if x.len() != n {
-            return Err(Error::invalid(NAME, format!("needs {n} inputs (q, k, cu_seqlens?), found {}", x.len())));
-        }
+        n..=n
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         let [b, t, s, h, _, _] = check_qk(NAME, &self.attention, &x[0], &x[1])?;
         if self.packed {
             if x[2].shape.len() != 1 || x[2].shape[0] < 1 {

@@ -28,6 +28,7 @@ mod tests;
 pub use attention_pattern::{AttentionPattern, attention_pattern};
 
 use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, Want, run, run1};
+use std::ops::RangeInclusive;
 
 /// What the gate's logits go through.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -154,9 +155,6 @@ impl GatedSdpa {
     }
 
     fn check(&self, op: &'static str, x: &[Meta]) -> Result<Vec<Meta>> {
-        if x.len() < self.inputs() {
-            return Err(Error::invalid(op, format!("needs {} inputs (q, k, v, gate?, cu_seqlens?) for {self:?}, found {}", self.inputs(), x.len())));
-        }
         let [b, t, s, h, hkv, _] = check_qk(op, &self.attention, &x[0], &x[1])?;
         let dtype = x[0].dtype;
         let &[vb, vs, vh, dv] = &x[2].shape[..] else { return Err(Error::shape(op, "v", format!("[{b}, {s}, {hkv}, Dv]"), &x[2].shape)) };
@@ -199,10 +197,10 @@ impl Op for GatedSdpa {
     fn name(&self) -> &'static str {
         NAME
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        self.inputs()..=self.inputs()
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
-        if x.len() > self.inputs() {
-            return Err(Error::invalid(NAME, format!("needs {} inputs for {self:?}, found {}", self.inputs(), x.len())));
-        }
         self.check(NAME, x)
     }
     fn hidden(&self) -> usize {
@@ -234,11 +232,11 @@ impl Op for GatedSdpaBackward {
     fn name(&self) -> &'static str {
         BACKWARD
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        self.0.inputs() + 3..=self.0.inputs() + 3
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         let n = self.0.inputs();
-        if x.len() != n + 3 {
-            return Err(Error::invalid(BACKWARD, format!("needs {} inputs for {:?}, found {}", n + 3, self.0, x.len())));
-        }
         let y = self.0.check(BACKWARD, x)?;
         for (m, arg, want) in [(&x[n], "u", &y[0]), (&x[n + 1], "lse", &y[1]), (&x[n + 2], "dy", &y[0])] {
             if m.shape != want.shape {

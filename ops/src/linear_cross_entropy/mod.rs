@@ -8,8 +8,9 @@ pub mod reference;
 use engine::cpu::gemm::gemm;
 use engine::cpu::simd::{Real, max, sum};
 use engine::cpu::{Inputs, Outputs, scratch};
-use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch_real, grad_enabled, no_grad, run, vectorized};
+use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch_real, grad_enabled, run, vectorized};
 use rayon::prelude::*;
+use std::ops::RangeInclusive;
 
 /// Target of a position that does not count.
 pub const IGNORE: i64 = -100;
@@ -17,8 +18,8 @@ pub const IGNORE: i64 = -100;
 /// The op; see [`linear_cross_entropy`].
 #[derive(Debug, Clone, Copy)]
 pub struct LinearCrossEntropy {
-    /// Compute the gradients along with the loss.
-    pub train: bool,
+    /// Compute the gradients of x and of the weight along with the loss.
+    pub train: [bool; 2],
 }
 
 fn acc(d: DType) -> DType {
@@ -28,6 +29,9 @@ fn acc(d: DType) -> DType {
 impl Op for LinearCrossEntropy {
     fn name(&self) -> &'static str {
         "linear_cross_entropy"
+    }
+    fn arity(&self) -> RangeInclusive<usize> {
+        3..=3
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         let op = "linear_cross_entropy";
@@ -43,16 +47,17 @@ impl Op for LinearCrossEntropy {
         }
         let d = acc(x[0].dtype);
         let mut y = vec![Meta::new(&[], d), Meta::new(&[n], d)];
-        if self.train {
-            y.extend([x[0].clone(), x[1].clone()]);
-        }
+        y.extend((0..2).filter(|i| self.train[*i]).map(|i| x[i].clone()));
         Ok(y)
     }
     fn hidden(&self) -> usize {
-        if self.train { 2 } else { 0 }
+        self.train.iter().filter(|t| **t).count()
     }
     fn saves(&self) -> (Vec<usize>, Vec<usize>) {
-        (vec![], if self.train { vec![2, 3] } else { vec![] })
+        (vec![], (2..2 + self.hidden()).collect())
+    }
+    fn differentiable(&self) -> bool {
+        self.hidden() > 0
     }
     fn backward(&self, s: &Saved, dy: &[Option<Tensor>], need: &[bool]) -> Result<Vec<Option<Tensor>>> {
         if dy[1].is_some() {
@@ -60,8 +65,11 @@ impl Op for LinearCrossEntropy {
         }
         let Some(g) = &dy[0] else { return Ok(vec![None; 3]) };
         let times = |i: usize| -> Result<Option<Tensor>> {
-            let t = s.output(2 + i)?;
-            Ok(if need[i] { Some(t.mul(&g.cast(t.dtype())?)?) } else { None })
+            if !need[i] {
+                return Ok(None);
+            }
+            let t = s.output(if self.train[0] { 2 + i } else { 2 })?;
+            Ok(Some(t.mul(&g.cast(t.dtype())?)?))
         };
         Ok(vec![times(0)?, times(1)?, None])
     }
@@ -95,7 +103,8 @@ fn kernel<F: Real>(op: &LinearCrossEntropy, x: &Inputs, y: &mut Outputs) -> Resu
         return Err(Error::invalid("linear_cross_entropy", format!("none of the {n} targets counts: all are {IGNORE}, or there are none")));
     }
     let (mut total, mut losses) = (y.slice::<F>(0)?, y.slice::<F>(1)?);
-    let (mut dx, mut dw) = if op.train { (Some(y.real::<F>(2)?), Some(y.real::<F>(3)?)) } else { (None, None) };
+    let mut dx = if op.train[0] { Some(y.real::<F>(2)?) } else { None };
+    let mut dw = if op.train[1] { Some(y.real::<F>(1 + op.hidden())?) } else { None };
     if let Some(dw) = &mut dw {
         dw.fill(F::ZERO);
     }
@@ -114,12 +123,14 @@ fn kernel<F: Real>(op: &LinearCrossEntropy, x: &Inputs, y: &mut Outputs) -> Resu
                     z.fill(F::ZERO);
                     F::ZERO
                 } else {
-                    loss_row(z, t as usize, share, op.train)
+                    loss_row(z, t as usize, share, op.hidden() > 0)
                 };
             }
         });
-        if let (Some(dx), Some(dw)) = (&mut dx, &mut dw) {
+        if let Some(dx) = &mut dx {
             gemm(m, h, vocab, F::ONE, z, (vocab, 1), &w, (h, 1), F::ZERO, &mut dx[at * h..(at + m) * h], h);
+        }
+        if let Some(dw) = &mut dw {
             gemm(vocab, h, m, F::ONE, z, (1, vocab), &v[at * h..], (h, 1), F::ONE, dw, h);
         }
     }
@@ -130,13 +141,13 @@ fn kernel<F: Real>(op: &LinearCrossEntropy, x: &Inputs, y: &mut Outputs) -> Resu
 /// Mean cross-entropy in nats of x `[N, H]` projected by `weight [V, H]`, against targets i64 `[N]` ([`IGNORE`] does not count).
 /// A scalar in f32 (f64 for f64), differentiable in x and weight.
 pub fn linear_cross_entropy(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let train = grad_enabled() && (x.is_tracked() || weight.is_tracked());
+    let train = [x, weight].map(|t| grad_enabled() && t.is_tracked());
     Ok(run(LinearCrossEntropy { train }, &[x, weight, targets])?.remove(0))
 }
 
-/// The loss of each position, `[N]` in nats (0 where ignored); not recorded.
+/// The loss of each position, `[N]` in nats (0 where ignored); has no backward.
 pub fn linear_cross_entropy_per_token(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    no_grad(|| Ok(run(LinearCrossEntropy { train: false }, &[x, weight, targets])?.remove(1)))
+    Ok(run(LinearCrossEntropy { train: [false; 2] }, &[x, weight, targets])?.remove(1))
 }
 
 #[cfg(test)]
@@ -170,6 +181,15 @@ mod tests {
         }
         let (x, w, t) = (randn(&[9, 5], 1), randn(&[11, 5], 2), targets(9, 11));
         gradcheck(|v| Ok(vec![linear_cross_entropy(&v[0], &v[1], &t)?]), &[x.clone(), w.clone()], 1e-5).unwrap().within(1e-7).unwrap();
+        for leaf in [&x, &w] {
+            let only = |v: &[Tensor]| {
+                Ok(vec![if std::ptr::eq(leaf, &x) { linear_cross_entropy(&v[0], &w, &t)? } else { linear_cross_entropy(&x, &v[0], &t)? }])
+            };
+            gradcheck(only, std::slice::from_ref(leaf), 1e-5).unwrap().within(1e-7).unwrap();
+        }
+        let op = LinearCrossEntropy { train: [true, false] };
+        assert_eq!(op.infer(&[x.meta(), w.meta(), t.meta()]).unwrap().len(), 3, "the weight's gradient is not computed");
+        assert!(matches!(linear_cross_entropy_per_token(&x.requires_grad(), &w, &t), Err(Error::NoGrad { .. })));
         let per = linear_cross_entropy_per_token(&x, &w, &t).unwrap().to_vec::<f64>().unwrap();
         assert_eq!(per[3], 0.0);
         assert!((per.iter().sum::<f64>() / 8.0 - reference(&x, &w, &t).unwrap().item().unwrap()).abs() < 1e-12);

@@ -16,6 +16,9 @@ fn all<'a>(op: &'static str, router_logits: &'a [&'a Tensor]) -> Result<Tensor> 
 pub fn load_balancing_loss(router_logits: &[&Tensor], top_k: usize) -> Result<Tensor> {
     let logits = all("load_balancing_loss", router_logits)?;
     let (n, e) = (logits.dim(0), logits.dim(1));
+    if top_k == 0 || top_k > e {
+        return Err(Error::invalid("load_balancing_loss", format!("top_k must be from 1 to the {e} experts, found {top_k}")));
+    }
     let p = logits.softmax(1)?;
     let chosen = no_grad(|| -> Result<Tensor> {
         let (_, idx) = p.detach().topk(top_k)?;

@@ -10,6 +10,7 @@ mod tests;
 pub use losses::{load_balancing_loss, router_z_loss};
 
 use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, run};
+use std::ops::RangeInclusive;
 
 /// Attributes of a call.
 #[derive(Debug, Clone, Copy)]
@@ -33,6 +34,9 @@ impl Op for Moe {
     fn name(&self) -> &'static str {
         "moe"
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        4..=4
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         let op = "moe";
         let [n, h] = x[0].shape[..] else { return Err(Error::shape(op, "x", "[tokens, hidden]", &x[0].shape)) };
@@ -50,9 +54,10 @@ impl Op for Moe {
             return Err(Error::invalid(op, format!("top_k must be from 1 to the {e} experts, found {}", self.top_k)));
         }
         for (m, name) in x.iter().zip(["x", "router_logits", "gate_up_proj", "down_proj"]) {
-            if !m.dtype.is_float() || (name != "router_logits" && m.dtype != x[0].dtype) {
-                return Err(Error::dtype(op, name, x[0].dtype, m.dtype));
+            if !x[0].dtype.is_float() || (name != "router_logits" && m.dtype != x[0].dtype) {
+                return Err(Error::dtype(op, name, "the float dtype of x", m.dtype));
             }
+            crate::dtypes::beside(op, name, x[0].dtype, m.dtype)?;
         }
         let hidden = Meta::new(&[n * self.top_k, i2], acc(x[0].dtype));
         Ok(vec![x[0].clone(), Meta::new(&[e], DType::I64), hidden])
@@ -78,6 +83,9 @@ pub struct MoeBackward(pub(crate) Moe);
 impl Op for MoeBackward {
     fn name(&self) -> &'static str {
         "moe_backward"
+    }
+    fn arity(&self) -> RangeInclusive<usize> {
+        6..=6
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         Ok(x[..4].to_vec())

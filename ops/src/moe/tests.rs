@@ -50,6 +50,7 @@ fn bad_arguments() {
     let [x, l, w1, w2] = inputs(5, 4, 3, 2);
     assert!(moe(Moe { top_k: 4, norm_topk: true }, &x, &l, &w1, &w2).is_err());
     assert!(moe(Moe { top_k: 1, norm_topk: true }, &x, &l.narrow(1, 0, 2).unwrap(), &w1, &w2).is_err());
+    assert!(load_balancing_loss(&[&l], 0).is_err());
     let none = x.narrow(0, 0, 0).unwrap();
     assert_eq!(moe(Moe { top_k: 1, norm_topk: true }, &none, &l.narrow(0, 0, 0).unwrap(), &w1, &w2).unwrap().0.shape(), [0, 4]);
 }

@@ -25,12 +25,12 @@ vectorized! {
         if silu { for (y, g) in y.iter_mut().zip(gate) { *y *= g.silu() } } else { for (y, g) in y.iter_mut().zip(gate) { *y *= g.sigmoid() } }
     }
     /// dgate from the normed row, and dy·act(gate) into `t`.
-    fn gate_back_row[F: Real](silu: bool, x: &[F], w: &[F], gate: &[F], dy: &[F], eps: F, t: &mut [F], dgate: &mut [F]) {
+    fn gate_back_row[F: Real](silu: bool, x: &[F], w: &[F], centre: F, gate: &[F], dy: &[F], eps: F, t: &mut [F], dgate: &mut [F]) {
         let r = F::ONE / (dot(x, x) / F::from_f64(x.len() as f64) + eps).sqrt();
         for i in 0..t.len().min(x.len()).min(w.len()).min(gate.len()).min(dy.len()).min(dgate.len()) {
             let s = gate[i].sigmoid();
             let (a, d) = if silu { (gate[i] * s, s * (F::ONE + gate[i] * (F::ONE - s))) } else { (s, s * (F::ONE - s)) };
-            dgate[i] = dy[i] * x[i] * r * w[i] * d;
+            dgate[i] = dy[i] * x[i] * r * (centre + w[i]) * d;
             t[i] = dy[i] * a;
         }
     }
@@ -92,7 +92,7 @@ fn backward<F: Real>(op: &RmsNormBackward, x: &Inputs, y: &mut Outputs) -> Resul
                 for (i, (dx, dg)) in dx.chunks_mut(d).zip(dg.chunks_mut(d)).enumerate() {
                     let at = t * per + i;
                     let row = &v[rows.at(at)..][..d];
-                    gate_back_row(act == NormGate::Silu, row, &w, &gate[gr.at(at)..][..d], &dy[at * d..][..d], eps, &mut a, dg);
+                    gate_back_row(act == NormGate::Silu, row, &w, centre, &gate[gr.at(at)..][..d], &dy[at * d..][..d], eps, &mut a, dg);
                     back_row(row, &w, centre, &a, eps, &mut b, dx, &mut sum);
                 }
                 sum

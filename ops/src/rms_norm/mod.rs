@@ -7,6 +7,7 @@ pub mod reference;
 mod tests;
 
 use engine::{Error, Meta, Op, Result, Saved, Tensor, Want, run, run1};
+use std::ops::RangeInclusive;
 
 /// The activation of a gate that is multiplied after the norm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,20 +32,19 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// Position of the optional third input.
     fn check(&self, x: &[Meta]) -> Result<()> {
         let op = "rms_norm";
-        let want = 2 + self.residual as usize + self.gate.is_some() as usize;
-        if x.len() != want {
-            return Err(Error::invalid(op, format!("needs {want} inputs, found {}", x.len())));
+        if self.residual && self.gate.is_some() {
+            return Err(Error::invalid(op, "takes a residual in front or a gate behind, not both"));
         }
         let d = *x[0].shape.last().ok_or_else(|| Error::shape(op, "x", "with at least one axis", &x[0].shape))?;
         if !x[0].dtype.is_float() {
             return Err(Error::dtype(op, "x", "a float dtype", x[0].dtype));
         }
-        if x[1].shape != [d] || !x[1].dtype.is_float() {
+        if x[1].shape != [d] {
             return Err(Error::shape(op, "weight", format!("[{d}], the last axis of x"), &x[1].shape));
         }
+        crate::dtypes::beside(op, "weight", x[0].dtype, x[1].dtype)?;
         for m in &x[2..] {
             if *m != x[0] {
                 return Err(Error::invalid(op, format!("residual and gate must be {} as x is, found {m}", x[0])));
@@ -57,6 +57,10 @@ impl RmsNorm {
 impl Op for RmsNorm {
     fn name(&self) -> &'static str {
         "rms_norm"
+    }
+    fn arity(&self) -> RangeInclusive<usize> {
+        let n = 2 + self.residual as usize + self.gate.is_some() as usize;
+        n..=n
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         self.check(x)?;
@@ -110,6 +114,10 @@ pub struct RmsNormBackward {
 impl Op for RmsNormBackward {
     fn name(&self) -> &'static str {
         "rms_norm_backward"
+    }
+    fn arity(&self) -> RangeInclusive<usize> {
+        let n = 3 + self.norm.gate.is_some() as usize + self.residual_grad as usize;
+        n..=n
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         let mut y = vec![x[0].clone(), x[1].clone()];

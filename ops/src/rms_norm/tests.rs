@@ -17,6 +17,8 @@ fn gradients_of_every_form() {
                 .unwrap()
                 .within(1e-6)
                 .unwrap();
+            let centred = RmsNorm { eps: 1e-6, zero_centred: true, residual: false, gate: Some(act) };
+            gradcheck(|v| Ok(vec![run1(centred, &[&v[0], &v[1], &v[2]])?]), &[x.clone(), w.clone(), g.clone()], 1e-5).unwrap().within(1e-6).unwrap();
         }
     }
 }
@@ -42,5 +44,8 @@ fn agrees_with_primitives_in_f32_and_bf16_and_on_views() {
 #[test]
 fn bad_arguments() {
     assert!(rms_norm(&randn(&[2, 3], 1), &randn(&[4], 2), 1e-6, false).is_err());
+    let both = RmsNorm { eps: 1e-6, zero_centred: false, residual: true, gate: Some(NormGate::Silu) };
+    let x = randn(&[2, 3], 1);
+    assert!(run(both, &[&x, &randn(&[3], 2), &x, &x]).is_err(), "the gate would be ignored");
     assert!(rms_norm_gated(&randn(&[2, 3], 1), &randn(&[3], 2), &randn(&[2, 4], 2), 1e-6, NormGate::Silu).is_err());
 }

@@ -1,5 +1,4 @@
-//! Rotary position embedding (Su et al., 2104.09864) on the first `rotary_dim` entries of a head, in the rotate-half form, after an optional RMS norm
-//! of the head (the q and k norms of Qwen3-Next) that is fused in front.
+//! Rotary position embedding (Su et al., 2104.09864) on the first `rotary_dim` entries of a head, in the rotate-half form.
 //!
 //! With `θ_i = base^(−2i/rotary_dim)` and position p: `y_i = x_i cos pθ_i − x_{i+r/2} sin pθ_i`, `y_{i+r/2} = x_{i+r/2} cos pθ_i + x_i sin pθ_i`.
 
@@ -11,6 +10,7 @@ use engine::cpu::simd::Real;
 use engine::cpu::{Inputs, Outputs};
 use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, Want, cpu_kernel, dispatch_real, run1, vectorized};
 use rayon::prelude::*;
+use std::ops::RangeInclusive;
 
 /// The op; see [`rope`].
 #[derive(Debug, Clone, Copy)]
@@ -31,6 +31,10 @@ impl Op for Rope {
     fn name(&self) -> &'static str {
         "rope"
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        let n = 1 + self.positions as usize;
+        n..=n
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         let [b, t, _, d] = x[0].shape[..] else { return Err(Error::shape("rope", "x", "[B, T, H, D]", &x[0].shape)) };
         if !x[0].dtype.is_float() {
@@ -38,6 +42,9 @@ impl Op for Rope {
         }
         if self.rotary_dim > d || !self.rotary_dim.is_multiple_of(2) {
             return Err(Error::invalid("rope", format!("rotary_dim must be even and at most head_dim {d}, found {}", self.rotary_dim)));
+        }
+        if self.theta.is_nan() || self.theta <= 0.0 || self.theta.is_infinite() {
+            return Err(Error::invalid("rope", format!("theta must be a positive number, found {}", self.theta)));
         }
         if self.positions && (x[1].shape != [b, t] || !matches!(x[1].dtype, DType::I32 | DType::I64)) {
             return Err(Error::invalid("rope", format!("positions must be i32 or i64 [{b}, {t}], found {}", x[1])));
@@ -174,5 +181,8 @@ mod tests {
         close(&rope(&x, 0, 1e4, Positions::From(3)).unwrap(), &x, 0.0);
         assert!(rope(&x, 8, 1e4, Positions::From(0)).is_err());
         assert!(rope(&x, 3, 1e4, Positions::From(0)).is_err());
+        for theta in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            assert!(rope(&x, 4, theta, Positions::From(0)).is_err(), "{theta}");
+        }
     }
 }

@@ -226,9 +226,10 @@ fn backward<F: Real>(op: &ShortConvBackward, x: &Inputs, y: &mut Outputs) -> Res
         }
         mix(&taps[..n], true, row);
         if let Some(d) = &dlast {
-            // this input is entry j of the final state, if it is among the last K − 1
+            // this input is entry j of the final state, if it is among the last K − 1 and of the last document
             let j = t0 - t as isize + k as isize - 1;
-            if j >= 0 {
+            let last = s.starts.last().map_or(0, |s| *s as isize);
+            if j >= 0 && (last == 0 || t0 >= last) {
                 let from = (b * (k - 1) + j as usize) * c;
                 row.iter_mut().zip(&d[from..from + c]).for_each(|(r, d)| *r += *d);
             }

@@ -7,6 +7,7 @@ pub mod reference;
 mod tests;
 
 use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, Want, run};
+use std::ops::RangeInclusive;
 
 /// The op; see [`short_conv`].
 #[derive(Debug, Clone, Copy)]
@@ -34,11 +35,11 @@ impl Op for ShortConv {
     fn name(&self) -> &'static str {
         "short_conv"
     }
+    fn arity(&self) -> RangeInclusive<usize> {
+        self.inputs()..=self.inputs()
+    }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         let op = "short_conv";
-        if x.len() != self.inputs() {
-            return Err(Error::invalid(op, format!("needs {} inputs, found {}", self.inputs(), x.len())));
-        }
         if !matches!(x[0].shape.len(), 3 | 4) {
             return Err(Error::shape(op, "x", "[B, T, C] or [B, T, H, D]", &x[0].shape));
         }
@@ -49,6 +50,7 @@ impl Op for ShortConv {
         if (x[1].shape != [c, 1, k] && x[1].shape != [c, k]) || k == 0 {
             return Err(Error::shape(op, "weight", format!("[{c}, 1, K] or [{c}, K]"), &x[1].shape));
         }
+        crate::dtypes::beside(op, "weight", x[0].dtype, x[1].dtype)?;
         let state = Meta::new(&[b, k - 1, c], if x[0].dtype == DType::F64 { DType::F64 } else { DType::F32 });
         if self.state && x[2] != state {
             return Err(Error::invalid(op, format!("the state must be {state}, found {}", x[2])));
@@ -102,6 +104,10 @@ pub struct ShortConvBackward {
 impl Op for ShortConvBackward {
     fn name(&self) -> &'static str {
         "short_conv_backward"
+    }
+    fn arity(&self) -> RangeInclusive<usize> {
+        let n = self.conv.inputs() + 1 + self.state_grad as usize;
+        n..=n
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         let mut y = vec![x[0].clone(), x[1].clone()];

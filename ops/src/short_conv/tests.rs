@@ -30,9 +30,13 @@ fn gradients_of_every_form() {
             gradcheck(f, &[x.clone(), w.clone(), s.clone()], 1e-5).unwrap().within(1e-6).unwrap();
         }
     }
-    let cu = Tensor::from_vec([0i32, 2, 2, 7], &[4]).unwrap();
-    let (x, w) = (randn(&[1, 7, 3], 1), randn(&[3, 4], 2));
-    gradcheck(|v| Ok(vec![short_conv(&v[0], &v[1], true, None, Some(&cu))?.0]), &[x, w], 1e-5).unwrap().within(1e-6).unwrap();
+    // the last document shorter than the state, and longer
+    for last in [2, 6] {
+        let cu = Tensor::from_vec([0i32, 2, 2, last, 7], &[5]).unwrap();
+        let (x, w) = (randn(&[1, 7, 3], 1), randn(&[3, 4], 2));
+        let f = |v: &[Tensor]| short_conv(&v[0], &v[1], true, None, Some(&cu)).map(|(y, s)| vec![y, s]);
+        gradcheck(f, &[x, w], 1e-5).unwrap().within(1e-6).unwrap();
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ use engine::cpu::simd::Real;
 use engine::cpu::{Inputs, Outputs};
 use engine::{Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch_real, run1, vectorized};
 use rayon::prelude::*;
+use std::ops::RangeInclusive;
 
 /// Rows × width per task.
 const BLOCK: usize = 16 * 1024;
@@ -41,6 +42,9 @@ pub struct SwiGluBackward;
 impl Op for SwiGluBackward {
     fn name(&self) -> &'static str {
         "swiglu_backward"
+    }
+    fn arity(&self) -> RangeInclusive<usize> {
+        2..=2
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         Ok(vec![x[0].clone()])
