@@ -31,10 +31,7 @@ impl GradCheck {
         let (a, n) = self.values;
         Err(Error::invalid(
             "gradcheck",
-            format!(
-                "leaf {} element {}: autograd {a:e}, numeric {n:e}, relative error {:e} > {tolerance:e}",
-                self.at.0, self.at.1, self.worst
-            ),
+            format!("leaf {} element {}: autograd {a:e}, numeric {n:e}, relative error {:e} > {tolerance:e}", self.at.0, self.at.1, self.worst),
         ))
     }
 }

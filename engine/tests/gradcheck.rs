@@ -1,6 +1,6 @@
 //! The gradient check itself: right gradients pass at 1e-9 whatever their size, wrong ones do not.
 
-use engine::{Device, DType, Meta, Op, Result, Saved, Tensor, gradcheck, run1};
+use engine::{DType, Device, Meta, Op, Result, Saved, Tensor, gradcheck, run1};
 
 /// y = scale · x², with a gradient that is off by a factor in one element.
 #[derive(Debug)]
