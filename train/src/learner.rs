@@ -178,8 +178,7 @@ impl<N: Network> Learner for Trained<N> {
     fn save(&self, dir: &Path) -> Result<()> {
         // a checkpoint that nothing can go on from must not push out those that something can
         if let Some(name) = self.broken() {
-            let what = format!("the parameter `{name}` is not finite, and no checkpoint is written");
-            return Err(Error::NonFinite(format!("{what}; go on from an older one by --resume, with a lower optim.lr")));
+            return Err(Error::NonFinite(format!("the parameter `{name}` is not finite, and no checkpoint of it is written")));
         }
         self.net.save(dir)?;
         match &self.optim {
@@ -233,7 +232,7 @@ impl Hybrid {
         for i in 0..how.tokens as u64 {
             let logits = context.feed(&last)?;
             if logits.iter().any(|l| l.is_nan()) {
-                return Err(Error::NonFinite(format!("the model gives no numbers after {i} tokens; its training diverged: use an older checkpoint")));
+                return Err(Error::NonFinite(format!("the model gives no numbers after {i} tokens")));
             }
             last = vec![sampler.draw(&logits, i) as u32];
             if !each(last[0])? {

@@ -131,7 +131,8 @@ pub fn train(learner: &mut dyn Learner, corpus: &Corpus, config: &RunConfig, run
     let result = work.run();
     work.progress.finish();
     result?;
-    let last = evaluate(work.learner, corpus, work.held_out.clone(), config, 0)?;
+    let last = evaluate(work.learner, corpus, work.held_out.clone(), config, 0);
+    let last = work.stopping(last)?;
     if let Some((bits, count)) = last {
         let fields = [("final", true.into()), ("held_out_bits", bits.into()), ("held_out_tokens", count.into())];
         work.metrics.write(work.state.step, &fields, &Scalars::new())?;
@@ -172,19 +173,32 @@ impl Loop<'_> {
             self.step()?;
             let (step, after) = (self.state.step, self.used(&self.state));
             if eval > 0 && step.is_multiple_of(eval) && after < 1.0 {
-                self.evaluate()?;
+                let done = self.evaluate();
+                self.stopping(done)?;
             }
             let shown = |used: f64| (used.min(1.0) * self.config.sample.count as f64).floor();
             if shown(after) > shown(before) && self.corpus.is_bytes() {
-                self.sample()?;
+                let done = self.sample();
+                self.stopping(done)?;
             }
             self.state.seconds = self.seconds();
             if keep > 0 && step.is_multiple_of(keep) {
-                self.save()?;
+                let done = self.save();
+                self.stopping(done)?;
                 saved = step;
             }
         }
-        if saved != self.state.step { self.save() } else { Ok(()) }
+        let done = if saved != self.state.step { self.save() } else { Ok(()) };
+        self.stopping(done)
+    }
+
+    /// What to do when something between two steps finds numbers that are not finite: say after which step, and what helps.
+    fn stopping<T>(&mut self, done: Result<T>) -> Result<T> {
+        let Err(Error::NonFinite(m)) = done else { return done };
+        let message = format!("after step {}: {m}; lower optim.lr, and go on from an older checkpoint by --resume if there is one", self.state.step);
+        self.metrics.write(self.state.step, &[("stopped", message.as_str().into())], &Scalars::new())?;
+        self.metrics.sync()?;
+        Err(Error::NonFinite(message))
     }
 
     fn step(&mut self) -> Result<()> {

@@ -187,7 +187,10 @@ fn generate(args: &Generate) -> Result<()> {
         });
         // what was written stays a whole line, whatever comes after it
         show(&(decoder.finish() + "\n"))?;
-        done?;
+        done.map_err(|e| match e {
+            Error::NonFinite(m) => Error::NonFinite(format!("{}: {m}: its training has diverged; use an older checkpoint", path.display())),
+            e => e,
+        })?;
     }
     Ok(())
 }
