@@ -128,7 +128,7 @@ fn a_changed_bit_and_a_changed_length_are_noticed() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = RunDir::open(&tmp.path().join("run"), false).unwrap();
     // more than a block, and no whole number of words
-    let bytes: Vec<u8> = (0..(1u32 << 20) + 13).map(|i| (i * i >> 7) as u8).collect();
+    let bytes: Vec<u8> = (0..(1u32 << 20) + 13).map(|i| ((i * i) >> 7) as u8).collect();
     let put = |d: &Path| fs::write(d.join(MODEL), &bytes).and_then(|()| fs::write(d.join(OPTIMIZER), "xyz")).map_err(Error::io("writing", d));
     let path = dir.save(&State { ema: 0.1, corpus: Some(Fingerprint { tokens: 9, hash: u64::MAX, bytes: true }), ..state(3) }, 2, put).unwrap();
     let read = read_state(&path).unwrap();

@@ -148,10 +148,8 @@ mod tests {
             let before = [w.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap()].concat();
             let norm = AdamW::new(&params).unwrap().step(&params, &grads(&w, &b), 1, 0.1, o, None).unwrap();
             let after = [w.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap()].concat();
-            (
-                w.assign(&Tensor::from_slice(&before[..4], &[2, 2], w.device()).unwrap()).unwrap(),
-                b.assign(&Tensor::from_slice(&before[4..], &[2], b.device()).unwrap()).unwrap(),
-            );
+            w.assign(&Tensor::from_slice(&before[..4], &[2, 2], w.device()).unwrap()).unwrap();
+            b.assign(&Tensor::from_slice(&before[4..], &[2], b.device()).unwrap()).unwrap();
             (norm, before.iter().zip(after).map(|(x, y)| f64::from(y - x)).collect::<Vec<f64>>())
         };
         let g = [2.0f64, -4.0, 6.0, 1.0, 2.0, 2.0];

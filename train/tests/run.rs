@@ -81,7 +81,7 @@ fn every_step_says_what_there_is_to_see() {
     let each = "resid_pre_rms resid_pre_max resid_mid_rms resid_post_rms resid_post_max attn.q_rms attn.k_rms attn.v_rms attn.grad_norm attn.update_norm \
                 mlp.grad_norm mlp.router_entropy mlp.router_max mlp.router_load_max mlp.router_load_min mlp.router_load_entropy mlp.router_dead";
     let gates = |layer: usize| {
-        let mixer: &[&str] = if layer == 3 { &["attn.gate"] } else { &["attn.alpha", "attn.beta"] };
+        let mixer: &[&str] = if layer == 3 { &["attn.gate"] } else { &["attn.gate", "attn.alpha", "attn.beta"] };
         [mixer, &["mlp.shared_gate"]]
             .concat()
             .into_iter()
@@ -94,7 +94,9 @@ fn every_step_says_what_there_is_to_see() {
         }
         for layer in 0..4 {
             for key in gates(layer) {
-                assert!((0.0..=1.0).contains(&line[&key].as_f64().unwrap()), "{key}: {}", line[&key]);
+                // the output gate of a delta-rule layer is SiLU's, which is negative now and then
+                let least = if key.ends_with("attn.gate_mean") && layer != 3 { -0.28 } else { 0.0 };
+                assert!((least..=1.0).contains(&line[&key].as_f64().unwrap()), "{key}: {}", line[&key]);
             }
         }
     }
