@@ -2,7 +2,7 @@
 
 use crate::init::Source;
 use crate::tensor_file::{self, TensorFile, fill, readable};
-use crate::{Decoder, Error, ModelConfig, Param, Result};
+use crate::{Decoder, Error, ModelConfig, Param, Placement, Result};
 use engine::{DType, Tensor};
 use safetensors::tensor::TensorView;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -110,16 +110,22 @@ impl Decoder {
     /// The model that the folder `dir` holds, in f32: `config.json`, and `model.safetensors` or the shards that `model.safetensors.index.json` names.
     /// The files' names and shapes are held against the configuration before memory is taken.
     pub fn open(dir: &Path) -> Result<Decoder> {
+        Self::open_on(dir, &Placement::cpu(DType::F32))
+    }
+
+    /// The model that the folder `dir` holds, as [`open`](Self::open), in a place of your choice.
+    pub fn open_on(dir: &Path, place: &Placement) -> Result<Decoder> {
         let path = dir.join(CONFIG);
         let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
         let json = serde_json::from_str(&text).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))?;
         let config = ModelConfig::from_json(json)?;
-        config.fits(4)?;
+        place.validate()?;
+        config.fits(place.params.size() as u64)?;
         let files = Files::open(dir)?;
-        let plan = Decoder::build(&config, DType::F32, Source::Shapes)?;
+        let plan = Decoder::build(&config, place, Source::Shapes)?;
         let pieces = files.matched(dir, plan.params())?;
         let pieces: HashMap<&str, &Vec<TensorView>> = plan.params().iter().map(|p| p.name.as_str()).zip(&pieces).collect();
-        Decoder::build(&config, DType::F32, Source::File(&|name, t| fill(t, pieces.get(name).map_or(&[], |v| v))))
+        Decoder::build(&config, place, Source::File(&|name, t| fill(t, pieces.get(name).map_or(&[], |v| v))))
     }
 
     /// Overwrites the parameters in place with those of the folder `dir`; none of them, if the files do not fit.

@@ -1,6 +1,6 @@
 //! Initial values: functions of (seed, the parameter's place) alone.
 
-use crate::Param;
+use crate::{Param, Placement};
 use engine::{DType, Device, Result, Tensor, rng};
 
 /// Where parameters come from.
@@ -18,7 +18,7 @@ pub(crate) struct Builder<'a> {
     pub params: Vec<Param>,
     pub source: Source<'a>,
     pub std: f64,
-    pub dtype: DType,
+    pub place: Placement,
     pub prefix: String,
 }
 
@@ -26,12 +26,12 @@ impl Builder<'_> {
     /// A parameter; `initial` makes f64 values from the seed and the parameter's place.
     fn add(&mut self, name: &str, shape: &[usize], initial: impl FnOnce(u64, u64) -> Result<Tensor>) -> crate::Result<Tensor> {
         let name = format!("{}{name}", self.prefix);
-        let zeros = |shape: &[usize]| Tensor::full(0.0, shape, self.dtype, &Device::cpu());
+        let Placement { device, params: dtype, .. } = &self.place;
         let t = match &self.source {
-            Source::Seed(seed) => initial(*seed, self.params.len() as u64)?.cast(self.dtype)?,
-            Source::Shapes => zeros(&vec![1; shape.len()])?.expand(shape)?,
+            Source::Seed(seed) => initial(*seed, self.params.len() as u64)?.cast(*dtype)?.to_device(device)?,
+            Source::Shapes => Tensor::full(0.0, &vec![1; shape.len()], *dtype, &Device::cpu())?.expand(shape)?,
             Source::File(fill) => {
-                let t = zeros(shape)?;
+                let t = Tensor::full(0.0, shape, *dtype, device)?;
                 fill(&name, &t)?;
                 t
             }
