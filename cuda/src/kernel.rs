@@ -134,7 +134,7 @@ macro_rules! params {
 pub unsafe trait Plain: Copy + 'static {}
 macro_rules! plain { ($($t:ty)*) => { $( // SAFETY: plain data.
     unsafe impl Plain for $t {} )* } }
-plain! { u8 u16 u32 u64 i32 i64 f32 f64 Ptr FastDiv }
+plain! { u8 u16 u32 u64 i32 i64 f32 f64 Ptr FastDiv Fault }
 // SAFETY: an array of plain data is plain data.
 unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
 
@@ -177,6 +177,15 @@ impl FastDiv {
         let shift = if d == 1 { 0 } else { shift };
         FastDiv { divisor: d as u32, magic: (((1u64 << 32) * ((1u64 << shift) - d)) / d + 1) as u32, shift }
     }
+}
+
+/// How a kernel tells that its data are wrong, such as an index out of range: `p.fault.tell(value)`. Made by [`Cuda::fault`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    pub(crate) flag: Ptr,
+    pub(crate) code: u32,
+    pub(crate) unused: u32,
 }
 
 /// The name of a dtype in a source.

@@ -17,5 +17,5 @@ mod runtime;
 
 pub use gemm::Gemm;
 pub use graph::Graph;
-pub use kernel::{FastDiv, Kernel, Params, Ptr, Source};
+pub use kernel::{FastDiv, Fault, Kernel, Params, Ptr, Source};
 pub use runtime::{Cuda, available, device, emulator, emulator_with_memory};

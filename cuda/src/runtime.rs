@@ -3,7 +3,7 @@
 use crate::compile::{self, Target};
 use crate::driver::{Driver, Function, Shape, emulated::Emulated, real};
 use crate::memory::{CudaBuffer, Memory, Stats};
-use crate::{Gemm, Kernel, Params, Ptr, cache};
+use crate::{Fault, Gemm, Kernel, Params, Ptr, cache};
 use engine::{Backend, Buffer, Device, Error, Result};
 use std::any::Any;
 use std::cell::Cell;
@@ -21,8 +21,14 @@ struct Inner {
     functions: RwLock<HashMap<Kernel, Function>>,
     /// Wait after each launch, so that an error names its kernel: `TIDEGATE_CUDA_SYNC=1`.
     synchronous: bool,
+    /// Where kernels report wrong data, once one is launched that can; and the messages by code.
+    faults: Mutex<Option<CudaBuffer>>,
+    messages: Mutex<Vec<(&'static str, &'static str)>>,
     model: String,
 }
+
+/// Bytes of the place where kernels report.
+const FLAG: usize = 16;
 
 thread_local! { static OP: Cell<Option<&'static str>> = const { Cell::new(None) } }
 
@@ -66,7 +72,7 @@ impl Cuda {
     fn new(driver: Arc<dyn Driver>, model: String) -> Cuda {
         let synchronous = std::env::var_os("TIDEGATE_CUDA_SYNC").is_some_and(|v| v == "1");
         let memory = Memory::new(driver.clone());
-        Cuda(Arc::new(Inner { driver, memory, functions: Default::default(), synchronous, model }))
+        Cuda(Arc::new(Inner { driver, memory, functions: Default::default(), synchronous, faults: Default::default(), messages: Default::default(), model }))
     }
     /// The backend behind a device, if it is a GPU or the emulator.
     pub fn of(device: &Device) -> Result<&Cuda> {
@@ -134,6 +140,37 @@ impl Cuda {
         let b = self.0.memory.alloc(bytes)?;
         let p = Ptr(b.address());
         Ok((b, p))
+    }
+    /// For a kernel that checks its data: `what` is wrong with them, when it tells so. The error comes at the next point that waits for the device
+    /// (a download, a synchronisation), with the value that the kernel gave.
+    pub fn fault(&self, op: &'static str, what: &'static str) -> Result<Fault> {
+        let mut faults = self.0.faults.lock().unwrap_or_else(|e| e.into_inner());
+        if faults.is_none() {
+            let b = self.0.memory.alloc(FLAG)?;
+            self.0.driver.fill(b.address(), 0, FLAG)?;
+            *faults = Some(b);
+        }
+        let mut messages = self.0.messages.lock().unwrap_or_else(|e| e.into_inner());
+        let at = messages.iter().position(|m| *m == (op, what)).unwrap_or_else(|| {
+            messages.push((op, what));
+            messages.len() - 1
+        });
+        Ok(Fault { flag: Ptr(faults.as_ref().map_or(0, |b| b.address())), code: at as u32 + 1, unused: 0 })
+    }
+    /// The first fault that a kernel has told, which is then forgotten.
+    fn told(&self) -> Result<()> {
+        let faults = self.0.faults.lock().unwrap_or_else(|e| e.into_inner());
+        let Some(b) = faults.as_ref() else { return Ok(()) };
+        let mut flag = [0; FLAG];
+        self.0.driver.download(b.address(), &mut flag)?;
+        let word = |i: usize| i64::from_le_bytes(flag[8 * i..8 * i + 8].try_into().unwrap_or_default());
+        let (code, value) = (word(0) as u32 as usize, word(1));
+        if code == 0 {
+            return Ok(());
+        }
+        self.0.driver.fill(b.address(), 0, FLAG)?;
+        let (op, what) = self.0.messages.lock().unwrap_or_else(|e| e.into_inner()).get(code - 1).copied().unwrap_or(("cuda", "unknown fault"));
+        Err(Error::invalid(op, format!("{what}: {value}")))
     }
     /// Sets bytes.
     pub fn fill(&self, at: Ptr, byte: u8, bytes: usize) -> Result<()> {
@@ -244,9 +281,13 @@ impl Backend for Cuda {
         if dst.len() > src.bytes() {
             return Err(Error::invalid("cuda", format!("download of {} bytes from a block of {}", dst.len(), src.bytes())));
         }
-        if dst.is_empty() { Ok(()) } else { self.0.driver.download(Cuda::address(src)?.0, dst) }
+        if !dst.is_empty() {
+            self.0.driver.download(Cuda::address(src)?.0, dst)?;
+        }
+        self.told()
     }
     fn synchronize(&self) -> Result<()> {
-        self.0.driver.synchronize()
+        self.0.driver.synchronize()?;
+        self.told()
     }
 }

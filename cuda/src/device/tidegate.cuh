@@ -247,6 +247,15 @@ struct FastDiv {
     TG_DEVICE void divmod(u32 n, u32& q, u32& r) const { q = div(n); r = n - q * divisor; }
 };
 
+// How a kernel tells that its data are wrong (an index out of range): the first report is kept, and becomes an error at the next synchronisation.
+struct Fault {
+    u64* flag;
+    u32 code, unused;
+    TG_DEVICE void tell(i64 value) const {
+        if (atomic_cas((u32*)flag, 0, code) == 0) flag[1] = (u64)value;
+    }
+};
+
 // A float as three bf16 that add up to it (to 24 bits), for products of f32 on tensor cores.
 TG_DEVICE void split3(float x, float& a, float& b, float& c) {
     a = widen_bf16(round_bf16(x));

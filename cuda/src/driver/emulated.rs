@@ -5,7 +5,7 @@ use crate::compile::{Binary, Target};
 use crate::{Gemm, Kernel};
 use engine::{Error, Result};
 use std::alloc::{self, Layout};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -38,7 +38,7 @@ enum Command {
 struct State {
     functions: Vec<Loaded>,
     libraries: Vec<libloading::Library>,
-    blocks: HashMap<u64, usize>,
+    blocks: BTreeMap<u64, usize>,
     used: usize,
     recording: Option<Vec<Command>>,
 }
@@ -85,7 +85,7 @@ fn run(state: &Mutex<State>, c: &Command) -> Result<()> {
                 let m = unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy().into_owned();
                 return Err(Error::invalid("cuda emulator", format!("{k} with {shape:?}: {m}")));
             }
-            guards(state, k)
+            guards(state, k, params)
         }
         Command::Gemm(g) => {
             g.on_host();
@@ -107,12 +107,16 @@ fn run(state: &Mutex<State>, c: &Command) -> Result<()> {
     }
 }
 
-/// Whether the last kernel wrote past a block.
-fn guards(state: &Mutex<State>, k: &Kernel) -> Result<()> {
-    for (at, n) in &lock(state).blocks {
-        // SAFETY: each block was allocated with a guard after it.
-        let guard = unsafe { std::slice::from_raw_parts((*at as *const u8).add(*n), GUARD) };
+/// Whether a kernel wrote past one of the blocks that its parameters point into.
+fn guards(state: &Mutex<State>, k: &Kernel, params: &[u8]) -> Result<()> {
+    let s = lock(state);
+    for word in params.chunks_exact(8) {
+        let at = u64::from_ne_bytes(word.try_into().unwrap_or_default());
+        let Some((start, n)) = s.blocks.range(..=at).next_back().filter(|(start, n)| at < **start + **n as u64) else { continue };
+        // SAFETY: each block was allocated with a guard after it, and lives while it is listed.
+        let guard = unsafe { std::slice::from_raw_parts_mut((*start as *mut u8).add(*n), GUARD) };
         if guard.iter().any(|b| *b != FILL) {
+            guard.fill(FILL);
             return Err(Error::invalid("cuda emulator", format!("{k} wrote past the end of a block of {n} bytes")));
         }
     }
