@@ -1,7 +1,7 @@
 //! The decoder: embedding, pre-norm residual blocks, final norm, output projection.
 
 use crate::config::{LayerType, ModelConfig};
-use crate::init::Builder;
+use crate::init::{Builder, Source};
 use crate::layers::{Attention, Cache, Context, Dense, GatedDeltaNet, Param, Sparse, Taps};
 use crate::{Error, Result};
 use engine::watch::place;
@@ -10,7 +10,8 @@ use ops::linear_cross_entropy::{linear_cross_entropy, linear_cross_entropy_per_t
 use ops::moe::{load_balancing_loss, router_z_loss};
 use ops::rms_norm::{rms_norm, rms_norm_residual};
 
-/// Sees named tensors as the model computes them: `blocks.{i}.attn.hook_gate`, `…hook_beta`, `…hook_log_decay`, `blocks.{i}.mlp.hook_router_probs`,
+/// Sees named tensors as the model computes them: `blocks.{i}.attn.hook_gate` (after its
+/// activation), `…hook_beta`, `…hook_log_decay`, `…hook_state` (the delta rule's last), `blocks.{i}.mlp.hook_router_probs`,
 /// `blocks.{i}.hook_resid_post`, … (TransformerLens's names). What nobody looks at costs nothing.
 pub type Tap<'a> = &'a mut dyn FnMut(&str, &Tensor);
 
@@ -61,9 +62,13 @@ impl Decoder {
             return Err(Error::Config(format!("parameters are kept in f32 (or f64 for checks), found {dtype}")));
         }
         config.fits(dtype.size() as u64)?;
+        Self::build(config, dtype, Source::Seed(seed))
+    }
+
+    pub(crate) fn build(config: &ModelConfig, dtype: DType, source: Source) -> Result<Self> {
         let c = config.clone();
         let h = c.hidden_size;
-        let mut b = Builder { params: vec![], seed, std: c.initializer_range, dtype, prefix: "model.".into() };
+        let mut b = Builder { params: vec![], source, std: c.initializer_range, dtype, prefix: "model.".into() };
         let embed = b.normal("embed_tokens.weight", &[c.vocab_size, h])?;
         let mut blocks = vec![];
         for i in 0..c.num_hidden_layers {

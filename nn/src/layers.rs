@@ -72,7 +72,7 @@ pub(crate) struct Attention {
 }
 
 impl Attention {
-    pub fn new(b: &mut Builder, c: &ModelConfig, kind: LayerType) -> Result<Self> {
+    pub fn new(b: &mut Builder, c: &ModelConfig, kind: LayerType) -> crate::Result<Self> {
         let (h, d) = (c.hidden_size, c.head_dim);
         Ok(Attention {
             q_proj: b.normal("self_attn.q_proj.weight", &[c.num_attention_heads * (d + c.gate_dim()), h])?,
@@ -144,7 +144,7 @@ pub(crate) struct GatedDeltaNet {
 }
 
 impl GatedDeltaNet {
-    pub fn new(b: &mut Builder, c: &ModelConfig) -> Result<Self> {
+    pub fn new(b: &mut Builder, c: &ModelConfig) -> crate::Result<Self> {
         let (h, nv) = (c.hidden_size, c.linear_num_value_heads);
         let (k, v) = (c.linear_num_key_heads * c.linear_key_head_dim, nv * c.linear_value_head_dim);
         Ok(GatedDeltaNet {
@@ -187,8 +187,9 @@ impl GatedDeltaNet {
         taps.see("attn.hook_log_decay", || Ok(log_decay.clone()))?;
         let inputs = DeltaRuleInputs { log_decay: Some(&log_decay), beta: Some(&beta), initial_state: state.as_ref(), cu_seqlens: ctx.cu_seqlens };
         let (o, last) = delta_rule(DeltaRule::gated_delta_net(), &q, &k, &v, inputs)?;
+        taps.see("attn.hook_state", || Ok(last.clone()))?;
         taps.see("attn.hook_recurrence_out", || Ok(o.clone()))?;
-        taps.see("attn.hook_gate_input", || Ok(z.clone()))?;
+        taps.see("attn.hook_gate", || if c.output_gate_type == OutputGate::Silu { z.silu() } else { z.sigmoid() })?;
         if let Some(cache) = cache {
             *cache = Cache::Recurrent([sq, sk, sv], last);
         }
@@ -205,7 +206,7 @@ pub(crate) struct Dense {
 }
 
 impl Dense {
-    pub fn new(b: &mut Builder, name: &str, h: usize, i: usize) -> Result<Self> {
+    pub fn new(b: &mut Builder, name: &str, h: usize, i: usize) -> crate::Result<Self> {
         Ok(Dense {
             gate_up: b.normal(&format!("{name}.gate_up_proj.weight"), &[2 * i, h])?,
             down: b.normal(&format!("{name}.down_proj.weight"), &[h, i])?,
@@ -225,7 +226,7 @@ pub(crate) struct Sparse {
 }
 
 impl Sparse {
-    pub fn new(b: &mut Builder, c: &ModelConfig) -> Result<Self> {
+    pub fn new(b: &mut Builder, c: &ModelConfig) -> crate::Result<Self> {
         let (h, e, i) = (c.hidden_size, c.num_experts, c.moe_intermediate_size);
         let s = c.shared_expert_intermediate_size;
         Ok(Sparse {

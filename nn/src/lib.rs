@@ -9,7 +9,7 @@ mod init;
 mod layers;
 pub mod tensor_file;
 
-pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate};
+pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, nearest};
 pub use decoder::{Decoder, Losses, Tap};
 pub use error::{Error, Result};
 pub use generate::{Generator, Sampler};

@@ -208,7 +208,7 @@ impl Hybrid {
     }
     /// The model's `config.json`.
     pub fn config_json(&self) -> Result<String> {
-        serde_json::to_string_pretty(self.model.config()).map_err(|e| Error::Model(e.to_string()))
+        serde_json::to_string_pretty(&self.model.config().to_json()?).map_err(|e| Error::Model(e.to_string()))
     }
     /// The model.
     pub fn model(&self) -> &nn::Decoder {
