@@ -1,1 +1,21 @@
-//! The CUDA runtime. Not built yet: see README.md beside the manifest.
+//! The CUDA backend: memory, streams, run-time compilation, matrix products, graphs, and the kernels of the primitive ops.
+//!
+//! Nothing of CUDA is needed to build it, and every kernel can be tested without a GPU: the same sources run on [`emulator`], which is another device of
+//! this very backend. `docs/cuda.md` tells how to write a kernel.
+
+extern crate self as cuda;
+
+pub mod cache;
+pub mod compile;
+mod driver;
+mod gemm;
+mod graph;
+pub mod kernel;
+pub mod memory;
+mod prim;
+mod runtime;
+
+pub use gemm::Gemm;
+pub use graph::Graph;
+pub use kernel::{FastDiv, Fault, Kernel, Params, Ptr, Source};
+pub use runtime::{Cuda, available, device, emulator, emulator_with_memory};

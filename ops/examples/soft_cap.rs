@@ -1,10 +1,12 @@
 //! A user's fused op in one file, outside the engine: soft-capping, y = c · tanh(x / c), as Gemma 2 applies it to logits (2408.00118, §2).
 //!
-//! Run it: `cargo run --release -p tidegate-ops --example soft_cap`. The walk-through is docs/extend.md.
+//! Its CUDA source is soft_cap.cu, beside. Run it: `cargo run --release -p tidegate-ops --example soft_cap`. The walk-through is docs/extend.md.
 
+use cuda::kernel::{cpp, one_of};
+use cuda::{Cuda, Kernel, Ptr, cuda_kernel, cuda_source, params};
 use engine::cpu::simd::Real;
 use engine::cpu::{Inputs, Outputs};
-use engine::{DType, Device, Error, Meta, Op, Result, Saved, Tensor, gradcheck, run1, vectorized};
+use engine::{DType, Device, Error, Meta, Op, Result, Saved, Tensor, View, gradcheck, run1, vectorized};
 
 // 1. The contract: attributes, what comes out, what backward reads. No device, no memory.
 
@@ -81,7 +83,31 @@ fn backward<F: Real>(op: &SoftCapBackward, x: &Inputs, y: &mut Outputs) -> Resul
 engine::cpu_kernel!(SoftCap => |op, x, y| engine::dispatch_real!(x.dtype(0), |F| forward::<F>(op, x, y)));
 engine::cpu_kernel!(SoftCapBackward => |op, x, y| engine::dispatch_real!(x.dtype(0), |F| backward::<F>(op, x, y)));
 
-// 5. The function that people call.
+// 5. The same two ops on CUDA: the source with all its instantiations, what a kernel is handed, and two more rows.
+
+cuda_source!(static SOURCE = "soft_cap.cu", kernels: kernels);
+
+params! { struct SoftCapParams { a: Ptr, dy: Ptr, out: Ptr, n: u64, cap: f32 } }
+
+const THREADS: u32 = 256;
+
+fn kernel(pass: &str, dtype: DType) -> Kernel {
+    Kernel::new(&SOURCE, format!("soft_cap_{pass}<{}>", cpp(dtype)), THREADS)
+}
+fn kernels() -> Vec<Kernel> {
+    ["forward", "backward"].into_iter().flat_map(|p| [kernel(p, DType::F32), kernel(p, DType::BF16)]).collect()
+}
+fn launch(cuda: &Cuda, pass: &str, cap: f64, x: &[View], y: &[View]) -> Result<()> {
+    let dtype = one_of("soft_cap", "x", x[0].dtype, &[DType::F32, DType::BF16])?;
+    let n = y[0].layout.numel();
+    let p = SoftCapParams { a: Ptr::of(&x[0])?, dy: Ptr::of_option(x.get(1))?, out: Ptr::of(&y[0])?, n: n as u64, cap: cap as f32 };
+    let per_block = THREADS as usize * 16 / dtype.size();
+    cuda.launch(&kernel(pass, dtype), [n.div_ceil(per_block) as u32, 1, 1], 0, &p)
+}
+cuda_kernel!(SoftCap => |op, cuda, x, y| launch(cuda, "forward", op.cap, x, y));
+cuda_kernel!(SoftCapBackward => |op, cuda, x, y| launch(cuda, "backward", op.0.cap, x, y));
+
+// 6. The function that people call.
 
 /// y = cap · tanh(x / cap).
 pub fn soft_cap(x: &Tensor, cap: f64) -> Result<Tensor> {
@@ -105,6 +131,25 @@ fn main() -> Result<()> {
         let y = soft_cap(&x.cast(d)?.requires_grad(), 1.5)?;
         y.sum_all()?.backward()?;
         println!("{d}: {y:?}");
+    }
+    match cuda::device(0).or_else(|_| cuda::emulator()) {
+        Err(e) => println!("no CUDA: {e}"),
+        Ok(device) => {
+            let (x, dy) = (x.cast(DType::F32)?.requires_grad(), Tensor::randn(&[7, 33], DType::F32, &Device::cpu(), 1, 1)?);
+            let want = soft_cap(&x, 1.5)?;
+            let on = x.detach().to_device(&device)?.requires_grad();
+            let y = soft_cap(&on, 1.5)?;
+            let grads = (want.backward_with(&dy)?, y.backward_with(&dy.to_device(&device)?)?);
+            let found = [&y.detach(), grads.1.get(&on).unwrap_or(&y)];
+            let mut worst = 0f64;
+            for (found, want) in found.into_iter().zip([&want.detach(), grads.0.get(&x).unwrap_or(&want)]) {
+                worst = worst.max(found.to_device(&Device::cpu())?.sub(want)?.abs()?.max(&[0, 1], false)?.item()?);
+            }
+            println!("on {}: values and gradients differ from the CPU's by {worst:.1e}", device.name());
+            if worst.is_nan() || worst > 1e-5 {
+                return Err(Error::invalid("soft_cap", format!("differs on {} by {worst:e}", device.name())));
+            }
+        }
     }
     println!("a bad attribute: {}", soft_cap(&x, -1.0).err().map_or_else(String::new, |e| e.to_string()));
     Ok(())

@@ -1,0 +1,309 @@
+//! The backend: memory, compiled kernels, launches.
+
+use crate::compile::{self, Target};
+use crate::driver::{Driver, Function, Shape, emulated::Emulated, real};
+use crate::memory::{CudaBuffer, Memory, Stats};
+use crate::{Fault, Gemm, Kernel, Params, Ptr, cache};
+use engine::{Backend, Buffer, Device, Error, Result};
+use std::any::Any;
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, RwLock};
+use std::time::Duration;
+
+/// A GPU, or the emulator of one. Cloning shares it.
+#[derive(Clone)]
+pub struct Cuda(Arc<Inner>);
+
+struct Inner {
+    driver: Arc<dyn Driver>,
+    memory: Arc<Memory>,
+    functions: RwLock<HashMap<Kernel, Function>>,
+    /// Wait after each launch, so that an error names its kernel: `TIDEGATE_CUDA_SYNC=1`.
+    synchronous: bool,
+    /// Where kernels report wrong data, once one is launched that can; and the messages by code.
+    faults: Mutex<Option<CudaBuffer>>,
+    messages: Mutex<Vec<(&'static str, &'static str)>>,
+    model: String,
+}
+
+/// Bytes of the place where kernels report.
+const FLAG: usize = 16;
+
+thread_local! { static OP: Cell<Option<&'static str>> = const { Cell::new(None) } }
+
+/// How many GPUs there are; an error that says why when the driver can't be used.
+pub fn available() -> Result<usize> {
+    real::count()
+}
+
+/// The GPU with this number: one instance per process. An error that says what is missing, never a panic, where there is none.
+pub fn device(n: usize) -> Result<Device> {
+    static OPEN: LazyLock<Mutex<HashMap<usize, Device>>> = LazyLock::new(Default::default);
+    let mut open = OPEN.lock().unwrap_or_else(|e| e.into_inner());
+    if let Some(d) = open.get(&n) {
+        return Ok(d.clone());
+    }
+    let driver = real::Real::open(n)?;
+    let model = driver.model();
+    let d = Device::new(Cuda::new(Arc::new(driver), model));
+    open.insert(n, d.clone());
+    Ok(d)
+}
+
+/// The emulator: one instance per process. Needs a host C++ compiler.
+pub fn emulator() -> Result<Device> {
+    static ONE: LazyLock<Device> = LazyLock::new(|| emulated(4 << 30));
+    compile::host_compiler()?;
+    Ok(ONE.clone())
+}
+
+/// Another emulator, with so many bytes of memory.
+pub fn emulator_with_memory(bytes: usize) -> Result<Device> {
+    compile::host_compiler()?;
+    Ok(emulated(bytes))
+}
+
+fn emulated(bytes: usize) -> Device {
+    Device::new(Cuda::new(Arc::new(Emulated::new(bytes)), "emulator".into()))
+}
+
+impl Cuda {
+    fn new(driver: Arc<dyn Driver>, model: String) -> Cuda {
+        let synchronous = std::env::var_os("TIDEGATE_CUDA_SYNC").is_some_and(|v| v == "1");
+        let memory = Memory::new(driver.clone());
+        Cuda(Arc::new(Inner {
+            driver,
+            memory,
+            functions: Default::default(),
+            synchronous,
+            faults: Default::default(),
+            messages: Default::default(),
+            model,
+        }))
+    }
+    /// The backend behind a device, if it is a GPU or the emulator.
+    pub fn of(device: &Device) -> Result<&Cuda> {
+        let b: &dyn Any = device.backend();
+        b.downcast_ref().ok_or_else(|| Error::invalid("cuda", format!("asked for a CUDA device, found {}", device.name())))
+    }
+    pub(crate) fn driver(&self) -> &dyn Driver {
+        &*self.0.driver
+    }
+    pub(crate) fn memory(&self) -> &Arc<Memory> {
+        &self.0.memory
+    }
+    /// Remembers which op runs on this thread, for messages; called by [`cuda_kernel!`](crate::cuda_kernel).
+    pub fn enter(&self, op: &'static str) {
+        OP.set(Some(op));
+    }
+    /// The op that ran last on this thread.
+    pub(crate) fn last_op() -> Option<&'static str> {
+        OP.get()
+    }
+    /// The card's name.
+    pub fn model(&self) -> &str {
+        &self.0.model
+    }
+    /// Whether kernels are emulated.
+    pub fn is_emulator(&self) -> bool {
+        self.0.driver.target() == Target::Host
+    }
+    /// Compute capability times ten, 90 on Hopper; 80 for the emulator, which runs what runs from sm_80 on.
+    pub fn arch(&self) -> u32 {
+        if let Target::Gpu(arch) = self.0.driver.target() { arch } else { 80 }
+    }
+    /// Multiprocessors.
+    pub fn processors(&self) -> u32 {
+        self.0.driver.processors()
+    }
+    /// Shared memory that a block can have, in bytes.
+    pub fn shared_limit(&self) -> u32 {
+        self.0.driver.shared_limit()
+    }
+    /// Free and total device memory, in bytes.
+    pub fn device_memory(&self) -> Result<(usize, usize)> {
+        self.0.driver.memory()
+    }
+    /// What tensors use and what is kept for reuse.
+    pub fn stats(&self) -> Stats {
+        self.0.memory.stats()
+    }
+    /// Counts the peak from what is in use now.
+    pub fn reset_peak(&self) {
+        self.0.memory.reset_peak()
+    }
+    /// Gives the memory that is kept for reuse back.
+    pub fn trim(&self) {
+        self.0.memory.trim()
+    }
+    /// The address of a buffer of this backend.
+    pub fn address(b: &dyn Buffer) -> Result<Ptr> {
+        let any: &dyn Any = b;
+        let b: Option<&CudaBuffer> = any.downcast_ref();
+        b.map(|b| Ptr(b.address())).ok_or_else(|| Error::invalid("cuda", "was handed a buffer of another device; move the tensor with to_device()"))
+    }
+    /// Memory for a kernel's intermediate results; dropping it after the launch is right, because whoever gets it next comes later in the stream.
+    pub fn scratch(&self, bytes: usize) -> Result<(CudaBuffer, Ptr)> {
+        let b = self.0.memory.alloc(bytes)?;
+        let p = Ptr(b.address());
+        Ok((b, p))
+    }
+    /// For a kernel that checks its data: `what` is wrong with them, when it tells so. The error comes at the next point that waits for the device
+    /// (a download, a synchronisation), with the value that the kernel gave.
+    pub fn fault(&self, op: &'static str, what: &'static str) -> Result<Fault> {
+        let mut faults = self.0.faults.lock().unwrap_or_else(|e| e.into_inner());
+        if faults.is_none() {
+            let b = self.0.memory.alloc(FLAG)?;
+            self.0.driver.fill(b.address(), 0, FLAG)?;
+            *faults = Some(b);
+        }
+        let mut messages = self.0.messages.lock().unwrap_or_else(|e| e.into_inner());
+        let at = messages.iter().position(|m| *m == (op, what)).unwrap_or_else(|| {
+            messages.push((op, what));
+            messages.len() - 1
+        });
+        Ok(Fault { flag: Ptr(faults.as_ref().map_or(0, |b| b.address())), code: at as u32 + 1, unused: 0 })
+    }
+    /// The first fault that a kernel has told, which is then forgotten.
+    fn told(&self) -> Result<()> {
+        let faults = self.0.faults.lock().unwrap_or_else(|e| e.into_inner());
+        let Some(b) = faults.as_ref() else { return Ok(()) };
+        let mut flag = [0; FLAG];
+        self.0.driver.download(b.address(), &mut flag)?;
+        let word = |i: usize| i64::from_le_bytes(flag[8 * i..8 * i + 8].try_into().unwrap_or_default());
+        let (code, value) = (word(0) as u32 as usize, word(1));
+        if code == 0 {
+            return Ok(());
+        }
+        self.0.driver.fill(b.address(), 0, FLAG)?;
+        let (op, what) = self.0.messages.lock().unwrap_or_else(|e| e.into_inner()).get(code - 1).copied().unwrap_or(("cuda", "unknown fault"));
+        Err(Error::invalid(op, format!("{what}: {value}")))
+    }
+    /// Sets bytes.
+    pub fn fill(&self, at: Ptr, byte: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 { Ok(()) } else { self.0.driver.fill(at.0, byte, bytes) }
+    }
+    /// Copies bytes within the device.
+    pub fn copy(&self, from: Ptr, to: Ptr, bytes: usize) -> Result<()> {
+        if bytes == 0 { Ok(()) } else { self.0.driver.copy(from.0, to.0, bytes) }
+    }
+    /// A matrix product; with k = 0 it gives zeros.
+    pub fn gemm(&self, g: &Gemm) -> Result<()> {
+        if g.m == 0 || g.n == 0 || g.batch == 0 {
+            return Ok(());
+        }
+        if g.k == 0 {
+            if g.accumulate {
+                return Ok(());
+            }
+            let size = g.dtype.size();
+            return (0..g.batch * g.m).try_for_each(|i| {
+                let at = (i / g.m * g.c_stride + i % g.m * g.c_ld) * size;
+                self.fill(Ptr(g.c).byte_add(at), 0, g.n * size)
+            });
+        }
+        self.0.driver.gemm(g)?;
+        self.settle()
+    }
+    fn settle(&self) -> Result<()> {
+        if self.0.synchronous { self.0.driver.synchronize() } else { Ok(()) }
+    }
+    /// Launches a kernel over `grid` blocks with `shared` bytes of dynamic shared memory; nothing happens when the grid is empty. The first launch of a
+    /// kernel compiles it, unless the cache has it.
+    pub fn launch<P: Params>(&self, k: &Kernel, grid: [u32; 3], shared: u32, params: &P) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let shape = Shape { grid, threads: k.threads, shared };
+        let limit = self.shared_limit();
+        if k.threads == 0
+            || k.threads > 1024
+            || !k.threads.is_multiple_of(32)
+            || grid[0] > i32::MAX as u32
+            || grid[1] > 65535
+            || grid[2] > 65535
+            || shared > limit
+        {
+            let msg = format!(
+                "{k} can't be launched with {shape:?}: blocks have 32 to 1024 threads (a multiple of 32), grids at most 2³¹ − 1, 65535 and 65535 blocks, \
+                 blocks at most {limit} bytes of shared memory"
+            );
+            return Err(Error::invalid("cuda", msg));
+        }
+        let known = self.0.functions.read().unwrap_or_else(|e| e.into_inner()).get(k).copied();
+        let f = match known {
+            Some(f) => f,
+            None => self.load(k, size_of::<P>())?,
+        };
+        // SAFETY: `Params` are plain data; padding, if any, is copied and not looked at.
+        let bytes = unsafe { std::slice::from_raw_parts((params as *const P).cast::<u8>(), size_of::<P>()) };
+        self.0.driver.launch(k, f, shape, bytes)?;
+        self.settle().map_err(|e| Error::invalid("cuda", format!("{k} with {shape:?}: {e}")))
+    }
+    fn load(&self, k: &Kernel, params: usize) -> Result<Function> {
+        let mut functions = self.0.functions.write().unwrap_or_else(|e| e.into_inner());
+        if let Some(f) = functions.get(k) {
+            return Ok(*f);
+        }
+        if !k.is_listed() {
+            return Err(Error::invalid("cuda", format!("{k} is not in its source's list of kernels, so the compile test does not see it")));
+        }
+        let driver = &self.0.driver;
+        let target = driver.target();
+        let file = cache::path(compile::key(k, target)?, compile::extension(target));
+        let f = match driver.load(k, &compile::compile(k, target)?, file.as_deref(), params) {
+            Ok(f) => f,
+            Err(first) => {
+                // an entry that is whole but can't be loaded here
+                let Some(file) = file.filter(|f| f.exists()) else { return Err(first) };
+                let code = compile::compile_afresh(k, target)?;
+                let _ = std::fs::remove_file(&file);
+                let _ = cache::write(&file, &code);
+                driver.load(k, &code, Some(&file), params)?
+            }
+        };
+        functions.insert(k.clone(), f);
+        Ok(f)
+    }
+    /// Compiles kernels into the cache, several at a time, ahead of their first launch.
+    pub fn prepare(&self, kernels: &[Kernel]) -> Result<()> {
+        let target = self.0.driver.target();
+        let fit: Vec<Kernel> = kernels.iter().filter(|k| k.fits(target)).cloned().collect();
+        compile::compile_all(&fit, target).into_iter().try_for_each(|r| r.map(|_| ()))
+    }
+    /// The device's time for what `f` submits.
+    pub fn time<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<(R, Duration)> {
+        let stop = self.0.driver.timer()?;
+        let r = f()?;
+        Ok((r, stop()?))
+    }
+}
+
+impl Backend for Cuda {
+    fn name(&self) -> String {
+        self.0.driver.name()
+    }
+    fn alloc(&self, bytes: usize) -> Result<Arc<dyn Buffer>> {
+        Ok(Arc::new(self.0.memory.alloc(bytes)?))
+    }
+    fn upload(&self, src: &[u8], dst: &dyn Buffer) -> Result<()> {
+        if src.len() > dst.bytes() {
+            return Err(Error::invalid("cuda", format!("upload of {} bytes into a block of {}", src.len(), dst.bytes())));
+        }
+        if src.is_empty() { Ok(()) } else { self.0.driver.upload(src, Cuda::address(dst)?.0) }
+    }
+    fn download(&self, src: &dyn Buffer, dst: &mut [u8]) -> Result<()> {
+        if dst.len() > src.bytes() {
+            return Err(Error::invalid("cuda", format!("download of {} bytes from a block of {}", dst.len(), src.bytes())));
+        }
+        if !dst.is_empty() {
+            self.0.driver.download(Cuda::address(src)?.0, dst)?;
+        }
+        self.told()
+    }
+    fn synchronize(&self) -> Result<()> {
+        self.0.driver.synchronize()?;
+        self.told()
+    }
+}

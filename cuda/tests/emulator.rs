@@ -1,0 +1,271 @@
+//! The runtime and the emulator: what kernels may use, what faults are noticed, memory, graphs, messages.
+
+use cuda::{Cuda, Gemm, Graph, Kernel, Ptr, cuda_kernel, cuda_source, params};
+use engine::{DType, Device, Error, Meta, Op, Result, Tensor, View, run_on, run1};
+
+cuda_source!(static SOURCE = "emulator.cu", kernels: list);
+cuda_source!(static BROKEN = "broken.cu", kernels: || vec![Kernel::new(&BROKEN, "broken<float>", 32)]);
+
+params! { struct Params { a: Ptr, b: Ptr, c: Ptr, n: u32 } }
+
+fn axpy(d: DType) -> Kernel {
+    Kernel::new(&SOURCE, format!("axpy<{}>", cuda::kernel::cpp(d)), 64)
+}
+fn list() -> Vec<Kernel> {
+    let product = |t: &str, kind| Kernel::new(&SOURCE, format!("product<{t}, {kind}>"), 64);
+    let mut v: Vec<Kernel> = [DType::F32, DType::BF16].map(axpy).into();
+    v.extend((0..4).flat_map(|kind| [product("float", kind), product("bf16", kind)]));
+    v.extend((0..5).map(|kind| Kernel::new(&SOURCE, format!("fault<{kind}>"), 64)));
+    v.push(Kernel::new(&SOURCE, "collectives<0>", 96));
+    v
+}
+
+/// Runs a kernel on two inputs as an op; the output is f32 unless the kernel is `axpy`.
+#[derive(Debug)]
+struct Run {
+    kernel: Kernel,
+    out: Meta,
+    grid: u32,
+    shared: u32,
+    n: u32,
+}
+impl Op for Run {
+    fn name(&self) -> &'static str {
+        "test kernel"
+    }
+    fn arity(&self) -> std::ops::RangeInclusive<usize> {
+        2..=2
+    }
+    fn infer(&self, _: &[Meta]) -> Result<Vec<Meta>> {
+        Ok(vec![self.out.clone()])
+    }
+}
+cuda_kernel!(Run => |op, cuda, x, y| {
+    let p = Params { a: Ptr::of(&x[0])?, b: Ptr::of(&x[1])?, c: Ptr::of(&y[0])?, n: op.n };
+    cuda.launch(&op.kernel, [op.grid, 1, 1], op.shared, &p)
+});
+
+fn emulator() -> Device {
+    cuda::emulator().unwrap()
+}
+fn randn(shape: &[usize], d: DType, stream: u64) -> Tensor {
+    Tensor::randn(shape, d, &Device::cpu(), 3, stream).unwrap()
+}
+fn named(call: &str, threads: u32) -> Kernel {
+    Kernel::new(&SOURCE, call.to_string(), threads)
+}
+fn run(kernel: Kernel, out: &[usize], shared: u32, n: u32, a: &Tensor, b: &Tensor) -> Result<Vec<f32>> {
+    let d = emulator();
+    let op = Run { kernel, out: Meta::new(out, DType::F32), grid: 1, shared, n };
+    run1(op, &[&a.to_device(&d)?, &b.to_device(&d)?])?.to_vec()
+}
+
+#[test]
+fn an_elementwise_kernel_runs_in_both_dtypes() {
+    let d = emulator();
+    for (dtype, tolerance) in [(DType::F32, 0.0), (DType::BF16, 0.02)] {
+        let (a, b) = (randn(&[1000], dtype, 1), randn(&[1000], dtype, 2));
+        let op = Run { kernel: axpy(dtype), out: a.meta(), grid: 16, shared: 0, n: 1000 };
+        let y: Vec<f32> = run1(op, &[&a.to_device(&d).unwrap(), &b.to_device(&d).unwrap()]).unwrap().to_vec().unwrap();
+        let (a, b): (Vec<f32>, Vec<f32>) = (a.to_vec().unwrap(), b.to_vec().unwrap());
+        assert!(y.iter().zip(a.iter().zip(&b)).all(|(y, (a, b))| (y - (2.0 * a + b)).abs() <= tolerance * y.abs()));
+    }
+}
+
+#[test]
+fn tiles_multiply_in_every_transpose() {
+    for (dtype, name, tolerance) in [(DType::F32, "float", 1e-5), (DType::BF16, "bf16", 1e-5)] {
+        for kind in 0..4 {
+            for rows in [32usize, 27] {
+                let (a, b) = (randn(&[32, 32], dtype, 1), randn(&[32, 32], dtype, 2));
+                let y = run(named(&format!("product<{name}, {kind}>"), 64), &[32, 16], 12 * 1024, rows as u32, &a, &b).unwrap();
+                let (a, b): (Vec<f64>, Vec<f64>) = (a.to_vec().unwrap(), b.to_vec().unwrap());
+                let b = |i: usize, j: usize| if i < rows { b[i * 32 + j] } else { 0.0 };
+                let abt = |i: usize, j: usize| (0..32).map(|k| a[i * 32 + k] * b(j, k)).sum::<f64>();
+                for i in 0..32 {
+                    for j in 0..16 {
+                        let rounded = |x: f64| if dtype == DType::BF16 { engine::half::bf16::from_f64(x).to_f64() } else { x };
+                        let want: f64 = match kind {
+                            0 => abt(i, j),
+                            1 => (0..32).map(|k| a[i * 32 + k] * b(k, j)).sum(),
+                            2 => (0..32).map(|k| a[k * 32 + i] * b(k, j)).sum(),
+                            _ => (0..16).map(|k| rounded(abt(i, k)) * b(k, j)).sum(),
+                        };
+                        let slack = if kind == 3 && dtype == DType::BF16 { 0.1 } else { tolerance };
+                        assert!(
+                            (y[i * 16 + j] as f64 - want).abs() <= slack * want.abs().max(1.0),
+                            "{name} {kind} {i} {j}: {} {want}",
+                            y[i * 16 + j]
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn collectives_reach_all_lanes() {
+    let a = randn(&[96], DType::F32, 1);
+    let y = run(named("collectives<0>", 96), &[5], 0, 0, &a, &a).unwrap();
+    let a: Vec<f32> = a.to_vec().unwrap();
+    assert!((y[0] - a.iter().sum::<f32>()).abs() < 1e-4);
+    assert_eq!(y[1..], [a.iter().fold(f32::MIN, |m, x| m.max(*x)), 11.0, a[32], a[37]]);
+}
+
+#[test]
+fn faults_of_kernels_are_noticed() {
+    let a = randn(&[256], DType::F32, 1);
+    let fault = |kind: u32, shared: u32| run(named(&format!("fault<{kind}>"), 64), &[64], shared, 0, &a, &a);
+    let message = |r: Result<Vec<f32>>| r.unwrap_err().to_string();
+    let m = message(fault(0, 0));
+    assert!(m.contains("emulator.cu:fault<0>") && m.contains("ballot") && m.contains("sync"), "{m}");
+    assert!(fault(1, 256).unwrap().iter().all(|x| x.is_nan()));
+    let m = message(fault(2, 0));
+    assert!(m.contains("past the end"), "{m}");
+    assert!(fault(3, 1024).unwrap().iter().all(|x| x.is_nan()));
+    let m = message(fault(4, 0));
+    assert!(m.contains("shuffle_xor") && m.contains("shuffle"), "{m}");
+    let m = message(fault(1, 228 * 1024));
+    assert!(m.contains("shared memory") && m.contains("fault<1>"), "{m}");
+}
+
+#[test]
+fn messages_say_what_to_do() {
+    let a = randn(&[32], DType::F32, 1);
+    let m = run(Kernel::new(&BROKEN, "broken<float>", 32), &[32], 0, 0, &a, &a).unwrap_err().to_string();
+    assert!(m.contains("broken.cu") && m.contains("| ") && m.contains("no_such_name"), "{m}");
+    let m = run(named("axpy<f16>", 64), &[32], 0, 0, &a, &a).unwrap_err().to_string();
+    assert!(m.contains("not in its source's list"), "{m}");
+    #[cfg(target_os = "linux")]
+    if cuda::available().is_err() {
+        assert!(cuda::device(0).unwrap_err().to_string().contains("libcuda"));
+    }
+    let m =
+        run_on(Run { kernel: axpy(DType::F32), out: Meta::new(&[1], DType::F32), grid: 1, shared: 0, n: 1 }, &Device::cpu(), &[&a, &a]).unwrap_err();
+    assert!(matches!(m, Error::NoKernel { .. }), "{m}");
+}
+
+#[test]
+fn parameters_of_another_size_are_refused() {
+    params! { struct Short { a: Ptr, n: u32 } }
+    let d = cuda::emulator_with_memory(1 << 20).unwrap();
+    let m = Cuda::of(&d).unwrap().launch(&axpy(DType::F32), [1, 1, 1], 0, &Short { a: Ptr::NULL, n: 0 }).unwrap_err().to_string();
+    assert!(m.contains("32 bytes") && m.contains("16"), "{m}");
+}
+
+#[test]
+fn memory_is_reused_and_its_end_is_told() {
+    let d = cuda::emulator_with_memory(1 << 20).unwrap();
+    let c = Cuda::of(&d).unwrap();
+    let zeros = |n: usize| Tensor::from_slice(&vec![0u8; n], &[n], &d);
+    let a = zeros(300_000).unwrap();
+    let first = c.stats();
+    assert!(first.live >= 300_000 && first.live < 350_000 && first.cached == 0);
+    drop(a);
+    assert_eq!((c.stats().live, c.stats().cached), (0, first.live));
+    let b = zeros(299_000).unwrap();
+    assert_eq!((c.stats().live, c.stats().cached), (first.live, 0));
+    drop(b);
+    // fits only when what is kept goes back first
+    let all = zeros(900_000).unwrap();
+    let m = zeros(600_000).unwrap_err().to_string();
+    assert!(m.contains("600000 bytes requested") && m.contains("live") && m.contains("largest cached block"), "{m}");
+    drop(all);
+    c.trim();
+    assert_eq!(c.stats().cached, 0);
+}
+
+#[test]
+fn a_graph_repeats_what_it_captured() {
+    let d = emulator_alone();
+    let [a, b] = [1, 2].map(|s| randn(&[64], DType::F32, s).to_device(&d).unwrap());
+    let total = Tensor::from_slice(&[0f32; 64], &[64], &d).unwrap();
+    let c = Cuda::of(&d).unwrap();
+    let mut step = || {
+        let op = Run { kernel: axpy(DType::F32), out: a.meta(), grid: 1, shared: 0, n: 64 };
+        let y = run1(op, &[&a, &b])?;
+        let op = Run { kernel: axpy(DType::F32), out: a.meta(), grid: 1, shared: 0, n: 64 };
+        run1(op, &[&y, &total])
+    };
+    let eager: Vec<f32> = step().unwrap().to_vec().unwrap();
+    let g = Graph::capture(&d, 1, &mut step).unwrap();
+    assert_eq!(g.nodes(), 2);
+    g.replay().unwrap();
+    assert_eq!(g.output.to_vec::<f32>().unwrap(), eager);
+    // memory that others take meanwhile is not the graph's
+    let other: Vec<Tensor> = (0..8).map(|_| Tensor::from_slice(&[7f32; 64], &[64], &d).unwrap()).collect();
+    g.replay().unwrap();
+    assert_eq!(g.output.to_vec::<f32>().unwrap(), eager);
+    assert!(other.iter().all(|t| t.to_vec::<f32>().unwrap() == [7f32; 64]));
+    drop(g);
+    let m = Graph::capture(&d, 1, || step()?.to_vec::<f32>()).err().unwrap().to_string();
+    assert!(m.contains("test kernel") && m.contains("download"), "{m}");
+    // and the device works on
+    assert_eq!(step().unwrap().to_vec::<f32>().unwrap(), eager);
+    let ((), t) = c.time(|| step().map(drop)).unwrap();
+    assert!(!t.is_zero());
+}
+
+fn emulator_alone() -> Device {
+    cuda::emulator_with_memory(1 << 26).unwrap()
+}
+
+#[test]
+fn products_take_every_transpose_and_accumulate() {
+    let d = emulator();
+    let c = Cuda::of(&d).unwrap();
+    for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+        for (ta, tb) in [(false, false), (true, false), (false, true), (true, true)] {
+            let (m, n, k, batch) = (5, 7, 9, 2);
+            let (a, b) = (
+                randn(&[batch, if ta { k } else { m }, if ta { m } else { k }], dtype, 1),
+                randn(&[if tb { n } else { k }, if tb { k } else { n }], dtype, 2),
+            );
+            let start = randn(&[batch, m, n], dtype, 3);
+            let t = |x: &Tensor, yes: bool, r: usize| if yes { x.transpose(r - 2, r - 1).unwrap() } else { x.clone() };
+            let f = |x: &Tensor| x.cast(DType::F64).unwrap();
+            let want = f(&t(&a, ta, 3)).matmul(&f(&t(&b, tb, 2))).unwrap();
+            for accumulate in [false, true] {
+                let (a, b, y) = (a.to_device(&d).unwrap(), b.to_device(&d).unwrap(), start.to_device(&d).unwrap());
+                #[derive(Debug)]
+                struct G(Gemm);
+                impl Op for G {
+                    fn name(&self) -> &'static str {
+                        "gemm"
+                    }
+                    fn arity(&self) -> std::ops::RangeInclusive<usize> {
+                        2..=2
+                    }
+                    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+                        Ok(vec![Meta::new(&[self.0.batch, self.0.m, self.0.n], x[0].dtype)])
+                    }
+                }
+                fn kernel(g: &G, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
+                    cuda.gemm(&Gemm { a: Ptr::of(&x[0])?.0, b: Ptr::of(&x[1])?.0, c: Ptr::of(&y[0])?.0, ..g.0 })
+                }
+                cuda_kernel!(G => kernel);
+                let g = Gemm {
+                    batch,
+                    a_trans: ta,
+                    b_trans: tb,
+                    a_ld: if ta { m } else { k },
+                    b_ld: if tb { k } else { n },
+                    b_stride: 0,
+                    accumulate,
+                    ..Gemm::new(dtype, (m, n, k), 0, 0, 0)
+                };
+                engine::run_in_place(G(g), &[&y], &[&a, &b]).unwrap();
+                let want = if accumulate { want.add(&f(&start)).unwrap() } else { want.clone() };
+                let (y, want): (Vec<f64>, Vec<f64>) = (y.to_vec().unwrap(), want.to_vec().unwrap());
+                let tolerance = match dtype {
+                    DType::F64 => 1e-12,
+                    DType::F32 => 1e-5,
+                    _ => 3e-2,
+                };
+                assert!(y.iter().zip(&want).all(|(y, w)| (y - w).abs() <= tolerance * w.abs().max(1.0)), "{dtype} {ta} {tb} {accumulate}");
+            }
+        }
+    }
+    assert!(c.is_emulator() && c.arch() == 80);
+}

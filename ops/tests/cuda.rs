@@ -1,0 +1,70 @@
+//! Every op's self-test on the CUDA backend: in f32 and bf16, emulated, and on the GPU where there is one.
+
+use engine::{DType, Device, Result, SelfTest, self_tests};
+use libtest_mimic::{Arguments, Failed, Trial};
+use ops as _;
+
+/// Self-tests whose ops have no complete set of CUDA kernels yet. Such a test must fail, so that its name is taken off this list when it no longer does.
+const PENDING: &[&str] = &[
+    "adamw",
+    "delta_rule",
+    "delta_rule of one token",
+    "delta_rule packed",
+    "gated_sdpa",
+    "gated_sdpa of one token",
+    "gated_sdpa packed",
+    "linear_cross_entropy",
+    "moe",
+    "rms_norm",
+    "rms_norm gated",
+    "rms_norm with residual",
+    "rope",
+    "short_conv",
+    "short_conv packed",
+    "sum_of_squares",
+    "swiglu",
+];
+
+/// RMS ratio that is allowed.
+fn bound(dtype: DType) -> f64 {
+    if dtype == DType::F32 { 1e-5 } else { 0.02 }
+}
+
+fn check(t: &'static SelfTest, device: fn() -> Result<Device>, dtype: DType) -> Result<(), Failed> {
+    let run = || -> Result<(), Failed> {
+        let e = t.run(&device()?, dtype)?;
+        println!("{}: {e:.1e}", t.name);
+        if e <= bound(dtype) { Ok(()) } else { Err(format!("{}: RMS ratio {e:e} > {}", t.name, bound(dtype)).into()) }
+    };
+    match (PENDING.contains(&t.name), run()) {
+        (false, r) => r,
+        (true, Err(_)) => Ok(()),
+        (true, Ok(())) => Err(format!("`{}` works on CUDA now: take it off PENDING", t.name).into()),
+    }
+}
+
+fn main() {
+    let args = Arguments::from_args();
+    let mut devices: Vec<(&str, fn() -> Result<Device>)> = vec![];
+    match cuda::emulator() {
+        Ok(_) => devices.push(("emulated", cuda::emulator)),
+        Err(e) => eprintln!("SKIPPED: nothing is emulated: {e}"),
+    }
+    match cuda::device(0) {
+        Ok(_) => devices.push(("gpu", || cuda::device(0))),
+        Err(e) => eprintln!("SKIPPED: nothing runs on a GPU: {e}"),
+    }
+    let names: Vec<&str> = self_tests().iter().map(|t| t.name).collect();
+    let unknown: Vec<_> = PENDING.iter().filter(|n| !names.contains(n)).collect();
+    assert!(unknown.is_empty(), "PENDING names no self-test: {unknown:?}");
+    let mut trials = vec![];
+    for (device, open) in devices {
+        for t in self_tests() {
+            for dtype in [DType::F32, DType::BF16] {
+                let pending = if PENDING.contains(&t.name) { " (pending)" } else { "" };
+                trials.push(Trial::test(format!("{device}::{dtype}::{}{pending}", t.name), move || check(t, open, dtype)));
+            }
+        }
+    }
+    libtest_mimic::run(&args, trials).exit();
+}
