@@ -10,12 +10,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     // the program ends when they do
     let leak = |s: String| -> &'static str { Box::leak(s.into_boxed_str()) };
-    let folder = std::path::Path::new(file).parent().unwrap_or(std::path::Path::new("."));
+    // headers lie beside the source, or a folder above
+    let folder = std::fs::canonicalize(file)?.parent().map(std::path::Path::to_path_buf).unwrap_or_default();
     let mut headers = vec![];
-    for entry in std::fs::read_dir(if folder.as_os_str().is_empty() { std::path::Path::new(".") } else { folder })? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|e| e == "cuh") {
-            headers.push((leak(path.file_name().unwrap_or_default().to_string_lossy().into_owned()), leak(std::fs::read_to_string(&path)?)));
+    for folder in folder.ancestors().take(2) {
+        for entry in std::fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|e| e == "cuh") {
+                headers.push((leak(path.file_name().unwrap_or_default().to_string_lossy().into_owned()), leak(std::fs::read_to_string(&path)?)));
+            }
         }
     }
     let source = Source { name: leak(file.clone()), text: leak(std::fs::read_to_string(file)?), headers: Vec::leak(headers), kernels: Vec::new };

@@ -132,7 +132,9 @@ fn text(k: &Kernel) -> String {
 }
 
 fn headers(k: &Kernel, target: Target) -> Vec<(&'static str, &'static str)> {
-    HEADERS.into_iter().chain((target == Target::Host).then_some(EMULATOR)).chain(k.source.headers.iter().copied()).collect()
+    // a header may lie in another folder: sources include it by its file name
+    let own = k.source.headers.iter().map(|(path, text)| (path.rsplit('/').next().unwrap_or(path), *text));
+    HEADERS.into_iter().chain((target == Target::Host).then_some(EMULATOR)).chain(own).collect()
 }
 
 /// What the code depends on.

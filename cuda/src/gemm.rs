@@ -7,8 +7,10 @@ use engine::half::{bf16, f16};
 /// `C [m, n] = A [m, k] · B [k, n]` (or `+=`), row-major, `batch` times; sums in f32 (f64 for f64), never tf32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Gemm {
-    /// Of all three.
+    /// Of A and B.
     pub dtype: DType,
+    /// Of C: `dtype`, or f32 beside halves.
+    pub c_dtype: DType,
     /// Rows of A and C.
     pub m: usize,
     /// Columns of B and C.
@@ -49,6 +51,7 @@ impl Gemm {
         let (a_trans, b_trans) = (false, false);
         Gemm {
             dtype,
+            c_dtype: dtype,
             m,
             n,
             k,
@@ -70,7 +73,7 @@ impl Gemm {
 
     /// In host memory, for the emulator.
     pub(crate) fn on_host(&self) {
-        fn run<T: Copy, F: engine::cpu::simd::Real>(g: &Gemm, up: impl Fn(T) -> F, down: impl Fn(F) -> T) {
+        fn run<T: Copy, C: Copy, F: engine::cpu::simd::Real>(g: &Gemm, up: impl Fn(T) -> F, up_c: impl Fn(C) -> F, down: impl Fn(F) -> C) {
             let at = |trans: bool, ld: usize| if trans { (1, ld) } else { (ld, 1) };
             let (sa, sb) = (at(g.a_trans, g.a_ld), at(g.b_trans, g.b_ld));
             let span = |r: usize, c: usize, s: (usize, usize)| if r * c == 0 { 0 } else { (r - 1) * s.0 + (c - 1) * s.1 + 1 };
@@ -84,17 +87,19 @@ impl Gemm {
                 for (j, v) in c.iter().enumerate() {
                     // SAFETY: as above.
                     unsafe {
-                        let p = (g.c as *mut T).add(i * g.c_stride + j / g.n * g.c_ld + j % g.n);
-                        p.write(down(if g.accumulate { up(p.read()) + *v } else { *v }));
+                        let p = (g.c as *mut C).add(i * g.c_stride + j / g.n * g.c_ld + j % g.n);
+                        p.write(down(if g.accumulate { up_c(p.read()) + *v } else { *v }));
                     }
                 }
             }
         }
-        match self.dtype {
-            DType::F64 => run::<f64, f64>(self, |x| x, |x| x),
-            DType::F32 => run::<f32, f32>(self, |x| x, |x| x),
-            DType::BF16 => run::<bf16, f32>(self, bf16::to_f32, bf16::from_f32),
-            _ => run::<f16, f32>(self, f16::to_f32, f16::from_f32),
+        match (self.dtype, self.c_dtype) {
+            (DType::F64, _) => run::<f64, f64, f64>(self, |x| x, |x| x, |x| x),
+            (DType::F32, _) => run::<f32, f32, f32>(self, |x| x, |x| x, |x| x),
+            (DType::BF16, DType::F32) => run::<bf16, f32, f32>(self, bf16::to_f32, |x| x, |x| x),
+            (DType::BF16, _) => run::<bf16, bf16, f32>(self, bf16::to_f32, bf16::to_f32, bf16::from_f32),
+            (_, DType::F32) => run::<f16, f32, f32>(self, f16::to_f32, |x| x, |x| x),
+            _ => run::<f16, f16, f32>(self, f16::to_f32, f16::to_f32, f16::from_f32),
         }
     }
 }

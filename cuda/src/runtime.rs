@@ -197,7 +197,7 @@ impl Cuda {
             if g.accumulate {
                 return Ok(());
             }
-            let size = g.dtype.size();
+            let size = g.c_dtype.size();
             return (0..g.batch * g.m).try_for_each(|i| {
                 let at = (i / g.m * g.c_stride + i % g.m * g.c_ld) * size;
                 self.fill(Ptr(g.c).byte_add(at), 0, g.n * size)

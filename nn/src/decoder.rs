@@ -76,7 +76,10 @@ impl Placement {
             return Err(Error::Config(format!("parameters are kept in f32 (or f64 for checks), found {}", self.params)));
         }
         if self.compute != self.params && !(self.params == DType::F32 && matches!(self.compute, DType::BF16 | DType::F16)) {
-            return Err(Error::Config(format!("parameters in {} can be computed with in {0}, or from f32 in bf16 and f16, found {}", self.params, self.compute)));
+            return Err(Error::Config(format!(
+                "parameters in {} can be computed with in {0}, or from f32 in bf16 and f16, found {}",
+                self.params, self.compute
+            )));
         }
         Ok(())
     }

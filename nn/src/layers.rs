@@ -254,7 +254,13 @@ impl Sparse {
         taps.see("mlp.hook_router_logits", || Ok(logits.clone()))?;
         taps.see("mlp.hook_router_probs", || logits.softmax(1))?;
         taps.see("mlp.hook_router_index", || Ok(logits.topk(c.num_experts_per_tok)?.1))?;
-        let (mut y, _) = moe(MoeOp { top_k: c.num_experts_per_tok, norm_topk: c.norm_topk_prob }, &flat, &logits, &self.gate_up.cast(x.dtype())?, &self.down.cast(x.dtype())?)?;
+        let (mut y, _) = moe(
+            MoeOp { top_k: c.num_experts_per_tok, norm_topk: c.norm_topk_prob },
+            &flat,
+            &logits,
+            &self.gate_up.cast(x.dtype())?,
+            &self.down.cast(x.dtype())?,
+        )?;
         if let Some((dense, gate)) = &self.shared {
             let g = project(&flat, gate)?.sigmoid()?;
             taps.see("mlp.hook_shared_gate", || Ok(g.clone()))?;

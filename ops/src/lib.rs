@@ -1,6 +1,7 @@
 //! Fused operations, one folder each: contract, CPU kernels, tests against a reference.
 
 pub mod adamw;
+mod cuda;
 pub mod delta_rule;
 mod documents;
 mod dtypes;

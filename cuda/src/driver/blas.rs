@@ -82,6 +82,11 @@ impl Blas {
             DType::F16 => (T::CUDA_R_16F, C::CUBLAS_COMPUTE_32F, T::CUDA_R_32F),
             d => return Err(Error::dtype("matmul", "a", "a float dtype", d)),
         };
+        let kind_c = match g.c_dtype {
+            d if d == g.dtype => kind,
+            DType::F32 if g.dtype != DType::F64 => T::CUDA_R_32F,
+            d => return Err(Error::dtype("matmul", "the result", format!("{} or f32", g.dtype), d)),
+        };
         let (m, n, k) = (g.m as u64, g.n as u64, g.k as u64);
         let mut desc = null_mut();
         let mut layouts = [null_mut(); 3];
@@ -94,8 +99,8 @@ impl Blas {
             }
             let b = if g.b_trans { (k, n) } else { (n, k) };
             let a = if g.a_trans { (m, k) } else { (k, m) };
-            let parts = [(b, g.b_ld, g.b_stride), (a, g.a_ld, g.a_stride), ((n, m), g.c_ld, g.c_stride)];
-            for (l, ((rows, cols), ld, stride)) in layouts.iter_mut().zip(parts) {
+            let parts = [(kind, b, g.b_ld, g.b_stride), (kind, a, g.a_ld, g.a_stride), (kind_c, (n, m), g.c_ld, g.c_stride)];
+            for (l, (kind, (rows, cols), ld, stride)) in layouts.iter_mut().zip(parts) {
                 check(lt::cublasLtMatrixLayoutCreate(l, kind, rows, cols, ld as i64), "cublasLtMatrixLayoutCreate", g)?;
                 let (count, stride) = (g.batch as i32, stride as i64);
                 let set =

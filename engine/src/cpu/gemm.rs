@@ -42,7 +42,21 @@ pub fn gemm<F: Real>(
     let c = C(c.as_mut_ptr());
     let block = |i: usize, j: usize, m: usize, n: usize| {
         // SAFETY: asserted above; the blocks of C are apart.
-        unsafe { product(m, n, k, alpha, a[(i * sa.0).min(a.len())..].as_ptr(), sa, b[(j * sb.1).min(b.len())..].as_ptr(), sb, beta, c.at(i * rsc + j), rsc) }
+        unsafe {
+            product(
+                m,
+                n,
+                k,
+                alpha,
+                a[(i * sa.0).min(a.len())..].as_ptr(),
+                sa,
+                b[(j * sb.1).min(b.len())..].as_ptr(),
+                sb,
+                beta,
+                c.at(i * rsc + j),
+                rsc,
+            )
+        }
     };
     if m * n * k <= ALONE {
         return block(0, 0, m, n);

@@ -1,6 +1,11 @@
 //! AdamW with decoupled weight decay (Loshchilov & Hutter, 1711.05101, Algorithm 2), in place on f32 masters; and the sum of squares for clipping.
+//! [`adamw_many`] and [`global_norm`] do both for all parameters at once, without a number that the host would have to wait for.
 
+mod cuda;
+mod many;
 pub mod reference;
+
+pub use many::{AdamWMany, GlobalNorm, adamw_many, global_norm};
 
 use engine::cpu::simd::Real;
 use engine::cpu::{Inputs, Outputs};
@@ -46,18 +51,55 @@ impl Op for AdamW {
     }
 }
 
+/// What an update multiplies by.
+#[derive(Debug, Clone, Copy)]
+struct Rates<F> {
+    beta: [F; 2],
+    one_minus_beta: [F; 2],
+    /// Learning rate over the first moment's bias correction; the reciprocal of the second's.
+    lr: F,
+    unbias: F,
+    eps: F,
+    keep: F,
+    scale: F,
+}
+
+/// The learning rate and the reciprocals of both bias corrections.
+fn schedule(lr: f64, beta: [f64; 2], step: u64) -> [f64; 3] {
+    let unbias = |b: f64| 1.0 / (1.0 - b.powf(step as f64));
+    [lr, unbias(beta[0]), unbias(beta[1])]
+}
+
+impl<F: Real> Rates<F> {
+    fn new(beta: [f64; 2], eps: f64, decay: f64, [lr, first, second]: [f64; 3], scale: f64) -> Self {
+        let f = F::from_f64;
+        Rates {
+            beta: beta.map(f),
+            one_minus_beta: beta.map(|b| f(1.0 - b)),
+            lr: f(lr * first),
+            unbias: f(second),
+            eps: f(eps),
+            keep: f(1.0 - lr * decay),
+            scale: f(scale),
+        }
+    }
+}
+
+impl AdamW {
+    fn rates<F: Real>(&self) -> Rates<F> {
+        let beta = [self.beta1, self.beta2];
+        Rates::new(beta, self.eps, self.weight_decay, schedule(self.lr, beta, self.step), self.grad_scale)
+    }
+}
+
 vectorized! {
-    fn update[F: Real](op: &AdamW, p: &mut [F], m: &mut [F], v: &mut [F], g: &[F]) {
-        let (b1, b2) = (F::from_f64(op.beta1), F::from_f64(op.beta2));
-        let (a1, a2) = (F::from_f64(1.0 - op.beta1), F::from_f64(1.0 - op.beta2));
-        let lr = F::from_f64(op.lr / (1.0 - op.beta1.powf(op.step as f64)));
-        let r = F::from_f64(1.0 / (1.0 - op.beta2.powf(op.step as f64)));
-        let (eps, keep, s) = (F::from_f64(op.eps), F::from_f64(1.0 - op.lr * op.weight_decay), F::from_f64(op.grad_scale));
+    fn update[F: Real](r: &Rates<F>, p: &mut [F], m: &mut [F], v: &mut [F], g: &[F]) {
+        let ([b1, b2], [a1, a2]) = (r.beta, r.one_minus_beta);
         for (((p, m), v), g) in p.iter_mut().zip(m.iter_mut()).zip(v.iter_mut()).zip(g) {
-            let g = *g * s;
+            let g = *g * r.scale;
             *m = b1.mul_add(*m, a1 * g);
             *v = b2.mul_add(*v, a2 * g * g);
-            *p = *p * keep - lr * *m / ((*v * r).sqrt() + eps);
+            *p = *p * r.keep - r.lr * *m / ((*v * r.unbias).sqrt() + r.eps);
         }
     }
     fn squares[F: Real](x: &[F]) -> f64 {
@@ -73,12 +115,12 @@ cpu_kernel!(AdamW => |op, x, y| dispatch_real!(x.dtype(0), |F| kernel::<F>(op, x
 
 fn kernel<F: Real>(op: &AdamW, x: &Inputs, y: &mut Outputs) -> Result<()> {
     let (g, mut p, mut m, mut v) = (x.real::<F>(0)?, y.slice::<F>(0)?, y.slice::<F>(1)?, y.slice::<F>(2)?);
-    p.par_chunks_mut(BLOCK)
-        .zip(m.par_chunks_mut(BLOCK))
-        .zip(v.par_chunks_mut(BLOCK))
-        .zip(g.par_chunks(BLOCK))
-        .for_each(|(((p, m), v), g)| update(op, p, m, v, g));
+    update_all(&op.rates(), &mut p, &mut m, &mut v, &g);
     Ok(())
+}
+fn update_all<F: Real>(r: &Rates<F>, p: &mut [F], m: &mut [F], v: &mut [F], g: &[F]) {
+    let chunks = p.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK)).zip(g.par_chunks(BLOCK));
+    chunks.for_each(|(((p, m), v), g)| update(r, p, m, v, g));
 }
 
 /// One update in place: `param`, `m` and `v` (first and second moment) are f32 (f64 for f64 gradients) of the gradient's shape.
@@ -108,9 +150,12 @@ impl Op for SumOfSquares {
 cpu_kernel!(SumOfSquares => |_, x, y| dispatch_real!(x.dtype(0), |F| sum_kernel::<F>(x, y)));
 
 fn sum_kernel<F: Real>(x: &Inputs, y: &mut Outputs) -> Result<()> {
-    let parts: Vec<f64> = x.real::<F>(0)?.par_chunks(BLOCK).map(|c| squares(c)).collect();
-    y.slice::<f64>(0)?[0] = parts.iter().sum();
+    y.slice::<f64>(0)?[0] = squares_of::<F>(x, 0)?;
     Ok(())
+}
+fn squares_of<F: Real>(x: &Inputs, i: usize) -> Result<f64> {
+    let parts: Vec<f64> = x.real::<F>(i)?.par_chunks(BLOCK).map(|c| squares(c)).collect();
+    Ok(parts.iter().sum())
 }
 
 /// Σ x² as an f64 scalar; has no backward.

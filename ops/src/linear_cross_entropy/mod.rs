@@ -3,6 +3,7 @@
 //! Rows are taken in blocks. Where a gradient is needed it is computed in the same pass, while a block's probabilities are at hand: computing the
 //! logits again in the backward would cost a third more.
 
+mod cuda;
 pub mod reference;
 
 use engine::cpu::gemm::gemm;

@@ -2,6 +2,7 @@
 //! tokens sorted by expert, one matrix product per expert and projection, and a weighted sum back.
 
 mod cpu;
+mod cuda;
 mod losses;
 pub mod reference;
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! with the residual addition in front, or with a gate behind (`· act(gate)`: the output norm of Gated DeltaNet, 2412.06464 §3.4).
 
 mod cpu;
+mod cuda;
 pub mod reference;
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@
 //!
 //! With `θ_i = base^(−2i/rotary_dim)` and position p: `y_i = x_i cos pθ_i − x_{i+r/2} sin pθ_i`, `y_{i+r/2} = x_{i+r/2} cos pθ_i + x_i sin pθ_i`.
 
+mod cuda;
 pub mod reference;
 
 use crate::rms_norm::rms_norm;

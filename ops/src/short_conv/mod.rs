@@ -2,6 +2,7 @@
 //! `y[t, c] = act(Σ_j w[c, j] · x[t − K + 1 + j, c])`. It carries a state of the last K − 1 inputs, and does not reach across documents.
 
 mod cpu;
+mod cuda;
 pub mod reference;
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,6 @@
 //! SwiGLU (Shazeer, 2002.05202): `y = silu(gate) · up`, where one projection holds `[gate | up]` in its last axis.
 
+mod cuda;
 pub mod reference;
 
 use engine::cpu::simd::Real;
