@@ -214,20 +214,30 @@ fn one_thread_gives_the_same_bits_as_many() {
 }
 
 #[test]
-fn packed_documents_equal_separate_ones() {
-    let c = Case { cu: Some(vec![0, 70, 75, 200]), ..Case::new(sizes(1, [200, 200], [4, 2], [16, 16]), causal(None), gate(0)) };
-    let x = c.leaves(DType::F32);
-    let packed = c.both(&x);
-    let dy = Tensor::randn(packed[0].shape(), DType::F64, &Device::cpu(), 8, 0).unwrap().cast(DType::F32).unwrap();
-    for w in [[0, 70], [70, 75], [75, 200]] {
-        let cut = |x: &Tensor| x.narrow(1, w[0], w[1] - w[0]).unwrap();
-        let alone: Vec<Tensor> = x.iter().map(|x| cut(x).requires_grad()).collect();
-        let y = Case { cu: None, ..c.clone() }.run(&alone).unwrap();
-        let grads = y.backward_with(&cut(&dy).contiguous().unwrap()).unwrap();
-        let got = std::iter::once(&y).chain(alone.iter().map(|x| grads.get(x).unwrap()));
-        for (got, packed) in got.zip(&packed) {
-            let want = cut(packed).contiguous().unwrap().cast(DType::F64).unwrap().to_vec::<f64>().unwrap();
-            assert!(ratio(&got.detach(), &want) < 1e-5);
+fn packed_documents_equal_separate_ones_to_the_bit() {
+    let cu = vec![0, 1, 64, 64, 128, 193, 323, 340, 1000];
+    let t = *cu.last().unwrap();
+    let mut cases: Vec<Case> = (0..GATES.len()).map(|i| Case::new(sizes(1, [t, t], [4, 2], [16, 24]), causal(None), gate(i))).collect();
+    for a in [causal(Some(70)), full(None), full(Some(20))] {
+        cases.push(Case::new(sizes(1, [t, t], [6, 2], [20, 16]), a, gate(0)));
+    }
+    cases.push(Case::new(sizes(1, [t, t], [1, 1], [16, 16]), causal(None), None));
+    for c in cases {
+        for dtype in [DType::F32, DType::BF16] {
+            let x = c.leaves(dtype);
+            let packed = Case { cu: Some(cu.clone()), ..c.clone() }.both(&x);
+            for w in cu.windows(2) {
+                let cut = |x: &Tensor| x.narrow(1, w[0], w[1] - w[0]).unwrap();
+                let x: Vec<Tensor> = x.iter().map(|x| cut(x).requires_grad()).collect();
+                let y = c.run(&x).unwrap();
+                let dy = Tensor::randn(packed[0].shape(), DType::F64, &Device::cpu(), 8, 0).unwrap().cast(dtype).unwrap();
+                let grads = y.backward_with(&cut(&dy).contiguous().unwrap()).unwrap();
+                let alone = std::iter::once(&y).chain(x.iter().map(|x| grads.get(x).unwrap()));
+                for (i, (alone, packed)) in alone.zip(&packed).enumerate() {
+                    let bits = |x: &Tensor| -> Vec<u32> { x.to_vec::<f32>().unwrap().into_iter().map(f32::to_bits).collect() };
+                    assert!(bits(alone) == bits(&cut(packed)), "{c:?} {dtype} document {w:?} result {i}");
+                }
+            }
         }
     }
 }
@@ -283,10 +293,12 @@ fn bad_inputs_are_errors() {
     fails(gated_sdpa(&q, &k, &k, Some((&g.cast(DType::F64).unwrap(), Gate::default())), None, a), "gate must be f32");
     fails(gated_sdpa(&q, &k, &k, None, None, Attention { window: Some(0), ..a }), "window");
     fails(gated_sdpa(&q, &k, &k, None, None, Attention { scale: Some(f64::NAN), ..a }), "scale");
-    fails(gated_sdpa(&q, &k, &k, None, Some(&x(&[2])), a), "cu_seqlens must be");
-    for cu in [&[0, 3][..], &[1, 4], &[0, 3, 2, 4], &[-1, 4], &[4]] {
-        fails(gated_sdpa(&q, &k, &k, None, Some(&i(cu)), a), "cu_seqlens must rise");
+    fails(gated_sdpa(&q, &k, &k, None, Some(&x(&[2])), a), "gated_sdpa: cu_seqlens must be i32 or i64, found f32");
+    fails(gated_sdpa(&q, &k, &k, None, Some(&i(&[4])), a), "gated_sdpa: cu_seqlens must have shape [documents + 1], found [1]");
+    for cu in [&[0, 3][..], &[1, 4], &[0, 3, 2, 4], &[-1, 4]] {
+        fails(gated_sdpa(&q, &k, &k, None, Some(&i(cu)), a), "gated_sdpa: cu_seqlens must rise from 0 to the packed length 4, found [");
     }
-    fails(gated_sdpa(&x(&[2, 4, 4, 8]), &x(&[2, 4, 2, 8]), &x(&[2, 4, 2, 8]), None, Some(&i(&[0, 4])), a), "B = 1");
+    fails(gated_sdpa(&x(&[2, 4, 4, 8]), &x(&[2, 4, 2, 8]), &x(&[2, 4, 2, 8]), None, Some(&i(&[0, 4])), a), "found batch 2");
+    fails(gated_sdpa(&q, &x(&[1, 5, 2, 8]), &x(&[1, 5, 2, 8]), None, Some(&i(&[0, 4])), a), "found T = 4, S = 5");
     fails(attention_pattern(&q, &x(&[1, 4, 2, 7]), None, a), "k must have shape");
 }
