@@ -1,6 +1,7 @@
 //! Softmax probabilities on demand: what the fused kernel never forms, for those who want to look at it.
 
-use super::{Attention, check_packed, check_qk, sums};
+use super::{Attention, check_packed, check_qk};
+use crate::dtypes::sums;
 use engine::{Meta, Op, Result, Tensor, Want, run1};
 use std::ops::RangeInclusive;
 

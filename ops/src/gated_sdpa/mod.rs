@@ -27,7 +27,8 @@ mod tests;
 
 pub use attention_pattern::{AttentionPattern, attention_pattern};
 
-use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, Want, run, run1};
+use crate::dtypes::sums;
+use engine::{Error, Meta, Op, Result, Saved, Tensor, Want, run, run1};
 use std::ops::RangeInclusive;
 
 /// What the gate's logits go through.
@@ -116,11 +117,6 @@ pub struct GatedSdpa {
 
 const NAME: &str = "gated_sdpa";
 const BACKWARD: &str = "gated_sdpa_backward";
-
-/// The dtype that sums are kept in.
-fn sums(x: DType) -> DType {
-    if x == DType::F64 { DType::F64 } else { DType::F32 }
-}
 
 /// Checks q and k, and what the attributes ask of them. Returns (B, T, S, H, Hkv, D).
 fn check_qk(op: &'static str, a: &Attention, q: &Meta, k: &Meta) -> Result<[usize; 6]> {
