@@ -269,7 +269,7 @@ fn bad_arguments_are_named() {
     fails(run(&c.q, &c.k, &f32(&c.v)), "delta_rule: v must be a float dtype, the same for q, k and v, found f32");
     fails(run(&c.q, &c.k, &c.v.narrow(2, 0, 0).unwrap()), "delta_rule: v must have shape [1, 4, a multiple of 2 heads, Dv], found [1, 4, 0, 3]");
     let (no_heads, no_width) = (c.q.narrow(2, 0, 0).unwrap(), c.q.narrow(3, 0, 0).unwrap());
-    fails(run(&no_heads, &no_heads, &c.v), "delta_rule: q must have shape [B, T, H > 0, D], found [1, 4, 0, 4]");
+    fails(run(&no_heads, &no_heads, &c.v), "delta_rule: q must have shape [B, T, H > 0, D > 0], found [1, 4, 0, 4]");
     fails(run(&no_width, &no_width, &c.v), "delta_rule: q must have shape [B, T, H > 0, D > 0], found [1, 4, 2, 0]");
 
     let with = |x: DeltaRuleInputs| delta_rule(op, &c.q, &c.k, &c.v, x);
