@@ -1,6 +1,7 @@
 //! How a kernel is named, and what it is handed.
 
 use crate::Cuda;
+use crate::compile::Target;
 use engine::{DType, Error, Result, View};
 use std::borrow::Cow;
 use std::hash::{Hash, Hasher};
@@ -56,7 +57,7 @@ pub struct Kernel {
     pub threads: u32,
     /// Blocks that must fit on a multiprocessor at once: with `threads` this bounds the registers.
     pub min_blocks: u32,
-    /// Lowest compute capability, times ten: 80, or 90 for what needs Hopper (such kernels are not run by the emulator).
+    /// 80 for what runs from compute capability 8.0 on, 90 for what needs Hopper (and is not run by the emulator).
     pub arch: u32,
 }
 
@@ -77,6 +78,10 @@ impl Kernel {
     pub fn register_bound(&self) -> u32 {
         (65536 / (self.threads * self.min_blocks) / 8 * 8).min(255)
     }
+    /// Whether it can be compiled for a target: what runs from sm_80 on for all, what is for Hopper for Hopper alone (its instructions exist nowhere else).
+    pub fn fits(&self, target: Target) -> bool {
+        self.arch == 80 || target == Target::Gpu(self.arch)
+    }
     /// Whether the source lists it.
     pub(crate) fn is_listed(&self) -> bool {
         (self.source.kernels)().contains(self)
@@ -85,9 +90,7 @@ impl Kernel {
 
 impl PartialEq for Kernel {
     fn eq(&self, o: &Self) -> bool {
-        std::ptr::eq(self.source, o.source)
-            && self.call == o.call
-            && (self.threads, self.min_blocks, self.arch) == (o.threads, o.min_blocks, o.arch)
+        std::ptr::eq(self.source, o.source) && self.call == o.call && (self.threads, self.min_blocks, self.arch) == (o.threads, o.min_blocks, o.arch)
     }
 }
 impl Eq for Kernel {}
@@ -213,12 +216,7 @@ pub fn one_of(op: &'static str, arg: &str, found: DType, of: &[DType]) -> Result
 macro_rules! cuda_kernel {
     ($op:ty => $f:expr) => {
         const _: () = {
-            fn erased(
-                op: &dyn ::engine::Op,
-                backend: &dyn ::engine::Backend,
-                x: &[::engine::View],
-                y: &[::engine::View],
-            ) -> ::engine::Result<()> {
+            fn erased(op: &dyn ::engine::Op, backend: &dyn ::engine::Backend, x: &[::engine::View], y: &[::engine::View]) -> ::engine::Result<()> {
                 let (any, backend): (&dyn ::std::any::Any, &dyn ::std::any::Any) = (op, backend);
                 let wrong = || ::engine::Error::invalid(op.name(), "was handed to another op's kernel");
                 let kernel: fn(&$op, &$crate::Cuda, &[::engine::View], &[::engine::View]) -> ::engine::Result<()> = $f;
@@ -230,6 +228,7 @@ macro_rules! cuda_kernel {
                 op: || ::std::any::TypeId::of::<$op>(),
                 backend: || ::std::any::TypeId::of::<$crate::Cuda>(),
                 name: stringify!($op),
+                place: concat!(file!(), ":", line!()),
                 kernel: erased,
             } }
         };

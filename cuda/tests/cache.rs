@@ -1,5 +1,6 @@
 //! The cache on disk: filled, used, and mended. One test, because it sets the process's environment.
 
+use cuda::compile::{Target, compile};
 use cuda::{Cuda, Kernel, Ptr, cuda_source, params};
 use std::{env, fs, process};
 
@@ -23,32 +24,37 @@ fn entries_are_used_and_damaged_ones_replaced() {
         c.launch(&kernel(), [1, 1, 1], 0, &Params { a: p, b: p, c: p, n: 64 })
     };
     let entry = || -> Vec<_> { fs::read_dir(folder.join("kernels")).unwrap().map(|f| f.unwrap().path()).collect() };
-    launch().unwrap();
+    compile(&kernel(), Target::Host).unwrap();
     let [path] = &entry()[..] else { panic!("one entry was expected: {:?}", entry()) };
     let whole = fs::read(path).unwrap();
-    // an entry that is there is not written again
+    // an entry whose hash is right but that can't be loaded; first, because a library that is loaded stays so under its name
+    let code = b"this is no library";
+    let mut unloadable = code.to_vec();
+    unloadable.extend((code.len() as u64).to_le_bytes());
+    unloadable.extend(0u64.to_le_bytes());
+    unloadable.extend(fnv(code).to_le_bytes());
+    unloadable.extend(b"tgkern01");
+    replace(path, &unloadable);
+    launch().unwrap();
+    assert_eq!(fs::read(path).unwrap().len(), whole.len());
+    // one that is there is not written again
     let written = fs::metadata(path).unwrap().modified().unwrap();
     launch().unwrap();
     assert_eq!(fs::metadata(path).unwrap().modified().unwrap(), written);
     // one with a wrong byte is
     let mut bad = whole.clone();
     bad[100] ^= 1;
-    fs::write(path, &bad).unwrap();
+    replace(path, &bad);
     launch().unwrap();
     assert_eq!(fs::read(path).unwrap().len(), whole.len());
     assert_ne!(fs::read(path).unwrap(), bad);
-    // and one whose hash is right but that can't be loaded
-    let code = b"this is no library";
-    let mut entry = code.to_vec();
-    let hash = fnv(code);
-    entry.extend((code.len() as u64).to_le_bytes());
-    entry.extend(0u64.to_le_bytes());
-    entry.extend(hash.to_le_bytes());
-    entry.extend(b"tgkern01");
-    fs::write(path, &entry).unwrap();
-    launch().unwrap();
-    assert_eq!(fs::read(path).unwrap().len(), whole.len());
     fs::remove_dir_all(&folder).unwrap();
+}
+
+/// Another file in its place: a loaded library's own must not change under it.
+fn replace(path: &std::path::Path, bytes: &[u8]) {
+    fs::remove_file(path).unwrap();
+    fs::write(path, bytes).unwrap();
 }
 
 /// As cache.rs hashes one part.

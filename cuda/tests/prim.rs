@@ -66,7 +66,8 @@ const UNARY: [UnaryKind; 18] = {
 fn functions_and_their_slopes() {
     let special = [0.0, -0.0, 1.0, -1.0, 1e-30, -1e-3, 88.0, -100.0, f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 3e4, -3e4, 0.5];
     for d in FLOATS {
-        let x = Tensor::cat(&[&randn(&[301], d, 1).reshape(&[301]).unwrap(), &Tensor::from_vec(special, &[14]).unwrap().cast(d).unwrap()], 0).unwrap();
+        let x =
+            Tensor::cat(&[&randn(&[301], d, 1).reshape(&[301]).unwrap(), &Tensor::from_vec(special, &[14]).unwrap().cast(d).unwrap()], 0).unwrap();
         let dy = randn(&[315], d, 2);
         for kind in UNARY {
             let (f, w) = both(|x| run1(Unary { kind }, &[&x[0]]), &[&x]);
@@ -161,8 +162,42 @@ fn comparison_and_selection() {
 #[test]
 fn casts_between_all_dtypes() {
     let special = [
-        0.0, -0.0, 0.5, -0.5, 1.5, -1.5, 254.6, 255.0, 256.0, 300.0, -1.0, -300.0, 65504.0, 65519.0, 65520.0, 1e5, -1e5, 3e9, 5e9, -3e9, 1e20, -1e20, 1e300,
-        -1e300, 1e-8, 6e-8, 1e-40, 1e-310, f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 2147483647.0, 2147483648.0, 4294967295.0, 9.3e18, 1.00390625,
+        0.0,
+        -0.0,
+        0.5,
+        -0.5,
+        1.5,
+        -1.5,
+        254.6,
+        255.0,
+        256.0,
+        300.0,
+        -1.0,
+        -300.0,
+        65504.0,
+        65519.0,
+        65520.0,
+        1e5,
+        -1e5,
+        3e9,
+        5e9,
+        -3e9,
+        1e20,
+        -1e20,
+        1e300,
+        -1e300,
+        1e-8,
+        6e-8,
+        1e-40,
+        1e-310,
+        f64::INFINITY,
+        f64::NEG_INFINITY,
+        f64::NAN,
+        2147483647.0,
+        2147483648.0,
+        4294967295.0,
+        9.3e18,
+        1.00390625,
         1.01171875,
     ];
     for from in ALL {
@@ -244,7 +279,7 @@ fn reductions_and_running_sums() {
                 // the CPU goes element by element, whose error grows faster: f64 tells
                 let f = run1(CumSum { reverse }, &[&x.to_device(&emulator()).unwrap()]).unwrap();
                 let w = run1(CumSum { reverse }, &[&x.cast(DType::F64).unwrap()]).unwrap().cast(d).unwrap();
-let (f, w): (Vec<f64>, Vec<f64>) = (f.to_vec().unwrap(), w.to_vec().unwrap());
+                let (f, w): (Vec<f64>, Vec<f64>) = (f.to_vec().unwrap(), w.to_vec().unwrap());
                 let largest = w.iter().fold(1.0, |m: f64, x| m.max(x.abs()));
                 let sums = if d == DType::F64 { 1e-14 } else { 1e-6 };
                 for (i, (f, w)) in f.iter().zip(&w).enumerate() {

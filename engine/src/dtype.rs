@@ -1,6 +1,8 @@
 //! Element types.
 
+use crate::cpu::convert::nearest_bf16;
 use half::{bf16, f16};
+use zerocopy::{FromBytes, IntoBytes};
 
 /// The type of a tensor's elements, a run-time value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -56,7 +58,9 @@ impl std::fmt::Display for DType {
 }
 
 mod sealed {
-    pub trait Sealed {}
+    use zerocopy::{FromBytes, Immutable, IntoBytes};
+    /// No padding, and every bit pattern is a valid value: checked by the compiler.
+    pub trait Sealed: FromBytes + IntoBytes + Immutable {}
 }
 
 /// A Rust type that a tensor can hold. Sealed: every bit pattern of an implementor is a valid value.
@@ -84,24 +88,44 @@ macro_rules! element {
 element! {
     f64, F64, |x| x, |x| x;
     f32, F32, |x| x as f32, |x| x as f64;
-    bf16, BF16, bf16::from_f64, bf16::to_f64;
-    f16, F16, f16::from_f64, f16::to_f64;
+    bf16, BF16, |x| nearest_bf16(to_odd(x)), bf16::to_f64;
+    f16, F16, |x| f16::from_f32(to_odd(x)), f16::to_f64;
     i64, I64, |x| x as i64, |x| x as f64;
     i32, I32, |x| x as i32, |x| x as f64;
     u32, U32, |x| x as u32, |x| x as f64;
     u8, U8, |x| x as u8, |x| x as f64;
 }
 
+/// The f32 that rounds to any type of at most 22 bits as `x` itself would: what f32 cannot hold is cut off, and the last bit says that there was more
+/// ("round to odd", Boldo and Melquiond, IEEE Transactions on Computers 2008). The half crate drops 32 bits of a f64 unseen.
+#[inline(always)]
+pub(crate) fn to_odd(x: f64) -> f32 {
+    let y = x as f32;
+    let wide = f64::from(y);
+    let cut = y.to_bits().wrapping_sub(u32::from(wide.abs() > x.abs()));
+    if wide == x || x.is_nan() { y } else { f32::from_bits(cut | 1) }
+}
+
 /// The memory of some elements.
 pub(crate) fn bytes<T: Element>(x: &[T]) -> &[u8] {
-    // SAFETY: an `Element` has no padding, so its bytes may be read.
-    unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), size_of_val(x)) }
+    x.as_bytes()
 }
 
 /// The memory of some elements, to be written.
 pub(crate) fn bytes_mut<T: Element>(x: &mut [T]) -> &mut [u8] {
-    // SAFETY: an `Element` is any bytes of its size.
-    unsafe { std::slice::from_raw_parts_mut(x.as_mut_ptr().cast(), size_of_val(x)) }
+    x.as_mut_bytes()
+}
+
+/// A slice under its type's other name, for generic code that has looked at the dtype. Panics when the types differ.
+pub(crate) fn as_type<A: Element, B: Element>(x: &[A]) -> &[B] {
+    assert_eq!(A::DTYPE, B::DTYPE);
+    <[B]>::ref_from_bytes(x.as_bytes()).expect("one type has one size and alignment")
+}
+
+/// Like [`as_type`], to be written.
+pub(crate) fn as_type_mut<A: Element, B: Element>(x: &mut [A]) -> &mut [B] {
+    assert_eq!(A::DTYPE, B::DTYPE);
+    <[B]>::mut_from_bytes(x.as_mut_bytes()).expect("one type has one size and alignment")
 }
 
 /// Runs a generic body for the Rust type of a dtype: `dispatch!(dtype, |T| body::<T>(..))`.

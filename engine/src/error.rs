@@ -50,6 +50,16 @@ pub enum Error {
         /// Device.
         device: String,
     },
+    /// More than one kernel is registered for this pair, and which one the linker puts last is nobody's choice.
+    #[error("{op}: more than one kernel for device {device}, registered at {places}; remove all but one")]
+    TwoKernels {
+        /// Operation.
+        op: &'static str,
+        /// Device.
+        device: String,
+        /// Where, `file:line`.
+        places: String,
+    },
     /// An operation without backward met an input that needs a gradient.
     #[error("{op}: has no backward, but an input needs a gradient; detach() that input if no gradient is wanted")]
     NoGrad {

@@ -25,17 +25,31 @@ pub struct Row {
     pub backend: fn() -> TypeId,
     /// The op's type name, for listings.
     pub name: &'static str,
+    /// Where it was registered, `file:line`, for the error when there are two.
+    pub place: &'static str,
     /// The kernel.
     pub kernel: Kernel,
 }
 inventory::collect!(Row);
 
-static TABLE: LazyLock<HashMap<(TypeId, TypeId), Kernel>> =
-    LazyLock::new(|| inventory::iter::<Row>.into_iter().map(|r| (((r.op)(), (r.backend)()), r.kernel)).collect());
+/// All rows of a pair: one, unless somebody made a mistake that linking does not see.
+static TABLE: LazyLock<HashMap<(TypeId, TypeId), Vec<&Row>>> = LazyLock::new(|| {
+    let mut table = HashMap::<_, Vec<&Row>>::new();
+    inventory::iter::<Row>.into_iter().for_each(|r| table.entry(((r.op)(), (r.backend)())).or_default().push(r));
+    table
+});
 
 pub(crate) fn kernel(op: &dyn Op, backend: &dyn Backend) -> Result<Kernel> {
     let (a, b): (&dyn std::any::Any, &dyn std::any::Any) = (op, backend);
-    TABLE.get(&(a.type_id(), b.type_id())).copied().ok_or_else(|| Error::NoKernel { op: op.name(), device: backend.name() })
+    match TABLE.get(&(a.type_id(), b.type_id())).map_or(&[][..], Vec::as_slice) {
+        [row] => Ok(row.kernel),
+        [] => Err(Error::NoKernel { op: op.name(), device: backend.name() }),
+        rows => {
+            let mut places: Vec<_> = rows.iter().map(|r| r.place).collect();
+            places.sort_unstable();
+            Err(Error::TwoKernels { op: op.name(), device: backend.name(), places: places.join(" and ") })
+        }
+    }
 }
 
 /// Type names of all ops with a kernel for backend `B`, sorted.
@@ -60,6 +74,7 @@ macro_rules! cpu_kernel {
                 op: || ::std::any::TypeId::of::<$op>(),
                 backend: || ::std::any::TypeId::of::<$crate::cpu::Cpu>(),
                 name: stringify!($op),
+                place: concat!(file!(), ":", line!()),
                 kernel: erased,
             } }
         };

@@ -1,5 +1,6 @@
 //! `Tensor`: one concrete type; dtype and device are run-time values.
 
+use crate::cpu::convert::convert_all;
 use crate::layout::{broadcast_shape, checked_numel};
 use crate::op::Meta;
 use crate::tape::{self, Edge, Grads, Node, no_grad};
@@ -209,7 +210,9 @@ impl Tensor {
         if t.dtype() == T::DTYPE {
             return read::<T>(&t);
         }
-        crate::dispatch!(t.dtype(), |S| Ok(read::<S>(&t)?.into_iter().map(|x| T::from_f64(x.to_f64())).collect()))
+        let mut all = vec![T::default(); t.numel()];
+        crate::dispatch!(t.dtype(), |S| convert_all(&read::<S>(&t)?, &mut all));
+        Ok(all)
     }
     /// The only element, as f64.
     pub fn item(&self) -> Result<f64> {

@@ -6,7 +6,7 @@ fn randn(shape: &[usize], stream: u64) -> Tensor {
     Tensor::randn(shape, DType::F64, &Device::cpu(), 3, stream).unwrap()
 }
 fn check(f: impl Fn(&[Tensor]) -> Result<Tensor>, leaves: &[Tensor]) {
-    gradcheck(|x| Ok(vec![f(x)?]), leaves, 1e-5).unwrap().within(1e-7).unwrap();
+    gradcheck(|x| Ok(vec![f(x)?]), leaves, 1e-5).unwrap().within(1e-8).unwrap();
 }
 
 #[test]

@@ -200,32 +200,14 @@ fn tensors_larger_than_the_machine_are_errors() {
 }
 
 #[test]
-fn dropping_a_long_chain_does_not_recurse() {
-    let mut x = leaf(&[1.0]);
-    for _ in 0..1_000_000 {
-        x = x.neg().unwrap();
-    }
-    drop(x);
-    // through the tensors that checkpointed functions capture
+fn dropping_a_long_chain_of_checkpoints_does_not_recurse() {
+    // through the tensors that checkpointed functions capture; a chain of plain nodes: memory.rs
     let mut x = leaf(&[1.0]);
     for _ in 0..100_000 {
         let captured = x.clone();
         x = checkpoint(move |_| Ok(vec![captured.neg()?]), &[]).unwrap().remove(0);
     }
     drop(x);
-}
-
-#[test]
-fn a_loop_without_backward_does_not_grow() {
-    let x = leaf(&[1.0; 256]);
-    for _ in 0..1000 {
-        x.square().unwrap();
-    }
-    let before = engine::cpu::memory().0;
-    for _ in 0..1_000_000 {
-        x.square().unwrap();
-    }
-    assert!(engine::cpu::memory().0 <= before + (1 << 20), "{before} -> {}", engine::cpu::memory().0);
 }
 
 #[test]
@@ -260,13 +242,4 @@ fn checkpointing_cuts_nothing_silently() {
     let y = checkpoint(fickle, &[&leaf(&[1.0])]).unwrap();
     let e = y[1].backward().err().unwrap().to_string();
     assert!(e.contains("[f64[1], f64[1]] at first and [f64[1]]"), "{e}");
-}
-
-#[test]
-fn memory_falls_during_the_sweep_and_views_copy_nothing() {
-    let x = Tensor::zeros(&[1 << 20], DType::F32, &Device::cpu()).unwrap();
-    let before = engine::cpu::memory().0;
-    let v = x.reshape(&[1024, 1024]).unwrap().transpose(0, 1).unwrap().narrow(0, 3, 9).unwrap().expand(&[5, 9, 1024]).unwrap();
-    assert_eq!(v.shape(), [5, 9, 1024]);
-    assert!(engine::cpu::memory().0 < before + (2 << 20), "other tests may run beside this one, a copy would be 4 MiB or more");
 }

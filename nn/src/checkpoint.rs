@@ -1,11 +1,15 @@
 //! `model.safetensors` and `config.json`, in transformers' names: fused projections are written apart, and read in either form.
 
+use crate::init::Source;
 use crate::tensor_file::{self, TensorFile, fill, readable};
-use crate::{Decoder, Error, ModelConfig, Result};
+use crate::{Decoder, Error, ModelConfig, Param, Placement, Result};
 use engine::{DType, Tensor};
-use std::path::Path;
+use safetensors::tensor::TensorView;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
 
 const MODEL: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
 const CONFIG: &str = "config.json";
 
 /// A tensor as files have it: name and the part of the parameter that it is.
@@ -32,33 +36,40 @@ fn parts(name: &str, t: &Tensor) -> Result<Vec<(String, Tensor)>> {
     Ok(out)
 }
 
-impl Decoder {
-    /// Writes `model.safetensors` and `config.json` into the folder `dir`, each synced to disk.
-    pub fn save(&self, dir: &Path) -> Result<()> {
-        let named = self.params().iter().map(|p| parts(&p.name, &p.tensor.detach())).collect::<Result<Vec<_>>>()?;
-        tensor_file::write(&dir.join(MODEL), named.concat())?;
-        let config = serde_json::to_string_pretty(self.config()).map_err(|e| Error::Config(e.to_string()))?;
-        write_synced(&dir.join(CONFIG), config.as_bytes())
+/// The files that hold a folder's tensors: one, or the shards that an index names.
+struct Files(Vec<(PathBuf, TensorFile)>);
+
+impl Files {
+    fn open(dir: &Path) -> Result<Files> {
+        let index = dir.join(INDEX);
+        if dir.join(MODEL).exists() || !index.exists() {
+            return Ok(Files(vec![(dir.join(MODEL), TensorFile::open(&dir.join(MODEL))?)]));
+        }
+        let text = std::fs::read_to_string(&index).map_err(Error::io(&index))?;
+        let json: Index = serde_json::from_str(&text).map_err(|e| Error::checkpoint(&index, format!("is no index of shards: {e}")))?;
+        let names: BTreeSet<String> = json.weight_map.into_values().collect();
+        let shard = |name: String| {
+            if Path::new(&name).file_name() != Some(name.as_ref()) {
+                return Err(Error::checkpoint(&index, format!("names the shard `{name}`; a shard is a file beside its index")));
+            }
+            let path = dir.join(name);
+            Ok((path.clone(), TensorFile::open(&path)?))
+        };
+        Ok(Files(names.into_iter().map(shard).collect::<Result<_>>()?))
     }
 
-    /// The model that the folder `dir` holds, in f32.
-    pub fn open(dir: &Path) -> Result<Decoder> {
-        let path = dir.join(CONFIG);
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let json = serde_json::from_str(&text).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))?;
-        let model = Decoder::new(&ModelConfig::from_json(json)?, 0, DType::F32)?;
-        model.load(dir)?;
-        Ok(model)
-    }
-
-    /// Overwrites the parameters in place with those of `dir/model.safetensors`; none of them, if the file does not fit.
-    pub fn load(&self, dir: &Path) -> Result<()> {
-        let path = dir.join(MODEL);
-        let file = TensorFile::open(&path)?;
-        let mut left = file.tensors(&path)?;
-        let mut wrong = vec![];
+    /// The tensors for each of `params`, in its order; an error that lists what does not fit.
+    fn matched(&self, dir: &Path, params: &[Param]) -> Result<Vec<Vec<TensorView<'_>>>> {
+        let (mut left, mut wrong) = (BTreeMap::new(), vec![]);
+        for (path, file) in &self.0 {
+            for (name, v) in file.tensors(path)? {
+                if left.insert(name.clone(), v).is_some() {
+                    wrong.push(format!("`{name}` is in two files"));
+                }
+            }
+        }
         let mut ready = vec![];
-        for p in self.params() {
+        for p in params {
             // a parameter stands in the file whole, or in transformers' parts: these follow each other in memory
             let wanted = if left.contains_key(&p.name) { vec![(p.name.clone(), p.tensor.detach())] } else { parts(&p.name, &p.tensor.detach())? };
             let mut pieces = vec![];
@@ -70,14 +81,58 @@ impl Decoder {
                     Some(v) => pieces.push(v),
                 }
             }
-            ready.push((p, pieces));
+            ready.push(pieces);
         }
         wrong.extend(left.keys().filter(|n| !n.starts_with("mtp.")).map(|n| format!("`{n}` is not of this model")));
         if !wrong.is_empty() {
             let more = if wrong.len() > 8 { format!("; and {} more", wrong.len() - 8) } else { String::new() };
-            return Err(Error::checkpoint(&path, format!("does not fit the model: {}{more}", wrong[..wrong.len().min(8)].join("; "))));
+            let path = if let [(path, _)] = &self.0[..] { path.as_path() } else { dir };
+            return Err(Error::checkpoint(path, format!("does not fit the model: {}{more}", wrong[..wrong.len().min(8)].join("; "))));
         }
-        ready.into_iter().try_for_each(|(p, pieces)| fill(&p.tensor, &pieces))
+        Ok(ready)
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Decoder {
+    /// Writes `model.safetensors` and `config.json` into the folder `dir`, each synced to disk.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let named = self.params().iter().map(|p| parts(&p.name, &p.tensor.detach())).collect::<Result<Vec<_>>>()?;
+        tensor_file::write(&dir.join(MODEL), named.concat())?;
+        let config = serde_json::to_string_pretty(&self.config().to_json()?).map_err(|e| Error::Config(e.to_string()))?;
+        write_synced(&dir.join(CONFIG), config.as_bytes())
+    }
+
+    /// The model that the folder `dir` holds, in f32: `config.json`, and `model.safetensors` or the shards that `model.safetensors.index.json` names.
+    /// The files' names and shapes are held against the configuration before memory is taken.
+    pub fn open(dir: &Path) -> Result<Decoder> {
+        Self::open_on(dir, &Placement::cpu(DType::F32))
+    }
+
+    /// The model that the folder `dir` holds, as [`open`](Self::open), in a place of your choice.
+    pub fn open_on(dir: &Path, place: &Placement) -> Result<Decoder> {
+        let path = dir.join(CONFIG);
+        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let json = serde_json::from_str(&text).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))?;
+        let config = ModelConfig::from_json(json)?;
+        place.validate()?;
+        config.fits(place.params.size() as u64)?;
+        let files = Files::open(dir)?;
+        let plan = Decoder::build(&config, place, Source::Shapes)?;
+        let pieces = files.matched(dir, plan.params())?;
+        let pieces: HashMap<&str, &Vec<TensorView>> = plan.params().iter().map(|p| p.name.as_str()).zip(&pieces).collect();
+        Decoder::build(&config, place, Source::File(&|name, t| fill(t, pieces.get(name).map_or(&[], |v| v))))
+    }
+
+    /// Overwrites the parameters in place with those of the folder `dir`; none of them, if the files do not fit.
+    pub fn load(&self, dir: &Path) -> Result<()> {
+        let files = Files::open(dir)?;
+        let pieces = files.matched(dir, self.params())?;
+        self.params().iter().zip(&pieces).try_for_each(|(p, pieces)| fill(&p.tensor, pieces))
     }
 }
 

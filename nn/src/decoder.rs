@@ -1,16 +1,17 @@
 //! The decoder: embedding, pre-norm residual blocks, final norm, output projection.
 
 use crate::config::{LayerType, ModelConfig};
-use crate::init::Builder;
-use crate::layers::{Attention, Cache, Context, Dense, GatedDeltaNet, Param, Sparse, Taps};
+use crate::init::{Builder, Source};
+use crate::layers::{Attention, Cache, Context, Dense, GatedDeltaNet, Param, Sparse, Taps, project};
 use crate::{Error, Result};
 use engine::watch::place;
-use engine::{DType, Tensor};
+use engine::{DType, Device, Tensor};
 use ops::linear_cross_entropy::{linear_cross_entropy, linear_cross_entropy_per_token};
 use ops::moe::{load_balancing_loss, router_z_loss};
 use ops::rms_norm::{rms_norm, rms_norm_residual};
 
-/// Sees named tensors as the model computes them: `blocks.{i}.attn.hook_gate`, `…hook_beta`, `…hook_log_decay`, `blocks.{i}.mlp.hook_router_probs`,
+/// Sees named tensors as the model computes them: `blocks.{i}.attn.hook_gate` (after its
+/// activation), `…hook_beta`, `…hook_log_decay`, `…hook_state` (the delta rule's last), `blocks.{i}.mlp.hook_router_probs`,
 /// `blocks.{i}.hook_resid_post`, … (TransformerLens's names). What nobody looks at costs nothing.
 pub type Tap<'a> = &'a mut dyn FnMut(&str, &Tensor);
 
@@ -46,6 +47,7 @@ pub struct Losses {
 /// The hybrid mixture-of-experts language model. Parameters are leaves, updated in place by an optimizer.
 pub struct Decoder {
     config: ModelConfig,
+    place: Placement,
     params: Vec<Param>,
     embed: Tensor,
     blocks: Vec<Block>,
@@ -53,17 +55,54 @@ pub struct Decoder {
     head: Tensor,
 }
 
-impl Decoder {
-    /// A model with initial values that are a function of `seed`. `dtype` is that of the parameters and the computation: f32, or f64 for checks.
-    pub fn new(config: &ModelConfig, seed: u64, dtype: DType) -> Result<Self> {
-        config.validate()?;
-        if !matches!(dtype, DType::F32 | DType::F64) {
-            return Err(Error::Config(format!("parameters are kept in f32 (or f64 for checks), found {dtype}")));
+/// Where a model lives, and in what precision (the policy is explicit: nothing is narrowed that is not said here).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Placement {
+    /// The device of parameters and computation.
+    pub device: Device,
+    /// The parameters': f32, or f64 for checks.
+    pub params: DType,
+    /// The activations' and products': the parameters' dtype, or bf16 or f16. Norms, softmax, router, decay, states and losses are computed in f32 all the same.
+    pub compute: DType,
+}
+
+impl Placement {
+    /// The CPU, everything in one dtype.
+    pub fn cpu(dtype: DType) -> Self {
+        Placement { device: Device::cpu(), params: dtype, compute: dtype }
+    }
+    pub(crate) fn validate(&self) -> Result<()> {
+        if !matches!(self.params, DType::F32 | DType::F64) {
+            return Err(Error::Config(format!("parameters are kept in f32 (or f64 for checks), found {}", self.params)));
         }
-        config.fits(dtype.size() as u64)?;
+        if self.compute != self.params && !(self.params == DType::F32 && matches!(self.compute, DType::BF16 | DType::F16)) {
+            return Err(Error::Config(format!(
+                "parameters in {} can be computed with in {0}, or from f32 in bf16 and f16, found {}",
+                self.params, self.compute
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Decoder {
+    /// A model on the CPU with initial values that are a function of `seed`. `dtype` is that of the parameters and the computation: f32, or f64 for checks.
+    pub fn new(config: &ModelConfig, seed: u64, dtype: DType) -> Result<Self> {
+        Self::on(config, seed, &Placement::cpu(dtype))
+    }
+
+    /// A model with initial values that are a function of `seed`, the same on every device.
+    pub fn on(config: &ModelConfig, seed: u64, place: &Placement) -> Result<Self> {
+        config.validate()?;
+        place.validate()?;
+        config.fits(place.params.size() as u64)?;
+        Self::build(config, place, Source::Seed(seed))
+    }
+
+    pub(crate) fn build(config: &ModelConfig, place: &Placement, source: Source) -> Result<Self> {
         let c = config.clone();
         let h = c.hidden_size;
-        let mut b = Builder { params: vec![], seed, std: c.initializer_range, dtype, prefix: "model.".into() };
+        let mut b = Builder { params: vec![], source, std: c.initializer_range, place: place.clone(), prefix: "model.".into() };
         let embed = b.normal("embed_tokens.weight", &[c.vocab_size, h])?;
         let mut blocks = vec![];
         for i in 0..c.num_hidden_layers {
@@ -85,12 +124,16 @@ impl Decoder {
         let norm = b.constant("norm.weight", &[h], 0.0)?;
         b.prefix = String::new();
         let head = if c.tie_word_embeddings { embed.clone() } else { b.normal("lm_head.weight", &[c.vocab_size, h])? };
-        Ok(Decoder { config: c, params: b.params, embed, blocks, norm, head })
+        Ok(Decoder { config: c, place: b.place, params: b.params, embed, blocks, norm, head })
     }
 
     /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+    /// Where it lives, and in what precision.
+    pub fn place(&self) -> &Placement {
+        &self.place
     }
     /// Every parameter, always in the same order.
     pub fn params(&self) -> &[Param] {
@@ -123,7 +166,7 @@ impl Decoder {
         let ctx = Context { cu_seqlens, positions: positions.as_ref(), offset };
         let mut taps = Taps { sink: tap, layer: 0 };
         place(|| "embed_tokens".into());
-        let mut stream = self.embed.embedding(tokens)?;
+        let mut stream = self.embed.embedding(tokens)?.cast(self.place.compute)?;
         let mut delta: Option<Tensor> = None;
         let mut routers = vec![];
         for (i, block) in self.blocks.iter().enumerate() {
@@ -156,7 +199,7 @@ impl Decoder {
 
     /// Logits `[N, V]` of hidden states `[N, H]`.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(hidden.linear(&self.head)?)
+        Ok(project(hidden, &self.head)?)
     }
 
     /// The loss of predicting `targets [B·T]` (i64, −100 where none is asked) from `tokens [B, T]`.
@@ -164,7 +207,7 @@ impl Decoder {
         let c = &self.config;
         let (x, routers) = self.forward(tokens, cu_seqlens, None, tap)?;
         place(|| "lm_head".into());
-        let nll = linear_cross_entropy(&x.reshape(&[tokens.numel(), c.hidden_size])?, &self.head, targets)?;
+        let nll = linear_cross_entropy(&x.reshape(&[tokens.numel(), c.hidden_size])?, &self.head.cast(x.dtype())?, targets)?;
         let mut objective = nll.clone();
         let routers: Vec<&Tensor> = routers.iter().collect();
         let (mut load_balancing, mut router_z) = (None, None);
@@ -185,7 +228,7 @@ impl Decoder {
     /// Negative log-likelihood of each position in nats, `[B·T]`.
     pub fn token_losses(&self, tokens: &Tensor, targets: &Tensor, cu_seqlens: Option<&Tensor>) -> Result<Tensor> {
         let (x, _) = engine::no_grad(|| self.forward(tokens, cu_seqlens, None, None))?;
-        Ok(linear_cross_entropy_per_token(&x.reshape(&[tokens.numel(), self.config.hidden_size])?, &self.head.detach(), targets)?)
+        Ok(linear_cross_entropy_per_token(&x.reshape(&[tokens.numel(), self.config.hidden_size])?, &self.head.detach().cast(x.dtype())?, targets)?)
     }
 }
 
@@ -205,5 +248,5 @@ fn restarted(cu: &Tensor, t: usize) -> Result<Tensor> {
             p.get_mut(a..b.min(t)).into_iter().flatten().enumerate().for_each(|(i, x)| *x = i as i64);
         }
     }
-    Ok(Tensor::from_vec(p, &[1, t])?)
+    Ok(Tensor::from_vec(p, &[1, t])?.to_device(cu.device())?)
 }

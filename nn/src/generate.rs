@@ -64,7 +64,7 @@ impl<'a> Generator<'a> {
         if tokens.is_empty() {
             return Err(Error::Usage("a prompt needs at least one token".into()));
         }
-        let t = Tensor::from_vec(tokens, &[1, tokens.len()])?;
+        let t = Tensor::from_vec(tokens, &[1, tokens.len()])?.to_device(&self.model.place().device)?;
         no_grad(|| {
             let (x, _) = self.model.forward(&t, None, Some((&mut self.caches, self.seen)), None)?;
             self.seen += tokens.len();

@@ -1,57 +1,72 @@
 //! Initial values: functions of (seed, the parameter's place) alone.
 
-use crate::Param;
+use crate::{Param, Placement};
 use engine::{DType, Device, Result, Tensor, rng};
 
+/// Where parameters come from.
+pub(crate) enum Source<'a> {
+    /// Initial values of this seed.
+    Seed(u64),
+    /// None: shapes alone, in no memory, to hold a file's header against.
+    Shapes,
+    /// What a checkpoint has for a name.
+    File(&'a dyn Fn(&str, &Tensor) -> crate::Result<()>),
+}
+
 /// Makes parameters and remembers them in order.
-pub(crate) struct Builder {
+pub(crate) struct Builder<'a> {
     pub params: Vec<Param>,
-    pub seed: u64,
+    pub source: Source<'a>,
     pub std: f64,
-    pub dtype: DType,
+    pub place: Placement,
     pub prefix: String,
 }
 
-impl Builder {
-    fn add(&mut self, name: &str, t: Tensor) -> Tensor {
+impl Builder<'_> {
+    /// A parameter; `initial` makes f64 values from the seed and the parameter's place.
+    fn add(&mut self, name: &str, shape: &[usize], initial: impl FnOnce(u64, u64) -> Result<Tensor>) -> crate::Result<Tensor> {
+        let name = format!("{}{name}", self.prefix);
+        let Placement { device, params: dtype, .. } = &self.place;
+        let t = match &self.source {
+            Source::Seed(seed) => initial(*seed, self.params.len() as u64)?.cast(*dtype)?.to_device(device)?,
+            Source::Shapes => Tensor::full(0.0, &vec![1; shape.len()], *dtype, &Device::cpu())?.expand(shape)?,
+            Source::File(fill) => {
+                let t = Tensor::full(0.0, shape, *dtype, device)?;
+                fill(&name, &t)?;
+                t
+            }
+        };
         let tensor = t.requires_grad();
-        self.params.push(Param { name: format!("{}{name}", self.prefix), tensor: tensor.clone() });
-        tensor
-    }
-    fn stream(&self) -> u64 {
-        self.params.len() as u64
+        self.params.push(Param { name, tensor: tensor.clone() });
+        Ok(tensor)
     }
     /// Normal with the configured deviation.
-    pub fn normal(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let t = Tensor::randn(shape, DType::F64, &Device::cpu(), self.seed, self.stream())?.affine(self.std, 0.0)?.cast(self.dtype)?;
-        Ok(self.add(name, t))
+    pub fn normal(&mut self, name: &str, shape: &[usize]) -> crate::Result<Tensor> {
+        let std = self.std;
+        self.add(name, shape, |seed, at| Tensor::randn(shape, DType::F64, &Device::cpu(), seed, at)?.affine(std, 0.0))
     }
     /// All one value.
-    pub fn constant(&mut self, name: &str, shape: &[usize], value: f64) -> Result<Tensor> {
-        let t = Tensor::full(value, shape, self.dtype, &Device::cpu())?;
-        Ok(self.add(name, t))
+    pub fn constant(&mut self, name: &str, shape: &[usize], value: f64) -> crate::Result<Tensor> {
+        self.add(name, shape, |_, _| Tensor::full(value, shape, DType::F64, &Device::cpu()))
     }
-    fn map_uniform(&mut self, name: &str, n: usize, f: impl Fn(f64) -> f64) -> Result<Tensor> {
-        let v: Vec<f64> = rng::uniform(self.seed, self.stream(), n).into_iter().map(f).collect();
-        let t = Tensor::from_vec(v, &[n])?.cast(self.dtype)?;
-        Ok(self.add(name, t))
+    fn map_uniform(&mut self, name: &str, shape: &[usize], f: impl Fn(f64) -> f64) -> crate::Result<Tensor> {
+        let n = shape.iter().product();
+        self.add(name, shape, |seed, at| Tensor::from_vec(rng::uniform(seed, at, n).into_iter().map(f).collect::<Vec<f64>>(), shape))
     }
     /// ln A for A uniform in [0.01, 16].
-    pub fn a_log(&mut self, name: &str, n: usize) -> Result<Tensor> {
-        self.map_uniform(name, n, |u| (0.01 + u * (16.0 - 0.01)).ln())
+    pub fn a_log(&mut self, name: &str, n: usize) -> crate::Result<Tensor> {
+        self.map_uniform(name, &[n], |u| (0.01 + u * (16.0 - 0.01)).ln())
     }
     /// The inverse softplus of a step that is log-uniform in [1e-3, 1e-1], as Mamba2 and Gated DeltaNet start: ones would forget almost all at once.
-    pub fn dt_bias(&mut self, name: &str, n: usize) -> Result<Tensor> {
-        self.map_uniform(name, n, |u| {
+    pub fn dt_bias(&mut self, name: &str, n: usize) -> crate::Result<Tensor> {
+        self.map_uniform(name, &[n], |u| {
             let dt = (1e-3f64.ln() + u * (1e-1f64.ln() - 1e-3f64.ln())).exp().max(1e-4);
             dt + (-(-dt).exp_m1()).ln()
         })
     }
     /// The convolution's weight: uniform in ±1/√K, as PyTorch starts it.
-    pub fn conv(&mut self, name: &str, c: usize, k: usize) -> Result<Tensor> {
+    pub fn conv(&mut self, name: &str, c: usize, k: usize) -> crate::Result<Tensor> {
         let bound = 1.0 / (k as f64).sqrt();
-        let v: Vec<f64> = rng::uniform(self.seed, self.stream(), c * k).into_iter().map(|u| (2.0 * u - 1.0) * bound).collect();
-        let t = Tensor::from_vec(v, &[c, 1, k])?.cast(self.dtype)?;
-        Ok(self.add(name, t))
+        self.map_uniform(name, &[c, 1, k], |u| (2.0 * u - 1.0) * bound)
     }
 }

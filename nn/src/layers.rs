@@ -20,6 +20,16 @@ pub struct Param {
     pub tensor: Tensor,
 }
 
+/// `x wᵀ`, with the weight brought to x's dtype: parameters may be kept wider than they are computed with.
+pub(crate) fn project(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    x.linear(&w.cast(x.dtype())?)
+}
+
+/// The dtype that must not be narrow: f32, or f64 in checks.
+fn wide(x: &Tensor) -> DType {
+    if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
 /// What a layer remembers between calls while decoding.
 #[derive(Clone, Debug, Default)]
 pub enum Cache {
@@ -72,7 +82,7 @@ pub(crate) struct Attention {
 }
 
 impl Attention {
-    pub fn new(b: &mut Builder, c: &ModelConfig, kind: LayerType) -> Result<Self> {
+    pub fn new(b: &mut Builder, c: &ModelConfig, kind: LayerType) -> crate::Result<Self> {
         let (h, d) = (c.hidden_size, c.head_dim);
         Ok(Attention {
             q_proj: b.normal("self_attn.q_proj.weight", &[c.num_attention_heads * (d + c.gate_dim()), h])?,
@@ -87,9 +97,9 @@ impl Attention {
 
     pub fn forward(&self, x: &Tensor, c: &ModelConfig, ctx: &Context, cache: Option<&mut Cache>, taps: &mut Taps) -> Result<Tensor> {
         let (b, t, d) = (x.dim(0), x.dim(1), c.head_dim);
-        let qg = x.linear(&self.q_proj)?.reshape(&[b, t, c.num_attention_heads, d + c.gate_dim()])?;
-        let k = x.linear(&self.k_proj)?.reshape(&[b, t, c.num_key_value_heads, d])?;
-        let v = x.linear(&self.v_proj)?.reshape(&[b, t, c.num_key_value_heads, d])?;
+        let qg = project(x, &self.q_proj)?.reshape(&[b, t, c.num_attention_heads, d + c.gate_dim()])?;
+        let k = project(x, &self.k_proj)?.reshape(&[b, t, c.num_key_value_heads, d])?;
+        let v = project(x, &self.v_proj)?.reshape(&[b, t, c.num_key_value_heads, d])?;
         let at = || ctx.positions.map_or(Positions::From(ctx.offset), Positions::Given);
         let turn = |x: &Tensor, w: &Tensor| norm_rope(x, w, c.rms_norm_eps, true, c.rotary_dim(), c.rope_theta, at());
         let qg = qg.split(3, &[d, c.gate_dim()])?;
@@ -128,7 +138,7 @@ impl Attention {
         }
         let o = gated_sdpa(&q, &k, &v, gate.as_ref().map(|g| (g, how)), ctx.cu_seqlens, Sdpa { causal: true, window: self.window, scale: None })?;
         taps.see("attn.hook_z", || Ok(o.clone()))?;
-        o.reshape(&[b, t, c.num_attention_heads * d])?.linear(&self.o_proj)
+        project(&o.reshape(&[b, t, c.num_attention_heads * d])?, &self.o_proj)
     }
 }
 
@@ -144,7 +154,7 @@ pub(crate) struct GatedDeltaNet {
 }
 
 impl GatedDeltaNet {
-    pub fn new(b: &mut Builder, c: &ModelConfig) -> Result<Self> {
+    pub fn new(b: &mut Builder, c: &ModelConfig) -> crate::Result<Self> {
         let (h, nv) = (c.hidden_size, c.linear_num_value_heads);
         let (k, v) = (c.linear_num_key_heads * c.linear_key_head_dim, nv * c.linear_value_head_dim);
         Ok(GatedDeltaNet {
@@ -161,8 +171,8 @@ impl GatedDeltaNet {
     pub fn forward(&self, x: &Tensor, c: &ModelConfig, ctx: &Context, cache: Option<&mut Cache>, taps: &mut Taps) -> Result<Tensor> {
         let (b, t, nk, nv) = (x.dim(0), x.dim(1), c.linear_num_key_heads, c.linear_num_value_heads);
         let (dk, dv, r) = (c.linear_key_head_dim, c.linear_value_head_dim, nv / nk);
-        let qkvz = x.linear(&self.in_proj_qkvz)?.reshape(&[b, t, nk, 2 * dk + 2 * r * dv])?;
-        let ba = x.linear(&self.in_proj_ba)?.reshape(&[b, t, nk, 2 * r])?;
+        let qkvz = project(x, &self.in_proj_qkvz)?.reshape(&[b, t, nk, 2 * dk + 2 * r * dv])?;
+        let ba = project(x, &self.in_proj_ba)?.reshape(&[b, t, nk, 2 * r])?;
         let (old, state) = match &cache {
             Some(Cache::Recurrent(conv, state)) => (Some(conv.clone()), Some(state.clone())),
             _ => (None, None),
@@ -175,9 +185,9 @@ impl GatedDeltaNet {
         let v = v.reshape(&[b, t, nv, dv])?;
         let z = qkvz[3].reshape(&[b, t, nk, r, dv])?;
         let ba = ba.split(3, &[r, r])?;
-        let beta = ba[0].reshape(&[b, t, nv])?.sigmoid()?;
+        let acc = wide(x);
+        let beta = ba[0].reshape(&[b, t, nv])?.cast(acc)?.sigmoid()?;
         let beta = if c.linear_allow_neg_eigval { beta.affine(2.0, 0.0)? } else { beta };
-        let acc = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
         let a = ba[1].reshape(&[b, t, nv])?.cast(acc)?;
         let log_decay = a.add(&self.dt_bias.cast(acc)?)?.softplus()?.mul(&self.a_log.cast(acc)?.exp()?.neg()?)?;
         taps.see("attn.hook_q", || Ok(q.clone()))?;
@@ -187,14 +197,15 @@ impl GatedDeltaNet {
         taps.see("attn.hook_log_decay", || Ok(log_decay.clone()))?;
         let inputs = DeltaRuleInputs { log_decay: Some(&log_decay), beta: Some(&beta), initial_state: state.as_ref(), cu_seqlens: ctx.cu_seqlens };
         let (o, last) = delta_rule(DeltaRule::gated_delta_net(), &q, &k, &v, inputs)?;
+        taps.see("attn.hook_state", || Ok(last.clone()))?;
         taps.see("attn.hook_recurrence_out", || Ok(o.clone()))?;
-        taps.see("attn.hook_gate_input", || Ok(z.clone()))?;
+        taps.see("attn.hook_gate", || if c.output_gate_type == OutputGate::Silu { z.silu() } else { z.sigmoid() })?;
         if let Some(cache) = cache {
             *cache = Cache::Recurrent([sq, sk, sv], last);
         }
         let act = if c.output_gate_type == OutputGate::Silu { NormGate::Silu } else { NormGate::Sigmoid };
         let y = rms_norm_gated(&o.reshape(&[b, t, nk, r, dv])?, &self.norm, &z, c.rms_norm_eps, act)?;
-        y.reshape(&[b, t, nv * dv])?.linear(&self.out_proj)
+        project(&y.reshape(&[b, t, nv * dv])?, &self.out_proj)
     }
 }
 
@@ -205,14 +216,14 @@ pub(crate) struct Dense {
 }
 
 impl Dense {
-    pub fn new(b: &mut Builder, name: &str, h: usize, i: usize) -> Result<Self> {
+    pub fn new(b: &mut Builder, name: &str, h: usize, i: usize) -> crate::Result<Self> {
         Ok(Dense {
             gate_up: b.normal(&format!("{name}.gate_up_proj.weight"), &[2 * i, h])?,
             down: b.normal(&format!("{name}.down_proj.weight"), &[h, i])?,
         })
     }
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        swiglu(&x.linear(&self.gate_up)?)?.linear(&self.down)
+        project(&swiglu(&project(x, &self.gate_up)?)?, &self.down)
     }
 }
 
@@ -225,7 +236,7 @@ pub(crate) struct Sparse {
 }
 
 impl Sparse {
-    pub fn new(b: &mut Builder, c: &ModelConfig) -> Result<Self> {
+    pub fn new(b: &mut Builder, c: &ModelConfig) -> crate::Result<Self> {
         let (h, e, i) = (c.hidden_size, c.num_experts, c.moe_intermediate_size);
         let s = c.shared_expert_intermediate_size;
         Ok(Sparse {
@@ -239,15 +250,19 @@ impl Sparse {
     pub fn forward(&self, x: &Tensor, c: &ModelConfig, taps: &mut Taps) -> Result<(Tensor, Tensor)> {
         let h = c.hidden_size;
         let flat = x.reshape(&[x.numel() / h, h])?;
-        let logits = flat.linear(&self.gate)?;
-        let acc = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        let logits = logits.cast(acc)?;
+        let logits = project(&flat.cast(wide(x))?, &self.gate)?;
         taps.see("mlp.hook_router_logits", || Ok(logits.clone()))?;
         taps.see("mlp.hook_router_probs", || logits.softmax(1))?;
         taps.see("mlp.hook_router_index", || Ok(logits.topk(c.num_experts_per_tok)?.1))?;
-        let (mut y, _) = moe(MoeOp { top_k: c.num_experts_per_tok, norm_topk: c.norm_topk_prob }, &flat, &logits, &self.gate_up, &self.down)?;
+        let (mut y, _) = moe(
+            MoeOp { top_k: c.num_experts_per_tok, norm_topk: c.norm_topk_prob },
+            &flat,
+            &logits,
+            &self.gate_up.cast(x.dtype())?,
+            &self.down.cast(x.dtype())?,
+        )?;
         if let Some((dense, gate)) = &self.shared {
-            let g = flat.linear(gate)?.sigmoid()?;
+            let g = project(&flat, gate)?.sigmoid()?;
             taps.see("mlp.hook_shared_gate", || Ok(g.clone()))?;
             y = y.add(&dense.forward(&flat)?.mul(&g)?)?;
         }

@@ -9,8 +9,8 @@ mod init;
 mod layers;
 pub mod tensor_file;
 
-pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate};
-pub use decoder::{Decoder, Losses, Tap};
+pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, nearest};
+pub use decoder::{Decoder, Losses, Placement, Tap};
 pub use error::{Error, Result};
 pub use generate::{Generator, Sampler};
 pub use layers::{Cache, Param};

@@ -1,6 +1,6 @@
 //! The whole model: gradients by central differences, decoding, packing, files.
 
-use engine::{DType, Device, Tensor, no_grad, rng};
+use engine::{DType, Tensor, no_grad, rng};
 use nn::{AttentionGate, Decoder, GateGranularity, Generator, LayerType, ModelConfig, Sampler};
 
 fn tiny() -> ModelConfig {
@@ -173,11 +173,95 @@ fn files_go_both_ways_and_bad_ones_are_refused() {
 }
 
 #[test]
+fn shards_are_read_and_bad_indices_refused() {
+    let dir = std::env::temp_dir().join(format!("tidegate-nn-shards-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let m = Decoder::new(&tiny(), 3, DType::F32).unwrap();
+    m.save(&dir).unwrap();
+    let whole = std::fs::read(dir.join("model.safetensors")).unwrap();
+    let all = safetensors::SafeTensors::deserialize(&whole).unwrap().tensors();
+    let name = |i: usize| format!("model-{:05}-of-00002.safetensors", i % 2 + 1);
+    let index: serde_json::Map<String, serde_json::Value> = all.iter().enumerate().map(|(i, (n, _))| (n.clone(), name(i).into())).collect();
+    for shard in 0..2 {
+        let part = all.iter().enumerate().filter(|(i, _)| i % 2 == shard).map(|(_, t)| t.clone());
+        safetensors::serialize_to_file(part, None, &dir.join(name(shard))).unwrap();
+    }
+    let write = |index: &serde_json::Map<String, serde_json::Value>| {
+        std::fs::write(dir.join("model.safetensors.index.json"), serde_json::json!({"metadata": {}, "weight_map": index}).to_string()).unwrap();
+    };
+    let error = || Decoder::open(&dir).err().unwrap().to_string();
+    std::fs::remove_file(dir.join("model.safetensors")).unwrap();
+    assert!(error().contains("model.safetensors"), "{}", error());
+    write(&index);
+    let back = Decoder::open(&dir).unwrap();
+    for (a, b) in m.params().iter().zip(back.params()) {
+        assert_eq!((&a.name, a.tensor.to_vec::<f32>().unwrap()), (&b.name, b.tensor.to_vec::<f32>().unwrap()));
+    }
+    for (shard, says) in
+        [("model-9.safetensors", "model-9.safetensors"), ("../x.safetensors", "beside its index"), ("/etc/passwd", "beside its index")]
+    {
+        let mut bad = index.clone();
+        bad.insert("lm_head.weight".into(), shard.into());
+        write(&bad);
+        assert!(error().contains(says), "{}", error());
+    }
+    write(&index);
+    std::fs::write(dir.join(name(1)), &whole[..100]).unwrap();
+    assert!(error().contains("model-00002-of-00002.safetensors"), "{}", error());
+    std::fs::copy(dir.join(name(0)), dir.join(name(1))).unwrap();
+    assert!(error().contains("in two files"), "{}", error());
+    std::fs::write(dir.join("model.safetensors.index.json"), "{}").unwrap();
+    assert!(error().contains("index.json"), "{}", error());
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn draws_follow_temperature_top_k_and_top_p() {
+    // probabilities 0.1, 0.5, 0.15, 0.25
+    let logits = [0.1f64.ln(), 0.5f64.ln(), 0.15f64.ln(), 0.25f64.ln()];
+    let shares = |temperature: f64, top_k: usize, top_p: f64| {
+        let how = Sampler { temperature, top_k, top_p, seed: 7 };
+        let mut n = [0.0; 4];
+        (0..20_000).for_each(|i| n[how.draw(&logits, i)] += 1.0 / 20_000.0);
+        n
+    };
+    let near = |got: [f64; 4], want: [f64; 4]| {
+        // three standard deviations of a share of 20,000 draws are at most 0.011
+        assert!(got.iter().zip(want).all(|(g, w)| if w == 0.0 { *g == 0.0 } else { (g - w).abs() < 0.011 }), "{got:?} against {want:?}");
+    };
+    near(shares(1.0, 0, 1.0), [0.1, 0.5, 0.15, 0.25]);
+    near(shares(0.0, 0, 1.0), [0.0, 1.0, 0.0, 0.0]);
+    near(shares(1.0, 1, 1.0), [0.0, 1.0, 0.0, 0.0]);
+    near(shares(1.0, 2, 1.0), [0.0, 2.0 / 3.0, 0.0, 1.0 / 3.0]);
+    near(shares(1.0, 0, 0.7), [0.0, 2.0 / 3.0, 0.0, 1.0 / 3.0]);
+    near(shares(1.0, 0, 0.8), [0.0, 5.0 / 9.0, 1.5 / 9.0, 2.5 / 9.0]);
+    near(shares(1.0, 3, 0.6), [0.0, 2.0 / 3.0, 0.0, 1.0 / 3.0]);
+    near(shares(1.0, 0, 0.0), [0.0, 1.0, 0.0, 0.0]);
+    let squared = 0.1f64.powi(2) + 0.5f64.powi(2) + 0.15f64.powi(2) + 0.25f64.powi(2);
+    near(shares(0.5, 0, 1.0), [0.01 / squared, 0.25 / squared, 0.0225 / squared, 0.0625 / squared]);
+    assert_eq!(Sampler { temperature: 1.0, top_k: 9, top_p: 1.0, seed: 1 }.draw(&[2.5], 3), 0);
+}
+
+#[test]
+fn taps_show_gates_and_states() {
+    let m = Decoder::new(&tiny(), 3, DType::F32).unwrap();
+    let mut seen = std::collections::BTreeMap::new();
+    m.forward(&tokens(2, 5), None, None, Some(&mut |name, t| drop(seen.insert(name.to_string(), (t.shape().to_vec(), t.to_vec::<f32>().unwrap())))))
+        .unwrap();
+    assert_eq!(seen["blocks.0.attn.hook_state"].0, [2, 2, 4, 3]);
+    assert_eq!(seen["blocks.0.attn.hook_gate"].0, [2, 5, 1, 2, 3]);
+    assert_eq!(seen["blocks.1.attn.hook_gate"].0, [2, 5, 4, 4]);
+    assert!(seen["blocks.1.attn.hook_gate"].1.iter().all(|g| (0.0..=1.0).contains(g)));
+    // SiLU's least value is −0.2785
+    let silu = &seen["blocks.0.attn.hook_gate"].1;
+    assert!(silu.iter().all(|g| *g > -0.279) && silu.iter().any(|g| *g < 0.0));
+}
+
+#[test]
 fn counts_are_those_of_the_parameters() {
     for tie in [false, true] {
         let c = ModelConfig { tie_word_embeddings: tie, ..tiny() };
         let m = Decoder::new(&c, 0, DType::F32).unwrap();
         assert_eq!(m.params().iter().map(|p| p.tensor.numel()).sum::<usize>(), c.parameters().0);
     }
-    let _ = Device::cpu();
 }

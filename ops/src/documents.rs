@@ -25,7 +25,8 @@ pub(crate) fn read(op: &'static str, x: &Inputs, i: usize, t: usize) -> Result<V
     };
     let ok = v.first() == Some(&0) && v.last() == Some(&(t as i64)) && v.windows(2).all(|w| w[0] <= w[1]);
     if !ok {
-        return Err(Error::invalid(op, format!("cu_seqlens must rise from 0 to the packed length {t}, found {v:?}")));
+        let shown = &v[..v.len().min(16)];
+        return Err(Error::invalid(op, format!("cu_seqlens must rise from 0 to the packed length {t}, found {shown:?} ({} numbers)", v.len())));
     }
     Ok(v.into_iter().map(|v| v as usize).collect())
 }

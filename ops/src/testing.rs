@@ -1,6 +1,6 @@
 //! What the ops' tests share.
 
-use engine::{DType, Device, Tensor};
+use engine::{DType, Device, Result, Tensor, gradcheck};
 
 pub fn randn(shape: &[usize], stream: u64) -> Tensor {
     Tensor::randn(shape, DType::F64, &Device::cpu(), 11, stream).unwrap()
@@ -19,6 +19,66 @@ pub fn ratio(a: &Tensor, b: &Tensor) -> f64 {
 pub fn close(a: &Tensor, b: &Tensor, tolerance: f64) {
     let e = ratio(a, b);
     assert!(e <= tolerance, "RMS ratio {e:e} > {tolerance:e}");
+}
+
+/// A random output gradient that every float dtype holds exactly.
+pub fn upstream(i: usize, y: &Tensor) -> Tensor {
+    randn(y.shape(), 90 + i as u64).cast(DType::BF16).unwrap()
+}
+
+/// The outputs of `f`, then the gradients of all leaves from the output gradients `dy`.
+pub fn whole(f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>, leaves: &[Tensor], dy: impl Fn(usize, &Tensor) -> Tensor) -> Vec<Tensor> {
+    let x: Vec<Tensor> = leaves.iter().map(|x| x.detach().requires_grad()).collect();
+    let mut all = f(&x).unwrap();
+    let part = |(i, y): (usize, &Tensor)| y.mul(&dy(i, y).cast(y.dtype()).unwrap()).unwrap().cast(DType::F64).unwrap().sum_all().unwrap();
+    let loss = all.iter().enumerate().map(part).reduce(|a, b| a.add(&b).unwrap()).unwrap();
+    let grads = loss.backward().unwrap();
+    all.iter_mut().for_each(|y| *y = y.detach());
+    all.extend(x.iter().map(|x| grads.get(x).unwrap().clone()));
+    all
+}
+
+/// Runs `f` in f32, bf16 and f16 against `reference` in f64 on the same rounded numbers. Each output and gradient must be within its bound for halves,
+/// or within 1e-5 in f32. The leaves of `wide` stay in f32 beside halves.
+#[track_caller]
+pub fn narrow(
+    name: &str,
+    f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>,
+    reference: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>,
+    leaves: &[Tensor],
+    wide: &[usize],
+    bounds: &[f64],
+) {
+    for d in [DType::F32, DType::BF16, DType::F16] {
+        let dtype = |i: usize| if wide.contains(&i) { DType::F32 } else { d };
+        let x: Vec<Tensor> = leaves.iter().enumerate().map(|(i, x)| x.cast(dtype(i)).unwrap()).collect();
+        let exact: Vec<Tensor> = x.iter().map(|x| x.cast(DType::F64).unwrap()).collect();
+        let (got, want) = (whole(&f, &x, upstream), whole(&reference, &exact, upstream));
+        assert_eq!([got.len(), want.len()], [bounds.len(); 2], "{name}");
+        for (i, ((got, want), bound)) in got.iter().zip(&want).zip(bounds).enumerate() {
+            let (e, bound) = (ratio(got, want), if d == DType::F32 { 1e-5 } else { *bound });
+            assert!(e <= bound, "{name} {d} result {i}: {e:e} > {bound:e}");
+        }
+        got[bounds.len() - leaves.len()..].iter().zip(&x).for_each(|(g, x)| assert_eq!(g.dtype(), x.dtype(), "{name}"));
+    }
+}
+
+/// Autograd against central differences.
+#[track_caller]
+pub fn check(f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>, leaves: &[Tensor]) {
+    gradcheck(f, leaves, 1e-5).unwrap().within(1e-6).unwrap();
+}
+
+/// An error that holds all of `words`: the op, the argument, what it should be and what it is.
+#[track_caller]
+pub fn fails<T>(result: Result<T>, words: &str) {
+    let e = result.err().expect(words).to_string();
+    assert!(e.contains(words), "{e:?} lacks {words:?}");
+}
+
+/// The bits of every element.
+pub fn bits(x: &Tensor) -> Vec<u64> {
+    x.to_vec::<f64>().unwrap().into_iter().map(f64::to_bits).collect()
 }
 
 /// The same values as a strided view with a dense last axis.

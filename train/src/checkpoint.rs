@@ -3,14 +3,17 @@
 //! A run folder holds `config.toml` (every resolved value and its origin), `run.json` (the same, typed, with the command line and the
 //! machine), `config.json` (the model's), `metrics.jsonl`, and `checkpoints/step-00001000/` with `model.safetensors`, `config.json`,
 //! `optimizer.safetensors` and `state.json`. A checkpoint is written into a folder whose name begins with `.tmp-`, synced, and renamed:
-//! whatever kills the process, a folder called `step-…` is whole. Should the disk damage one all the same, readers fall back to the one before.
+//! whatever kills the process, a folder called `step-…` is whole. `state.json` keeps the lengths and checksums of the other files: should the disk
+//! damage one all the same, readers notice and fall back to the checkpoint before.
 //! A run that goes on from an older checkpoint renames the later ones to `.old-…` first: they are of another past.
 
 use crate::config::{Origins, Resolved, RunConfig};
 use crate::data::Fingerprint;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// The weights' file name in a checkpoint.
@@ -39,6 +42,23 @@ pub struct State {
     /// What it was trained on.
     #[serde(default)]
     pub corpus: Option<Fingerprint>,
+}
+
+/// A file as it was written.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+struct Written {
+    bytes: u64,
+    /// FNV-1a over 64-bit little-endian words, the last padded with zeros: a change of any one word changes it.
+    checksum: u64,
+}
+
+/// `state.json`.
+#[derive(Serialize, Deserialize)]
+struct StateFile {
+    #[serde(flatten)]
+    state: State,
+    #[serde(default)]
+    files: BTreeMap<String, Written>,
 }
 
 /// More steps than any run takes; with a step's tokens, at most 2^30, they still count in 64 bits.
@@ -127,7 +147,8 @@ impl RunDir {
         let json = serde_json::to_string_pretty(&info).map_err(|e| Error::Checkpoint(format!("run.json: {e}")))?;
         write(&self.path.join("run.json"), json.as_bytes())?;
         write(&self.path.join(CONFIG), model.as_bytes())?;
-        write(&self.path.join("config.toml"), resolved.to_toml().as_bytes())
+        write(&self.path.join("config.toml"), resolved.to_toml().as_bytes())?;
+        sync_dir(&self.path)
     }
 
     /// Writes a checkpoint: `save` fills a temporary folder, which is synced and renamed; then all but the newest `keep` are removed.
@@ -143,13 +164,16 @@ impl RunDir {
             }
             fs::create_dir(&tmp).map_err(Error::io("creating", &tmp))?;
             save(&tmp)?;
-            let json = serde_json::to_string_pretty(state).map_err(|e| Error::Checkpoint(format!("{STATE}: {e}")))?;
-            let path = tmp.join(STATE);
-            fs::write(&path, json).map_err(Error::io("writing", &path))?;
+            let mut files = BTreeMap::new();
             for entry in fs::read_dir(&tmp).map_err(Error::io("reading", &tmp))? {
-                let path = entry.map_err(Error::io("reading", &tmp))?.path();
-                File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io("syncing", &path))?;
+                let entry = entry.map_err(Error::io("reading", &tmp))?;
+                files.insert(entry.file_name().to_string_lossy().into_owned(), written(&entry.path())?);
+                sync(&entry.path())?;
             }
+            let json = serde_json::to_string_pretty(&StateFile { state: *state, files });
+            let (path, json) = (tmp.join(STATE), json.map_err(|e| Error::Checkpoint(format!("{STATE}: {e}")))?);
+            fs::write(&path, json).map_err(Error::io("writing", &path))?;
+            sync(&path)?;
             sync_dir(&tmp)?;
             if done.exists() {
                 set_aside(&done)?;
@@ -186,18 +210,25 @@ fn set_aside(path: &Path) -> Result<PathBuf> {
     Ok(aside)
 }
 
+fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|f| f.sync_all()).map_err(Error::io("syncing", path))
+}
+
 fn sync_dir(path: &Path) -> Result<()> {
     // Folders can't be opened as files everywhere; where they can't, renaming is all there is.
-    if cfg!(unix) { File::open(path).and_then(|f| f.sync_all()).map_err(Error::io("syncing", path)) } else { Ok(()) }
+    if cfg!(unix) { sync(path) } else { Ok(()) }
 }
 
 /// The checkpoints of a run folder, oldest first.
 pub fn checkpoints(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
-    let dir = run.join("checkpoints");
+    steps_in(&run.join("checkpoints"))
+}
+
+fn steps_in(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
-    match fs::read_dir(&dir) {
+    match fs::read_dir(dir) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(Error::io("reading", &dir)(e)),
+        Err(e) => return Err(Error::io("reading", dir)(e)),
         Ok(entries) => {
             for e in entries.flatten() {
                 let name = e.file_name();
@@ -211,12 +242,13 @@ pub fn checkpoints(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// The checkpoints that `path` may mean: itself, or those of a run folder, newest first. At least one.
+/// The checkpoints that `path` may mean: itself, or those of a run folder (or of its folder `checkpoints`), newest first. At least one.
 pub fn candidates(path: &Path) -> Result<Vec<PathBuf>> {
     if path.join(STATE).is_file() || path.join(MODEL).is_file() {
         return Ok(vec![path.to_path_buf()]);
     }
-    let all: Vec<PathBuf> = if path.is_dir() { checkpoints(path)?.into_iter().rev().map(|c| c.1).collect() } else { vec![] };
+    let inside = if path.join("checkpoints").is_dir() { path.join("checkpoints") } else { path.to_path_buf() };
+    let all: Vec<PathBuf> = if path.is_dir() { steps_in(&inside)?.into_iter().rev().map(|c| c.1).collect() } else { vec![] };
     if all.is_empty() {
         let p = path.display();
         let why = if path.exists() { "holds no checkpoint (yet)" } else { "does not exist" };
@@ -241,12 +273,51 @@ pub fn first_whole<T>(
     Err(Error::Usage("no checkpoint was named".into()))
 }
 
+/// Length and checksum of a file.
+fn written(path: &Path) -> Result<Written> {
+    let mut file = File::open(path).map_err(Error::io("reading", path))?;
+    let (mut out, mut buffer) = (Written { bytes: 0, checksum: 0xcbf2_9ce4_8422_2325 }, Vec::with_capacity(1 << 20));
+    loop {
+        buffer.clear();
+        file.by_ref().take(1 << 20).read_to_end(&mut buffer).map_err(Error::io("reading", path))?;
+        if buffer.is_empty() {
+            return Ok(out);
+        }
+        out.bytes += buffer.len() as u64;
+        for part in buffer.chunks(8) {
+            let mut word = [0; 8];
+            word[..part.len()].copy_from_slice(part);
+            out.checksum = (out.checksum ^ u64::from_le_bytes(word)).wrapping_mul(0x100_0000_01b3);
+        }
+    }
+}
+
+/// Checks that the files of these names are as `state.json` says they were written; an error names the first that is not. Where no state can be read
+/// (a model from elsewhere), or it says nothing of a file, nothing is known.
+pub fn verify(checkpoint: &Path, names: &[&str]) -> Result<()> {
+    let state: Option<StateFile> = fs::read(checkpoint.join(STATE)).ok().and_then(|b| serde_json::from_slice(&b).ok());
+    for (name, then) in state.iter().flat_map(|s| &s.files).filter(|(name, _)| names.contains(&name.as_str())) {
+        let path = checkpoint.join(name);
+        let now = written(&path)?;
+        if now != *then {
+            let (n, now) = (then.bytes, now.bytes);
+            let what =
+                if now == n { format!("its {n} bytes are not those that were written") } else { format!("{n} bytes were written, it has {now}") };
+            return Err(Error::Checkpoint(format!(
+                "{} is damaged: {what}; use an older checkpoint (if you changed it on purpose, delete `files` from {STATE} beside it)",
+                path.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// Reads a checkpoint's loop state.
 pub fn read_state(checkpoint: &Path) -> Result<State> {
     let path = checkpoint.join(STATE);
     let text = fs::read_to_string(&path).map_err(Error::io("reading", &path))?;
     let wrong = |what: String| Error::Checkpoint(format!("{}: {what}; use an older checkpoint", path.display()));
-    let state: State = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
+    let StateFile { state, .. } = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
     if state.version != 1 {
         return Err(Error::Checkpoint(format!("{}: format version {}, this program reads 1", path.display(), state.version)));
     }
@@ -270,127 +341,5 @@ pub fn read_info(run: &Path) -> Result<RunInfo> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn state(step: u64) -> State {
-        State { version: 1, step, ..State::default() }
-    }
-    fn put(text: &'static str) -> impl FnOnce(&Path) -> Result<()> {
-        move |dir| fs::write(dir.join(MODEL), text).map_err(Error::io("writing", dir))
-    }
-    fn newest(run: &Path) -> PathBuf {
-        candidates(run).unwrap().remove(0)
-    }
-    fn steps(dir: &RunDir) -> Vec<u64> {
-        checkpoints(dir.path()).unwrap().into_iter().map(|c| c.0).collect()
-    }
-
-    #[test]
-    fn keeps_the_last_and_ignores_leftovers() {
-        let tmp = tempfile::tempdir().unwrap();
-        let run = tmp.path().join("run");
-        let dir = RunDir::open(&run, false).unwrap();
-        for s in 1..=4 {
-            dir.save(&state(s), 2, put("x")).unwrap();
-        }
-        assert_eq!(steps(&dir), [3, 4]);
-        assert_eq!(read_state(&newest(&run)).unwrap().step, 4);
-        let left = run.join("checkpoints/.tmp-step-00000005");
-        fs::create_dir(&left).unwrap();
-        fs::write(left.join(STATE), "{").unwrap();
-        assert_eq!(steps(&dir), [3, 4]);
-        drop(dir);
-        RunDir::open(&run, true).unwrap();
-        assert!(!left.exists());
-        // Once more at the same step: the new one counts, and the old one is not lost.
-        let dir = RunDir::open(&run, true).unwrap();
-        dir.save(&state(4), 2, put("again")).unwrap();
-        assert_eq!(fs::read_to_string(newest(&run).join(MODEL)).unwrap(), "again");
-        assert_eq!(fs::read_to_string(run.join("checkpoints/.old-step-00000004").join(MODEL)).unwrap(), "x");
-        assert_eq!(steps(&dir), [3, 4]);
-        // Back to the third: what comes later is another past, and doesn't push the new ones out.
-        for again in ["", "-2"] {
-            let aside = dir.set_aside(2).unwrap();
-            assert_eq!(aside[0], run.join(format!("checkpoints/.old-step-00000003{again}")));
-            assert_eq!(steps(&dir), [0u64; 0]);
-            dir.save(&state(3), 2, put("new")).unwrap();
-            assert_eq!(steps(&dir), [3]);
-        }
-    }
-
-    #[test]
-    fn a_damaged_checkpoint_is_skipped_and_named() {
-        let tmp = tempfile::tempdir().unwrap();
-        let dir = RunDir::open(&tmp.path().join("run"), false).unwrap();
-        for s in 1..=3 {
-            dir.save(&state(s), 9, put("x")).unwrap();
-        }
-        let all = candidates(dir.path()).unwrap();
-        for broken in all.iter().take(2) {
-            fs::write(broken.join(STATE), "{\"version\":1,").unwrap();
-        }
-        let mut skipped = vec![];
-        let (path, found) = first_whole(&all, |p, e| skipped.push((p.to_path_buf(), e.to_string())), read_state).unwrap();
-        assert_eq!((path, found.step), (all[2].clone(), 1));
-        assert!(skipped.len() == 2 && skipped[0].0 == all[0] && skipped[0].1.contains("state.json"), "{skipped:?}");
-        fs::remove_file(all[2].join(STATE)).unwrap();
-        assert!(first_whole(&all, |_, _| {}, read_state).is_err());
-    }
-
-    #[test]
-    fn refuses_to_overwrite_and_to_share() {
-        let tmp = tempfile::tempdir().unwrap();
-        let run = tmp.path().join("run");
-        drop(RunDir::open(&run, false).unwrap());
-        // a run that never got as far as writing its configuration does not take the folder
-        let dir = RunDir::open(&run, false).unwrap();
-        fs::write(run.join("run.json"), "{").unwrap();
-        let e = RunDir::open(&run, false).unwrap_err();
-        assert!(e.to_string().contains("--resume") && e.exit_code() == 2, "{e}");
-        assert!(RunDir::open(&run, true).unwrap_err().to_string().contains("another process"));
-        drop(dir);
-        RunDir::open(&run, true).unwrap();
-        assert!(candidates(&run).unwrap_err().to_string().contains("no checkpoint"));
-        assert!(candidates(&tmp.path().join("nowhere")).unwrap_err().to_string().contains("does not exist"));
-        let file = tmp.path().join("file");
-        fs::write(&file, "x").unwrap();
-        assert!(RunDir::open(&file, false).unwrap_err().to_string().contains("a file of that name"));
-    }
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn a_full_disk_keeps_the_older_checkpoint() {
-        let tmp = tempfile::tempdir().unwrap();
-        let dir = RunDir::open(&tmp.path().join("run"), false).unwrap();
-        dir.save(&state(1), 1, put("good")).unwrap();
-        let e = dir
-            .save(&state(2), 1, |d| {
-                fs::write(d.join(CONFIG), "half").unwrap();
-                // The device that is always full.
-                fs::write("/dev/full", vec![0; 10]).map_err(Error::io("writing", &d.join(MODEL)))
-            })
-            .unwrap_err()
-            .to_string();
-        assert!(e.contains("disk is full") && e.contains("--resume") && e.contains(MODEL), "{e}");
-        assert_eq!(steps(&dir), [1]);
-        assert_eq!(fs::read_to_string(newest(dir.path()).join(MODEL)).unwrap(), "good");
-        assert_eq!(fs::read_dir(dir.path().join("checkpoints")).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn a_broken_state_says_so() {
-        let tmp = tempfile::tempdir().unwrap();
-        fs::write(tmp.path().join(STATE), "{\"version\":1,").unwrap();
-        assert!(read_state(tmp.path()).unwrap_err().to_string().contains("state.json"));
-        fs::write(tmp.path().join(STATE), serde_json::to_string(&State { version: 9, ..state(1) }).unwrap()).unwrap();
-        assert!(read_state(tmp.path()).unwrap_err().to_string().contains("version 9"));
-        for impossible in [state(u64::MAX), State { tokens: u64::MAX, ..state(1) }, State { seconds: -1.0, ..state(1) }] {
-            fs::write(tmp.path().join(STATE), serde_json::to_string(&impossible).unwrap()).unwrap();
-            assert!(read_state(tmp.path()).unwrap_err().to_string().contains("older checkpoint"));
-        }
-        fs::write(tmp.path().join("run.json"), "{\"version\":").unwrap();
-        let e = read_info(tmp.path()).unwrap_err().to_string();
-        assert!(e.contains("run.json is damaged") && e.contains("config.toml --run-dir") && e.contains("--resume"), "{e}");
-    }
-}
+#[path = "checkpoint_tests.rs"]
+mod tests;

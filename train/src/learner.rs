@@ -80,6 +80,14 @@ fn values(t: &Tensor) -> Option<Vec<f32>> {
     t.detach().cast(DType::F32).and_then(|t| t.to_vec::<f32>()).ok()
 }
 
+impl<N: Network> Trained<N> {
+    /// The first parameter that holds a number that is not finite.
+    fn broken(&self) -> Option<&str> {
+        let broken = |t: &Tensor| values(t).is_some_and(|v| v.iter().any(|x| !x.is_finite()));
+        self.net.params().into_iter().find(|(_, t)| broken(t)).map(|(name, _)| name)
+    }
+}
+
 impl<N: Network> Learner for Trained<N> {
     fn step(&mut self, micro: usize, batch: Batches, mut observed: Option<&mut Scalars>) -> Result<Vec<f64>> {
         let (net, experts) = (&self.net, self.net.experts());
@@ -153,10 +161,8 @@ impl<N: Network> Learner for Trained<N> {
     }
 
     fn diagnose(&mut self, batch: &Batch, micro: usize) -> Option<String> {
-        for (name, t) in self.net.params() {
-            if values(t).is_some_and(|v| v.iter().any(|x| !x.is_finite())) {
-                return Some(format!("the parameter `{name}` is not finite"));
-            }
+        if let Some(name) = self.broken() {
+            return Some(format!("the parameter `{name}` is not finite"));
         }
         let again = || -> Result<Grads> { Ok(share(self.net.loss(batch, None)?.objective, micro)?.backward()?) };
         let (done, seen) = engine::watch::watch(|| engine::enable_grad(again));
@@ -170,6 +176,10 @@ impl<N: Network> Learner for Trained<N> {
     }
 
     fn save(&self, dir: &Path) -> Result<()> {
+        // a checkpoint that nothing can go on from must not push out those that something can
+        if let Some(name) = self.broken() {
+            return Err(Error::NonFinite(format!("the parameter `{name}` is not finite, and no checkpoint of it is written")));
+        }
         self.net.save(dir)?;
         match &self.optim {
             Some(state) => state.save(&dir.join(checkpoint::OPTIMIZER)),
@@ -208,11 +218,28 @@ impl Hybrid {
     }
     /// The model's `config.json`.
     pub fn config_json(&self) -> Result<String> {
-        serde_json::to_string_pretty(self.model.config()).map_err(|e| Error::Model(e.to_string()))
+        serde_json::to_string_pretty(&self.model.config().to_json()?).map_err(|e| Error::Model(e.to_string()))
     }
     /// The model.
     pub fn model(&self) -> &nn::Decoder {
         &self.model
+    }
+    /// Continues a prompt; `each` token is shown as it comes, and ends the text by saying false. Logits that are not numbers are an error.
+    pub fn write(&self, prompt: &[u32], how: &Sampling, mut each: impl FnMut(u32) -> Result<bool>) -> Result<()> {
+        let sampler = nn::Sampler { temperature: how.temperature, top_k: how.top_k, top_p: how.top_p, seed: how.seed };
+        let mut context = nn::Generator::new(&self.model);
+        let mut last = prompt.to_vec();
+        for i in 0..how.tokens as u64 {
+            let logits = context.feed(&last)?;
+            if logits.iter().any(|l| l.is_nan()) {
+                return Err(Error::NonFinite(format!("the model gives no numbers after {i} tokens")));
+            }
+            last = vec![sampler.draw(&logits, i) as u32];
+            if !each(last[0])? {
+                break;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -233,8 +260,12 @@ impl Network for Hybrid {
         Ok(Loss { objective: l.objective, nll: l.nll, auxiliary: auxiliary.into_iter().filter_map(|(name, t)| Some((name, t?))).collect() })
     }
     fn generate(&self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {
-        let sampler = nn::Sampler { temperature: how.temperature, top_k: how.top_k, top_p: how.top_p, seed: how.seed };
-        nn::Generator::new(&self.model).generate(prompt, how.tokens, &sampler, |_| {}).map_err(Error::from)
+        let mut out = vec![];
+        self.write(prompt, how, |token| {
+            out.push(token);
+            Ok(true)
+        })?;
+        Ok(out)
     }
     fn save(&self, dir: &Path) -> Result<()> {
         self.model.save(dir).map_err(Error::from)

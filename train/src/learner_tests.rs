@@ -112,6 +112,12 @@ fn accumulation_is_one_large_batch() {
     b.step(1, &|_| Ok(large.batch(&corpus, 0, 0)), None).unwrap();
     let (na, nb) = (a.update(1, 0.01, &config.optim, None).unwrap(), b.update(1, 0.01, &config.optim, None).unwrap());
     assert!((na - nb).abs() < 1e-5 * nb, "{na} {nb}");
+    // and the update is the same, but for rounding
+    for (x, y) in a.net().params.iter().zip(&b.net().params) {
+        let (x, y) = (x.1.to_vec::<f32>().unwrap(), y.1.to_vec::<f32>().unwrap());
+        let far = x.iter().zip(&y).filter(|(x, y)| (*x - *y).abs() > 1e-5).count();
+        assert!(far == 0, "{far} of {} weights differ", x.len());
+    }
 }
 
 #[test]
@@ -178,4 +184,98 @@ fn a_layer_of_the_hybrid_is_named_in_the_forward_and_in_the_backward() {
         ("model.norm.weight", 1e4),
     ]));
     assert!(e.contains("gradients of") && e.contains("came out of `matmul` in `blocks.2.attn` (backward)"), "{e}");
+}
+
+#[test]
+fn norms_biases_and_decay_rates_do_not_decay_and_matrices_do() {
+    let o = presets::quickstart().optim;
+    let model = Hybrid::create(&presets::smoke().model, 1).unwrap();
+    let (mut kept, mut decayed) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
+    for (name, t) in model.net().params() {
+        let kind = name.split('.').filter(|w| w.parse::<u32>().is_err() && *w != "model" && *w != "layers").collect::<Vec<_>>().join(".");
+        if crate::groups::decays(name, t.shape(), &o.no_decay) { &mut decayed } else { &mut kept }.insert(kind);
+    }
+    let kept: Vec<&str> = kept.iter().map(String::as_str).collect();
+    let decayed: Vec<&str> = decayed.iter().map(String::as_str).collect();
+    assert_eq!(
+        kept,
+        [
+            "input_layernorm.weight",
+            "linear_attn.A_log",
+            "linear_attn.dt_bias",
+            "linear_attn.norm.weight",
+            "mlp.shared_expert_gate.weight",
+            "norm.weight",
+            "post_attention_layernorm.weight",
+            "self_attn.k_norm.weight",
+            "self_attn.q_norm.weight",
+        ]
+    );
+    assert_eq!(
+        decayed,
+        [
+            "embed_tokens.weight",
+            "linear_attn.conv1d.weight",
+            "linear_attn.in_proj_ba.weight",
+            "linear_attn.in_proj_qkvz.weight",
+            "linear_attn.out_proj.weight",
+            "mlp.experts.down_proj",
+            "mlp.experts.gate_up_proj",
+            "mlp.gate.weight",
+            "mlp.shared_expert.down_proj.weight",
+            "mlp.shared_expert.gate_up_proj.weight",
+            "self_attn.k_proj.weight",
+            "self_attn.o_proj.weight",
+            "self_attn.q_proj.weight",
+            "self_attn.v_proj.weight",
+        ]
+    );
+}
+
+#[test]
+fn a_model_that_is_not_finite_is_neither_saved_nor_scored_nor_written_with() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (corpus, config) = setup(1);
+    let mut model = planted(&[("model.layers.1.linear_attn.out_proj.weight", f64::NAN)]);
+    let e = model.save(tmp.path()).unwrap_err();
+    assert!(matches!(&e, Error::NonFinite(m) if m.contains("`model.layers.1.linear_attn.out_proj.weight` is not finite")), "{e}");
+    assert_eq!(std::fs::read_dir(tmp.path()).unwrap().count(), 0);
+    let e = trainer::evaluate(&mut model, &corpus, 0..300, &config, 0).unwrap_err();
+    assert!(e.exit_code() == 1 && e.to_string().contains("held-out loss is NaN: the parameter `model.layers.1"), "{e}");
+    let how = Sampling { tokens: 3, temperature: 1.0, top_k: 0, top_p: 1.0, seed: 0 };
+    assert!(matches!(model.sample(&[65], &how).unwrap_err(), Error::NonFinite(_)));
+    let model = planted(&[]);
+    model.save(tmp.path()).unwrap();
+}
+
+/// Two documents in one packed row, in each of the mixers.
+#[test]
+fn packed_documents_do_not_see_each_other() {
+    let mut config = presets::smoke().model;
+    config.router_aux_loss_coef = 0.0;
+    for sliding in [false, true] {
+        if sliding {
+            config.layer_types =
+                vec![nn::LayerType::LinearAttention, nn::LayerType::SlidingAttention, nn::LayerType::FullAttention, nn::LayerType::LinearAttention];
+            config.sliding_window = 5;
+        }
+        let model = Hybrid::create(&config, 1).unwrap();
+        let corpus =
+            Corpus::from_documents(&["It was the whiteness of the whale ", "that above all things appalled me.", "Call me Ishmael. Some years ago"]);
+        let sampler = crate::data::Sampler::new(&corpus, 0..corpus.len(), 1, 2, 45, 1, crate::data::Packing::Documents).unwrap();
+        let packed = (0..).map(|step| sampler.batch(&corpus, step, 0)).find(|b| b.cu_seqlens.as_ref().unwrap().len() > 4).unwrap();
+        let cu = packed.cu_seqlens.clone().unwrap();
+        let nll = |b: &Batch| model.net().loss(b, None).unwrap().nll.item().unwrap() * b.targets.len() as f64;
+        let apart: f64 = cu
+            .windows(2)
+            .map(|w| {
+                let range = w[0] as usize..w[1] as usize;
+                let (tokens, targets) = (packed.tokens[range.clone()].to_vec(), packed.targets[range].to_vec());
+                nll(&Batch { rows: 1, time: tokens.len(), tokens, targets, cu_seqlens: None })
+            })
+            .sum();
+        assert!((nll(&packed) - apart).abs() < 1e-5 * apart, "{} packed, {apart} apart", nll(&packed));
+        let run_together = Batch { cu_seqlens: None, ..packed };
+        assert!((nll(&run_together) - apart).abs() > 1e-4 * apart, "without bounds the documents would see each other");
+    }
 }

@@ -17,6 +17,7 @@ pub mod presets;
 pub mod progress;
 pub mod rng;
 pub mod schedule;
+pub mod text;
 pub mod trainer;
 
 pub use error::{Error, Result};

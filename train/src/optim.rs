@@ -139,6 +139,33 @@ mod tests {
     }
 
     #[test]
+    fn clipping_scales_all_gradients_by_one_factor() {
+        let (w, b) = setup();
+        let params = [("w", &w), ("b", &b)];
+        // with so large an eps the step is not the gradient's sign but grows with it
+        let mut o = Optim { eps: 100.0, clip: 0.5, weight_decay: 0.0, ..presets::quickstart().optim };
+        let step = |o: &Optim| {
+            let before = [w.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap()].concat();
+            let norm = AdamW::new(&params).unwrap().step(&params, &grads(&w, &b), 1, 0.1, o, None).unwrap();
+            let after = [w.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap()].concat();
+            w.assign(&Tensor::from_slice(&before[..4], &[2, 2], w.device()).unwrap()).unwrap();
+            b.assign(&Tensor::from_slice(&before[4..], &[2], b.device()).unwrap()).unwrap();
+            (norm, before.iter().zip(after).map(|(x, y)| f64::from(y - x)).collect::<Vec<f64>>())
+        };
+        let g = [2.0f64, -4.0, 6.0, 1.0, 2.0, 2.0];
+        let norm = g.iter().map(|g| g * g).sum::<f64>().sqrt();
+        for (clip, scale) in [(0.5, 0.5 / norm), (0.0, 1.0), (norm * 1.01, 1.0)] {
+            o.clip = clip;
+            let (found, moved) = step(&o);
+            assert!((found - norm).abs() < 1e-9, "the norm is that before clipping");
+            for (m, g) in moved.iter().zip(g) {
+                let expected = -0.1 * g * scale / (g.abs() * scale + 100.0);
+                assert!((m - expected).abs() < 3e-7, "clip {clip}: {m}, expected {expected}");
+            }
+        }
+    }
+
+    #[test]
     fn saved_and_loaded_goes_on_bit_for_bit() {
         let tmp = tempfile::tempdir().unwrap();
         let path = tmp.path().join("o.safetensors");

@@ -26,11 +26,20 @@ pub struct Line {
 }
 
 impl Line {
+    fn left(&self) -> String {
+        let eta = self.eta.clamp(0.0, 1e9) as u64;
+        format!("{}:{:02} left", eta / 60, eta % 60)
+    }
+    /// What changes most, first: a narrow terminal cuts off the rest.
+    fn for_bar(&self) -> String {
+        let Line { step, loss, lr, grad_norm, tokens_per_s, memory, .. } = *self;
+        let (bits, k, mb, left) = (loss / std::f64::consts::LN_2, tokens_per_s / 1e3, memory >> 20, self.left());
+        format!("step {step}  loss {bits:.3} bits  {k:.1}k tok/s  {left}  lr {lr:.2e}  norm {grad_norm:.2}  {mb} MB")
+    }
     fn text(&self) -> String {
-        let bits = self.loss / std::f64::consts::LN_2;
-        let (k, mb, eta) = (self.tokens_per_s / 1e3, self.memory >> 20, self.eta.clamp(0.0, 1e9) as u64);
-        let Line { lr, grad_norm, .. } = *self;
-        format!("loss {bits:.3} bits  lr {lr:.2e}  norm {grad_norm:.2}  {k:.1}k tok/s  {mb} MB  {}:{:02} left", eta / 60, eta % 60)
+        let Line { loss, lr, grad_norm, tokens_per_s, memory, .. } = *self;
+        let (bits, k, mb, left) = (loss / std::f64::consts::LN_2, tokens_per_s / 1e3, memory >> 20, self.left());
+        format!("loss {bits:.3} bits  lr {lr:.2e}  norm {grad_norm:.2}  {k:.1}k tok/s  {mb} MB  {left}")
     }
 }
 
@@ -52,14 +61,17 @@ enum Show {
 }
 
 impl Progress {
-    /// On stderr: a bar when it is a terminal, else lines every `every` steps and at least every ten seconds.
+    /// On stderr: a bar when it is a terminal that can draw one, else lines every `every` steps and at least every ten seconds.
     pub fn new(every: u64) -> Progress {
-        let stderr = std::io::stderr();
-        if stderr.is_terminal() { Progress::bar(ProgressDrawTarget::stderr(), every) } else { Progress::lines(Box::new(stderr), every) }
+        Progress::on(std::io::stderr().is_terminal(), ProgressDrawTarget::stderr(), Box::new(std::io::stderr()), every)
+    }
+    /// A target is hidden where it is no terminal, and on one that has no cursor (`TERM=dumb`).
+    fn on(terminal: bool, target: ProgressDrawTarget, lines: Box<dyn Write>, every: u64) -> Progress {
+        if terminal && !target.is_hidden() { Progress::bar(target, every) } else { Progress::lines(lines, every) }
     }
     fn bar(target: ProgressDrawTarget, every: u64) -> Progress {
         let bar = ProgressBar::with_draw_target(Some(10_000), target);
-        if let Ok(style) = ProgressStyle::with_template("{percent:>3}% [{bar:24}] {msg}") {
+        if let Ok(style) = ProgressStyle::with_template("{percent:>3}% [{bar:16}] {wide_msg}") {
             bar.set_style(style.progress_chars("=> "));
         }
         Progress { show: Show::Bar(bar), every, last: Instant::now() }
@@ -71,7 +83,7 @@ impl Progress {
     pub fn step(&mut self, line: &Line) {
         if let Show::Bar(bar) = &self.show {
             bar.set_position((line.progress.clamp(0.0, 1.0) * 1e4) as u64);
-            bar.set_message(format!("step {}  {}", line.step, line.text()));
+            bar.set_message(line.for_bar());
         } else if line.step == 1 || (self.every > 0 && line.step.is_multiple_of(self.every)) || self.last.elapsed() > Duration::from_secs(10) {
             self.last = Instant::now();
             self.say(&format!("step {:>6}  {:>5.1}%  {}", line.step, 100.0 * line.progress.min(1.0), line.text()));
@@ -116,7 +128,7 @@ mod tests {
     }
     impl indicatif::TermLike for Page {
         fn width(&self) -> u16 {
-            120
+            80
         }
         fn move_cursor_up(&self, _: usize) -> Result<()> {
             Ok(())
@@ -167,12 +179,23 @@ mod tests {
     }
 
     #[test]
+    fn lines_on_a_terminal_that_can_draw_no_bar() {
+        let page = Page::default();
+        ten(Progress::on(true, ProgressDrawTarget::hidden(), Box::new(page.clone()), 4));
+        assert!(page.text().starts_with("step      1") && page.text().contains("\na sample\n"), "{}", page.text());
+        let drawn = ProgressDrawTarget::term_like(Box::new(page.clone()));
+        assert!(matches!(Progress::on(true, drawn, Box::new(page.clone()), 4).show, Show::Bar(_)));
+    }
+
+    #[test]
     fn a_bar_on_a_terminal() {
         let page = Page::default();
         ten(Progress::bar(ProgressDrawTarget::term_like(Box::new(page.clone())), 4));
         let text = page.text();
-        for words in [" 50% [============>", "step 5  loss 1.010 bits", "a sample", "100% ["] {
+        for words in [" 50% [========>       ] step 5  loss 1.010 bits  2.0k tok/s  1:01 left", "a sample", "100% ["] {
             assert!(text.contains(words), "{words} in {text}");
         }
+        let mut bars = text.lines().filter(|l| !l.starts_with("a sample"));
+        assert!(bars.all(|l| l.chars().count() <= 80), "no line is wider than the terminal: {text}");
     }
 }

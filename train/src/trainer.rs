@@ -5,7 +5,8 @@ use crate::config::{Budget, Optim, RunConfig};
 use crate::data::{Batch, Corpus, EvalWindows, Sampler};
 use crate::metrics::{Metrics, Scalars, memory};
 use crate::progress::{Line, Progress, say};
-use crate::{Error, Result};
+use crate::text::{harmless, text};
+use crate::{Error, Result, checkpoint};
 use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
@@ -65,7 +66,7 @@ pub struct Summary {
 /// Batches that an evaluation hands over at once.
 const TOGETHER: usize = 16;
 
-/// Bits a token over `range` of `corpus` (all of it when `max_tokens` is 0), and the number of tokens scored.
+/// Bits a token over `range` of `corpus` (all of it when `max_tokens` is 0), and the number of tokens scored. A loss that is not finite is an error.
 pub fn evaluate(
     learner: &mut dyn Learner,
     corpus: &Corpus,
@@ -84,7 +85,12 @@ pub fn evaluate(
             check_tokens(batch, learner.vocab_size(), corpus)?;
             count += batch.targets.len();
         }
-        nats += learner.nll(&batches)?.iter().sum::<f64>();
+        let sums = learner.nll(&batches)?;
+        if let Some(bad) = sums.iter().position(|s| !s.is_finite()) {
+            let place = learner.diagnose(&batches[bad], 1).unwrap_or_else(|| "computed again, it is finite".into());
+            return Err(Error::NonFinite(format!("the held-out loss is {}: {place}", sums[bad])));
+        }
+        nats += sums.iter().sum::<f64>();
     }
     Ok((count > 0).then(|| (nats / std::f64::consts::LN_2 / count as f64, count)))
 }
@@ -102,10 +108,11 @@ pub fn sampler(corpus: &Corpus, config: &RunConfig) -> Result<Sampler> {
     Sampler::new(corpus, corpus.split(d.held_out).0, config.seed, d.batch, d.seq_len, config.train.accumulate, d.packing)
 }
 
-/// Reads a checkpoint into `learner`; the state is for [`train`] to go on from.
-pub fn load(learner: &mut dyn Learner, checkpoint: &Path) -> Result<State> {
-    let state = read_state(checkpoint)?;
-    learner.load(checkpoint)?;
+/// Reads a checkpoint into `learner`; the state is for [`train`] to go on from. Files that are not as they were written are an error.
+pub fn load(learner: &mut dyn Learner, from: &Path) -> Result<State> {
+    let state = read_state(from)?;
+    checkpoint::verify(from, &[checkpoint::MODEL, checkpoint::OPTIMIZER])?;
+    learner.load(from)?;
     Ok(state)
 }
 
@@ -124,7 +131,8 @@ pub fn train(learner: &mut dyn Learner, corpus: &Corpus, config: &RunConfig, run
     let result = work.run();
     work.progress.finish();
     result?;
-    let last = evaluate(work.learner, corpus, work.held_out.clone(), config, 0)?;
+    let last = evaluate(work.learner, corpus, work.held_out.clone(), config, 0);
+    let last = work.stopping(last)?;
     if let Some((bits, count)) = last {
         let fields = [("final", true.into()), ("held_out_bits", bits.into()), ("held_out_tokens", count.into())];
         work.metrics.write(work.state.step, &fields, &Scalars::new())?;
@@ -165,19 +173,32 @@ impl Loop<'_> {
             self.step()?;
             let (step, after) = (self.state.step, self.used(&self.state));
             if eval > 0 && step.is_multiple_of(eval) && after < 1.0 {
-                self.evaluate()?;
+                let done = self.evaluate();
+                self.stopping(done)?;
             }
             let shown = |used: f64| (used.min(1.0) * self.config.sample.count as f64).floor();
             if shown(after) > shown(before) && self.corpus.is_bytes() {
-                self.sample()?;
+                let done = self.sample();
+                self.stopping(done)?;
             }
             self.state.seconds = self.seconds();
             if keep > 0 && step.is_multiple_of(keep) {
-                self.save()?;
+                let done = self.save();
+                self.stopping(done)?;
                 saved = step;
             }
         }
-        if saved != self.state.step { self.save() } else { Ok(()) }
+        let done = if saved != self.state.step { self.save() } else { Ok(()) };
+        self.stopping(done)
+    }
+
+    /// What to do when something between two steps finds numbers that are not finite: say after which step, and what helps.
+    fn stopping<T>(&mut self, done: Result<T>) -> Result<T> {
+        let Err(Error::NonFinite(m)) = done else { return done };
+        let message = format!("after step {}: {m}; lower optim.lr, and go on from an older checkpoint by --resume if there is one", self.state.step);
+        self.metrics.write(self.state.step, &[("stopped", message.as_str().into())], &Scalars::new())?;
+        self.metrics.sync()?;
+        Err(Error::NonFinite(message))
     }
 
     fn step(&mut self) -> Result<()> {
@@ -208,7 +229,8 @@ impl Loop<'_> {
                 let mut places = (micro..t.accumulate).map(|m| -> Result<Option<String>> { Ok(self.learner.diagnose(&batch(m)?, t.accumulate)) });
                 let place = places.find_map(Result::transpose).transpose()?;
                 let place = place.unwrap_or_else(|| "each micro-batch alone gives finite numbers, their sum does not".into());
-                let message = format!("step {step}: {what}: {place}; lower optim.lr (now {lr:.2e}) or optim.clip");
+                let clip = if self.config.optim.clip > 0.0 { "lower optim.clip" } else { "clip gradients, as by optim.clip=1" };
+                let message = format!("step {step}: {what}: {place}; lower optim.lr (now {lr:.2e}), or {clip}");
                 let fields = [("loss", loss.into()), ("lr", lr.into()), ("stopped", message.as_str().into())];
                 self.metrics.write(step, &fields, &scalars)?;
                 self.metrics.sync()?;
@@ -255,7 +277,7 @@ impl Loop<'_> {
         let prompt: Vec<u32> = c.prompt.bytes().map(u32::from).collect();
         let written = text(&self.learner.sample(&prompt, &how)?);
         self.metrics.write(step, &[("sample", format!("{}{written}", c.prompt).into())], &Scalars::new())?;
-        self.progress.say(&format!("--- step {step}\n{}{written}\n---", c.prompt));
+        self.progress.say(&harmless(&format!("--- step {step}\n{}{written}\n---", c.prompt)));
         Ok(())
     }
 
@@ -263,18 +285,6 @@ impl Loop<'_> {
         self.metrics.sync()?;
         self.run.save(&self.state, self.config.checkpoint.keep, |dir| self.learner.save(dir)).map(drop)
     }
-}
-
-/// Byte tokens as text; one that is no byte becomes the replacement character.
-pub fn text(tokens: &[u32]) -> String {
-    let mut bytes = Vec::with_capacity(tokens.len());
-    for &t in tokens {
-        match u8::try_from(t) {
-            Ok(b) => bytes.push(b),
-            Err(_) => bytes.extend("\u{fffd}".bytes()),
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use super::*;
 use crate::checkpoint::{candidates, checkpoints};
 use crate::presets;
+use crate::schedule::Shape;
 use std::fs;
 
 struct Bigram {
@@ -227,4 +228,27 @@ fn stops_when_not_finite_and_when_tokens_do_not_fit() {
     let odd = Corpus::from_documents(&["é".repeat(500)]);
     let m = train(&mut Bigram::new(), &odd, &config(9), &run, None).unwrap_err().to_string();
     assert!(m.contains("vocabulary of 128"), "{m}");
+}
+
+#[test]
+fn a_budget_in_minutes_goes_on_where_the_clock_stood() {
+    for shape in [Shape::Cosine, Shape::Wsd, Shape::Linear] {
+        let tmp = tempfile::tempdir().unwrap();
+        let run = RunDir::open(tmp.path(), false).unwrap();
+        let mut c = config(1);
+        (c.train.steps, c.train.minutes, c.eval.every, c.sample.count, c.optim.schedule) = (None, Some(10.0), 0, 0, shape);
+        // all but half a second of ten minutes is used
+        let state = State { step: 12, tokens: 12 * 256, seconds: 599.5, ..State::default() };
+        let mut b = Bigram { updates: 12, ..Bigram::new() };
+        let s = train(&mut b, &corpus(), &c, &run, Some(state)).unwrap();
+        assert!(s.state.step > 12 && s.state.seconds >= 600.0, "{s:?}");
+        let text = fs::read_to_string(run.path().join("metrics.jsonl")).unwrap();
+        let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        let end = c.optim.lr * c.optim.end;
+        for l in lines.iter().filter(|l| l["loss"].is_number()) {
+            assert!(l["seconds"].as_f64().unwrap() >= 599.5);
+            let lr = l["lr"].as_f64().unwrap();
+            assert!(lr >= end && lr < 1.2 * end, "{shape:?}: the schedule is at its end: {lr}");
+        }
+    }
 }

@@ -30,7 +30,20 @@ fn wrong_usage_ends_with_two() {
     fails(&["generate", "nowhere"], 2, &["nowhere does not exist"]);
     fails(&["generate", "nowhere", "--top-p", "2"], 2, &["--top-p"]);
     fails(&["generate", "nowhere", "--temperature=-1"], 2, &["--temperature"]);
-    fails(&["generate", "nowhere", "--tokens", "18446744073709551615"], 2, &["--tokens", "at most 1048576"]);
+    for (option, value, words) in [
+        ("--tokens", "18446744073709551615", "at most 1048576"),
+        ("--tokens", "-3", "whole number"),
+        ("--tokens", "x", "whole number"),
+        ("--top-k", "-1", "whole number"),
+        ("--seed", "1.5", "whole number"),
+        ("--temperature", "-1", "not negative"),
+        ("--temperature", "nan", "found NaN"),
+        ("--top-p", "0", "above 0"),
+        ("--prompt", "", "at least one byte"),
+    ] {
+        fails(&["generate", "nowhere", option, value], 2, &[option, words]);
+    }
+    fails(&["train", "smoke", "--set", "=3"], 2, &["unknown key ``"]);
     fails(&["eval", "nowhere"], 2, &["nowhere does not exist"]);
     for (set, word) in [
         ("train.accumulate=9223372036854775807", "train.accumulate"),
@@ -94,8 +107,18 @@ fn bad_data_ends_with_one() {
 #[test]
 fn help_version_doctor_and_config() {
     let tmp = tempfile::tempdir().unwrap();
-    for args in [&["--help"][..], &["train", "--help"], &["--version"], &["doctor"]] {
+    for (args, words) in [
+        (&["--help"][..], &["Examples", "Exit codes: 0 done, 1 failed, 2 wrong usage"][..]),
+        (&["train", "--help"], &["--set train.minutes=0.5", "train.tokens", "bit for bit"]),
+        (&["generate", "--help"], &["--top-p"]),
+        (&["eval", "--help"], &["--data"]),
+        (&["doctor", "--help"], &["Usage"]),
+        (&["--version"], &["tidegate "]),
+        (&["doctor"], &["ok "]),
+    ] {
         let o = tidegate(tmp.path(), args);
+        let text = String::from_utf8_lossy(&o.stdout);
+        assert!(words.iter().all(|w| text.contains(w)), "{args:?}: {text}");
         assert!(o.status.success() && !o.stdout.is_empty(), "{args:?}: {}", String::from_utf8_lossy(&o.stderr));
     }
     let doctor = String::from_utf8(tidegate(tmp.path(), &["doctor"]).stdout).unwrap();
@@ -103,10 +126,24 @@ fn help_version_doctor_and_config() {
     std::fs::write(tmp.path().join("mine.toml"), "preset = \"smoke\"\n[train]\nsteps = 7\n").unwrap();
     let o = tidegate(tmp.path(), &["train", "mine.toml", "--set", "optim.lr=0.25", "--print-config"]);
     let text = String::from_utf8(o.stdout).unwrap();
+    assert!(text.starts_with("# 209832 parameters, ") && text.contains(" MFLOP a token, forward and backward, at 64 tokens a window"), "{text}");
     for (key, source) in
         [("train.steps = 7", "# mine.toml"), ("optim.lr = 0.25", "# --set"), ("data.seq_len = 64", "# preset"), ("name = \"mine\"", "# preset")]
     {
         assert!(text.lines().any(|l| l.starts_with(key) && l.contains(source)), "{key} in {text}");
+    }
+    // what is printed is a configuration itself
+    std::fs::write(tmp.path().join("again.toml"), &text).unwrap();
+    let o = tidegate(tmp.path(), &["train", "again.toml", "--print-config"]);
+    let again = String::from_utf8(o.stdout).unwrap();
+    let values = |t: &str| t.lines().map(|l| l.split(" #").next().unwrap_or_default().trim().to_string()).collect::<Vec<_>>();
+    assert_eq!(values(&again)[2..], values(&text)[2..]);
+    // a text in the place of a preset or a TOML file
+    std::fs::write(tmp.path().join("novel.txt"), "Call me Ishmael.").unwrap();
+    for what in ["novel.txt", "."] {
+        let o = tidegate(tmp.path(), &["train", what]);
+        let e = String::from_utf8_lossy(&o.stderr);
+        assert!(o.status.code() == Some(2) && e.contains(&format!("--set data.path={what}")), "{e}");
     }
     std::fs::write(tmp.path().join("bad.toml"), "[train]\nstesp = 7\n").unwrap();
     let o = tidegate(tmp.path(), &["train", "bad.toml", "--print-config"]);

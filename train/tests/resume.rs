@@ -73,7 +73,9 @@ fn another_text_is_refused_unless_it_is_asked_for() {
     let e = says(tmp.path(), "train --run-dir a --resume --set train.steps=5", 1);
     has(&e, &["t.txt", "not what this run was trained on", "--set data.path=t.txt"]);
     assert_eq!(value(&tmp.path().join("a"), "/config/train/steps"), 4);
+    has(&says(tmp.path(), "eval a", 0), &["t.txt has changed since"]);
     says(tmp.path(), "train --run-dir a --resume --set train.steps=5 --set data.path=t.txt", 0);
+    assert_eq!(says(tmp.path(), "eval a", 0), "");
     says(tmp.path(), "train --run-dir a --resume --set train.steps=6", 0);
 }
 
@@ -104,10 +106,19 @@ fn a_truncated_newest_checkpoint_is_passed_over() {
         has(&e, &["skipped", "step-00000004", "model.safetensors"]);
     }
     assert!(weights(&cut, 4) == bytes && bytes == weights(&tmp.path().join("whole"), 4), "the step was done again, to the same bits");
+    // One bit is enough, and only what is read has to be whole.
+    let mut flipped = bytes.clone();
+    flipped[bytes.len() - 100] ^= 1;
+    fs::write(&damaged, flipped).unwrap();
+    for line in ["generate cut --tokens 5", "eval cut", "train --run-dir cut --resume"] {
+        has(&says(tmp.path(), line, 0), &["skipped", "step-00000004", "model.safetensors is damaged"]);
+    }
+    assert!(weights(&cut, 4) == bytes);
     // A damaged optimizer is found by the run that needs it, a damaged state likewise.
     let optimizer = checkpoint(&cut, 4).join("optimizer.safetensors");
     let bytes = fs::read(&optimizer).unwrap();
     fs::write(&optimizer, &bytes[..bytes.len() - 9]).unwrap();
+    assert!(!says(tmp.path(), "eval cut", 0).contains("skipped"));
     has(&says(tmp.path(), "train --run-dir cut --resume", 0), &["skipped", "optimizer.safetensors", "resuming", "step-00000002"]);
     for step in [2, 4] {
         fs::write(checkpoint(&cut, step).join("state.json"), r#"{"version":1,"step":18446744073709551615,"tokens":1,"seconds":1.0,"ema":1.0}"#)

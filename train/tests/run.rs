@@ -34,6 +34,7 @@ fn smoke_learns_and_leaves_a_run_that_writes() {
     let o = run(tmp.path(), &["train", "smoke"]);
     let stdout = String::from_utf8(o.stdout).unwrap();
     let stderr = String::from_utf8(o.stderr).unwrap();
+    assert!(["209832 parameters, ", " of them active for a token; ", " MFLOP a token"].iter().all(|w| stderr.contains(w)), "{stderr}");
     assert!(
         stderr.lines().any(|l| l.starts_with("step     10   33.3%  loss ")) && !stderr.contains('\x1b'),
         "plain lines where no terminal is: {stderr}"
@@ -66,6 +67,87 @@ fn smoke_learns_and_leaves_a_run_that_writes() {
     let again = command(tmp.path(), &["train", "smoke", "--run-dir", "runs/smoke"]).output().unwrap();
     assert_eq!(again.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&again.stderr).contains("--resume"));
+}
+
+#[test]
+fn every_step_says_what_there_is_to_see() {
+    let tmp = tempfile::tempdir().unwrap();
+    run(tmp.path(), &["train", "smoke", "--set", "train.steps=3", "--set", "data.held_out=0.002", "--run-dir", "r"]);
+    let text = std::fs::read_to_string(tmp.path().join("r/metrics.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let steps: Vec<_> = lines.iter().filter(|l| l["loss"].is_number()).collect();
+    assert_eq!(steps.len(), 3);
+    let overall = "loss loss_balancing lr grad_norm tokens tokens_per_s seconds memory memory_peak embed_tokens.grad_norm norm.update_norm";
+    let each = "resid_pre_rms resid_pre_max resid_mid_rms resid_post_rms resid_post_max attn.q_rms attn.k_rms attn.v_rms attn.grad_norm attn.update_norm \
+                mlp.grad_norm mlp.router_entropy mlp.router_max mlp.router_load_max mlp.router_load_min mlp.router_load_entropy mlp.router_dead";
+    let gates = |layer: usize| {
+        let mixer: &[&str] = if layer == 3 { &["attn.gate"] } else { &["attn.gate", "attn.alpha", "attn.beta"] };
+        [mixer, &["mlp.shared_gate"]]
+            .concat()
+            .into_iter()
+            .flat_map(move |g| ["mean", "shut", "low", "high"].map(|m| format!("blocks.{layer}.{g}_{m}")))
+    };
+    for line in steps {
+        let each = (0..4).flat_map(|i| each.split_whitespace().map(move |k| format!("blocks.{i}.{k}")));
+        for key in overall.split(' ').map(String::from).chain(each).chain((0..4).flat_map(gates)) {
+            assert!(line[&key].is_number(), "{key} in step {}", line["step"]);
+        }
+        for layer in 0..4 {
+            for key in gates(layer) {
+                // the output gate of a delta-rule layer is SiLU's, which is negative now and then
+                let least = if key.ends_with("attn.gate_mean") && layer != 3 { -0.28 } else { 0.0 };
+                assert!((least..=1.0).contains(&line[&key].as_f64().unwrap()), "{key}: {}", line[&key]);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_line_to_write_with_can_be_typed() {
+    let tmp = tempfile::tempdir().unwrap();
+    let set = ["--set", "train.steps=1", "--set", "data.held_out=0", "--set", "sample.prompt=it's \"$HOME\"", "--run-dir", "a b"];
+    let o = String::from_utf8(run(tmp.path(), &[&["train", "smoke"][..], &set].concat()).stdout).unwrap();
+    let line = o.lines().find_map(|l| l.strip_prefix("write with it: ")).unwrap();
+    let written = Command::new("sh").args(["-c", line]).current_dir(tmp.path()).output().unwrap();
+    assert!(written.status.success() && written.stdout.starts_with(b"it's \"$HOME\""), "{line}: {}", String::from_utf8_lossy(&written.stderr));
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_long_run_takes_no_more_memory() {
+    let tmp = tempfile::tempdir().unwrap();
+    let quiet =
+        "train smoke --set train.steps=200 --set eval.every=0 --set sample.count=0 --set data.held_out=0.002 --set checkpoint.every=0 --run-dir r";
+    run(tmp.path(), &quiet.split(' ').collect::<Vec<_>>());
+    let text = std::fs::read_to_string(tmp.path().join("r/metrics.jsonl")).unwrap();
+    let memory: Vec<u64> = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["memory"].as_u64()).collect();
+    let most = |steps: &[u64]| steps.iter().max().copied().unwrap() >> 20;
+    assert_eq!(memory.len(), 200);
+    // a tape of this model's that nobody drops is some 10 MiB a step
+    assert!(most(&memory[150..]) <= most(&memory[50..100]) + 16, "MiB: {:?}", memory.iter().step_by(20).map(|m| m >> 20).collect::<Vec<_>>());
+}
+
+#[test]
+fn an_update_that_breaks_the_model_leaves_no_checkpoint() {
+    let tmp = tempfile::tempdir().unwrap();
+    for (i, (set, found_by)) in [
+        ("sample.count=0", "the parameter `model.embed_tokens.weight` is not finite, and no checkpoint"),
+        ("sample.count=1", "the model gives no numbers"),
+        ("eval.every=1", "the held-out loss is NaN: the parameter `model.embed_tokens.weight`"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let steps = if i == 2 { 2 } else { 1 };
+        let args = format!("train smoke --set optim.lr=1e60 --set optim.warmup=0 --set train.steps={steps} --set {set} --run-dir r{i}");
+        let o = command(tmp.path(), &args.split(' ').collect::<Vec<_>>()).output().unwrap();
+        let e = String::from_utf8_lossy(&o.stderr);
+        assert!(o.status.code() == Some(1) && e.contains("error: after step 1: ") && e.contains(found_by) && e.contains("optim.lr"), "{e}");
+        assert!(o.stdout.is_empty());
+        let dir = tmp.path().join(format!("r{i}"));
+        assert_eq!(std::fs::read_dir(dir.join("checkpoints")).map_or(0, |d| d.count()), 0);
+        assert!(std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap().lines().last().unwrap().contains("\"stopped\":\"after step 1: "));
+    }
 }
 
 #[test]
@@ -160,7 +242,7 @@ fn a_loss_that_is_not_finite_stops_with_one_and_a_name() {
     let e = String::from_utf8_lossy(&o.stderr);
     assert_eq!(o.status.code(), Some(1), "{e}");
     // the op, and the layer or the place before or after the layers
-    assert!(e.contains("error: step ") && e.contains("came out of `") && e.contains("in `"), "{e}");
+    assert!(e.contains("error: step ") && e.contains("came out of `") && e.contains("in `") && e.contains("optim.clip=1"), "{e}");
 }
 
 #[test]

@@ -76,7 +76,12 @@ struct Block {
     char error[512];
 };
 inline thread_local Block* block = nullptr;
-inline thread_local char* stacks = nullptr;
+// Of the threads of one block; this OS thread's blocks come one after another.
+struct Stacks {
+    char* at = nullptr;
+    ~Stacks() { if (at) munmap(at, 1024 * STACK); }
+};
+inline thread_local Stacks stacks;
 
 // A fault of the kernel: the launch ends with this message, and nothing of it runs on.
 template <class... A> [[noreturn]] void fail(const char* format, A... a) {
@@ -145,7 +150,7 @@ inline bool run_block(Block& b) {
         f.id = i;
         f.waits = nullptr;
         f.done = false;
-        make_context(f.context, stacks + i * STACK, enter);
+        make_context(f.context, stacks.at + i * STACK, enter);
     }
     while (b.alive) {
         bool ran = false;
@@ -173,10 +178,10 @@ inline bool run_block(Block& b) {
 }
 
 inline int launch(void (*body)(const void*), const void* params, const u32* grid, u32 n, u32 shared_bytes, char* error, size_t error_bytes) {
-    if (!stacks) {
+    if (!stacks.at) {
         void* p = mmap(nullptr, 1024 * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) { snprintf(error, error_bytes, "no memory for the threads' stacks"); return 1; }
-        stacks = (char*)p;
+        stacks.at = (char*)p;
     }
     Block b;
     memset((void*)&b, 0, sizeof b);

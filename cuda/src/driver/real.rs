@@ -219,10 +219,9 @@ impl Driver for Real {
                 let stage = Stage { at: pinned(STAGE)?, free };
                 state.stages.push(stage);
             }
-            let n = state.stages.len();
-            let slot = state.next % n.max(1);
+            // while there are fewer, the next is the one just made
+            let slot = state.next;
             state.next = (slot + 1) % STAGES;
-            let slot = slot.min(n - 1);
             let stage = &state.stages[slot];
             call!(cuEventSynchronize(stage.free))?;
             // SAFETY: a stage has STAGE bytes, and its last copy has ended.

@@ -12,11 +12,8 @@ params! { struct CastParams { x: Ptr, out: Ptr, n: u64, to: u32, unused: u32 } }
 const SHORT: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
 fn kernel(from: DType, to: DType) -> Kernel {
-    let call = if SHORT.contains(&from) && SHORT.contains(&to) {
-        format!("cast_float<{}, {}>", cpp(from), cpp(to))
-    } else {
-        format!("cast<{}>", cpp(from))
-    };
+    let call =
+        if SHORT.contains(&from) && SHORT.contains(&to) { format!("cast_float<{}, {}>", cpp(from), cpp(to)) } else { format!("cast<{}>", cpp(from)) };
     Kernel::new(&SOURCE, call, THREADS)
 }
 fn kernels() -> Vec<Kernel> {

@@ -62,7 +62,7 @@ cuda_kernel!(UnaryBackward => |op, cuda, x, y| unary(cuda, "unary_backward", op.
 fn nest(op: &dyn Op, cuda: &Cuda, k: &Kernel, kind: u32, per: usize, x: &[&View], y: &View) -> Result<()> {
     let nest = Nest::new(op.name(), &x.iter().map(|v| v.layout).collect::<Vec<_>>())?;
     let mut p = NestParams { x: [Ptr::NULL; 3], out: Ptr::of(y)?, kind, dense: 0, nest };
-    let aligned = |p: Ptr| p.0 % 16 == 0;
+    let aligned = |p: Ptr| p.0.is_multiple_of(16);
     let mut dense = nest.dims == 1 && aligned(p.out);
     for (i, v) in x.iter().enumerate() {
         p.x[i] = Ptr::of(v)?;

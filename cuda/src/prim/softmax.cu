@@ -34,7 +34,6 @@ template <class T, bool WARP> TG_DEVICE void softmax(const SoftmaxParams& p) {
         else if (v != v) sum = v;
     }
     F m = together<WARP>(top, scratch, (F)-infinity(), [](F a, F b) { return max_of(a, b); });
-    if (m == (F)-infinity()) m = 0; // a row of nothing but -inf
     sum = together<WARP>(sum == F(0) ? F(0) : sum * exp_of(top - m), scratch, F(0), [](F a, F b) { return a + b; });
     F lse = m + log_of(sum), scale = F(1) / sum;
     for (u64 i = me; i < p.cols; i += team) {

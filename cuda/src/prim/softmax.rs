@@ -26,7 +26,13 @@ fn launch(cuda: &Cuda, name: &str, log: bool, x: &[View], y: &[View]) -> Result<
     let (x0, dy, out) = (Ptr::of(&x[0])?, Ptr::of_option(x.get(1))?, Ptr::of(&y[0])?);
     let p = SoftmaxParams { x: x0, dy, out, rows: rows as u64, cols: cols as u64, log: log as u32, unused: 0 };
     let warp = cols < SHORT;
-    let blocks = if cols == 0 { 0 } else if warp { rows.div_ceil(THREADS as usize / 32) } else { rows };
+    let blocks = if cols == 0 {
+        0
+    } else if warp {
+        rows.div_ceil(THREADS as usize / 32)
+    } else {
+        rows
+    };
     cuda.launch(&kernel(name, x[0].dtype, warp), [blocks as u32, 1, 1], 0, &p)
 }
 cuda_kernel!(Softmax => |op, cuda, x, y| launch(cuda, "softmax", op.log, x, y));

@@ -37,11 +37,23 @@ fn kernels() -> Vec<Kernel> {
 fn top(op: &'static str, cuda: &Cuda, k: usize, x: &View, values: Option<&View>, index: &View) -> Result<()> {
     let (rows, cols) = (x.layout.shape[0], x.layout.shape[1]);
     check(op, cols)?;
-    let p = PickParams { x: Ptr::of(x)?, values: Ptr::of_option(values)?, index: Ptr::of(index)?, rows: rows as u64, cols: cols as u64, k: k as u32, unused: 0 };
+    let p = PickParams {
+        x: Ptr::of(x)?,
+        values: Ptr::of_option(values)?,
+        index: Ptr::of(index)?,
+        rows: rows as u64,
+        cols: cols as u64,
+        k: k as u32,
+        unused: 0,
+    };
     cuda.launch(&typed("top", x.dtype), [if k == 0 { 0 } else { rows as u32 }, 1, 1], 0, &p)
 }
 fn check(op: &'static str, cols: usize) -> Result<()> {
-    if cols < 1 << 31 { Ok(()) } else { Err(Error::invalid(op, format!("rows of {cols} elements are too long for CUDA, where the limit is 2³¹ − 1"))) }
+    if cols < 1 << 31 {
+        Ok(())
+    } else {
+        Err(Error::invalid(op, format!("rows of {cols} elements are too long for CUDA, where the limit is 2³¹ − 1")))
+    }
 }
 
 fn sort(op: &'static str, cuda: &Cuda, descending: bool, k: usize, x: &View, y: &[View]) -> Result<()> {

@@ -1,9 +1,11 @@
 //! The CPU backend: memory with a size-keyed cache, and how kernels see their arguments.
 
+pub(crate) mod convert;
 pub mod gemm;
 pub mod simd;
 pub mod tile;
 
+use crate::cpu::convert::convert_all;
 use crate::cpu::simd::Real;
 use crate::{Backend, Buffer, DType, Device, Element, Error, Layout, Op, Result, View};
 use std::alloc::{self, Layout as Memory};
@@ -294,7 +296,9 @@ impl<'a> Inputs<'a> {
             return Ok(Cow::Borrowed(self.slice::<F>(i)?));
         }
         fn widened<S: Element, F: Real>(s: &[S]) -> Vec<F> {
-            s.iter().map(|x| F::from_f64(x.to_f64())).collect()
+            let mut v = vec![F::ZERO; s.len()];
+            convert_all(s, &mut v);
+            v
         }
         Ok(Cow::Owned(crate::dispatch!(self.dtype(i), |S| widened::<S, F>(self.slice::<S>(i)?))))
     }
@@ -325,10 +329,9 @@ impl<'a> Outputs<'a> {
     }
     /// Output `j` as `F`; when its dtype is narrower, a scratch buffer that is rounded into it when dropped.
     pub fn real<F: Real>(&mut self, j: usize) -> Result<OutReal<'a, F>> {
-        let dtype = self.views.get(j).and_then(|v| v.as_ref()).map(|v| v.2);
-        Ok(match dtype {
-            Some(DType::BF16) => OutReal::Bf16(vec![F::ZERO; self.views[j].as_ref().map_or(0, |v| v.1.numel())], self.slice(j)?),
-            Some(DType::F16) => OutReal::F16(vec![F::ZERO; self.views[j].as_ref().map_or(0, |v| v.1.numel())], self.slice(j)?),
+        Ok(match self.views.get(j).and_then(Option::as_ref) {
+            Some((_, l, DType::BF16)) => OutReal::Bf16(scratch(l.numel()), self.slice(j)?),
+            Some((_, l, DType::F16)) => OutReal::F16(scratch(l.numel()), self.slice(j)?),
             _ => OutReal::Same(self.slice(j)?),
         })
     }
@@ -361,9 +364,9 @@ pub enum OutReal<'a, F: Real> {
     /// The output's own memory.
     Same(OutSlice<'a, F>),
     /// Rounded to bf16 when dropped.
-    Bf16(Vec<F>, OutSlice<'a, half::bf16>),
+    Bf16(Scratch<F>, OutSlice<'a, half::bf16>),
     /// Rounded to f16 when dropped.
-    F16(Vec<F>, OutSlice<'a, half::f16>),
+    F16(Scratch<F>, OutSlice<'a, half::f16>),
 }
 
 impl<F: Real> Deref for OutReal<'_, F> {
@@ -385,13 +388,10 @@ impl<F: Real> DerefMut for OutReal<'_, F> {
 }
 impl<F: Real> Drop for OutReal<'_, F> {
     fn drop(&mut self) {
-        fn round<F: Real, T: Element>(v: &[F], o: &mut [T]) {
-            o.iter_mut().zip(v).for_each(|(o, v)| *o = T::from_f64(v.to_f64()));
-        }
         match self {
             OutReal::Same(_) => {}
-            OutReal::Bf16(v, o) => round(v, o),
-            OutReal::F16(v, o) => round(v, o),
+            OutReal::Bf16(v, o) => convert_all(v, o),
+            OutReal::F16(v, o) => convert_all(v, o),
         }
     }
 }

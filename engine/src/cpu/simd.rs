@@ -16,7 +16,8 @@ pub enum Level {
     Avx512,
 }
 
-/// The level in use, detected once. `TIDEGATE_SIMD=baseline|avx2` lowers it.
+/// The level in use, detected once. `TIDEGATE_SIMD=baseline|avx2|native` lowers it; what the machine lacks is not raised, and another value is said to be
+/// ignored on stderr.
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
@@ -37,7 +38,11 @@ pub fn level() -> Level {
         match std::env::var("TIDEGATE_SIMD").as_deref() {
             Ok("baseline") => Level::Baseline,
             Ok("avx2") => found.min(Level::Avx2),
-            _ => found,
+            Ok("native") | Err(std::env::VarError::NotPresent) => found,
+            other => {
+                eprintln!("TIDEGATE_SIMD is {other:?} and is ignored; it can be baseline, avx2 or native");
+                found
+            }
         }
     })
 }

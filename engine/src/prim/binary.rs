@@ -1,59 +1,145 @@
 //! Elementwise arithmetic, comparison and selection with broadcasting.
 
 use super::{float, for_rows, same_dtype};
+use crate::cpu::convert::{PIECE, convert, nearest_bf16, widen};
 use crate::cpu::{Inputs, Outputs};
 use crate::{DType, Element, Error, Layout, Meta, Op, Result, Saved, Tensor, Want, broadcast_shape, cpu_kernel, dispatch, run1, vectorized};
 use half::{bf16, f16};
 use std::ops::RangeInclusive;
 
-/// How a stored element is computed with: halves in f32, integers in i64.
+/// Arithmetic of one element: integers wrap, halves go through f32. All but f16's vectorises.
 pub(crate) trait Lane: Element {
-    type Wide: Copy + PartialOrd;
-    fn up(self) -> Self::Wide;
-    fn down(x: Self::Wide) -> Self;
-    fn op(kind: BinaryKind, a: Self::Wide, b: Self::Wide) -> Self::Wide;
+    fn op(kind: BinaryKind, a: Self, b: Self) -> Self;
 }
 macro_rules! lane {
-    (float $($t:ty, $w:ty, $up:expr, $down:expr;)*) => {$(impl Lane for $t {
-        type Wide = $w;
-        #[inline(always)] fn up(self) -> $w { $up(self) }
-        #[inline(always)] fn down(x: $w) -> Self { $down(x) }
-        #[inline(always)] fn op(kind: BinaryKind, a: $w, b: $w) -> $w {
+    (float $($t:ty),*) => {$(impl Lane for $t {
+        #[inline(always)] fn op(kind: BinaryKind, a: $t, b: $t) -> $t {
             match kind { BinaryKind::Add => a + b, BinaryKind::Sub => a - b, BinaryKind::Mul => a * b, BinaryKind::Div => a / b,
                 BinaryKind::Max => if a > b { a } else { b }, BinaryKind::Min => if a < b { a } else { b } }
         }
     })*};
-    (int $($t:ty;)*) => {$(impl Lane for $t {
-        type Wide = i64;
-        #[inline(always)] fn up(self) -> i64 { self as i64 }
-        #[inline(always)] fn down(x: i64) -> Self { x as Self }
-        #[inline(always)] fn op(kind: BinaryKind, a: i64, b: i64) -> i64 {
+    (half $($t:ty, $down:path);*) => {$(impl Lane for $t {
+        #[inline(always)] fn op(kind: BinaryKind, a: $t, b: $t) -> $t { $down(f32::op(kind, a.to_f32(), b.to_f32())) }
+    })*};
+    (int $($t:ty),*) => {$(impl Lane for $t {
+        #[inline(always)] fn op(kind: BinaryKind, a: $t, b: $t) -> $t {
             match kind { BinaryKind::Add => a.wrapping_add(b), BinaryKind::Sub => a.wrapping_sub(b), BinaryKind::Mul => a.wrapping_mul(b),
                 BinaryKind::Div => a.checked_div(b).unwrap_or(0), BinaryKind::Max => a.max(b), BinaryKind::Min => a.min(b) }
         }
     })*};
 }
-lane!(float f64, f64, |x| x, |x| x; f32, f32, |x| x, |x| x; bf16, f32, bf16::to_f32, bf16::from_f32; f16, f32, f16::to_f32, f16::from_f32;);
-lane!(int i64; i32; u32; u8;);
+lane!(float f64, f32);
+lane!(half bf16, nearest_bf16; f16, f16::from_f32);
+lane!(int i64, i32, u32, u8);
+
+/// `y[i] = f(a[i·sa], b[i·sb])`, with loops of their own for what is dense or one number, which vectorise.
+macro_rules! pairs {
+    ($a:ident, $sa:ident, $b:ident, $sb:ident, $y:ident, |$p:ident, $q:ident| $f:expr) => {
+        match ($sa, $sb) {
+            (1, 1) => {
+                for ((y, a), b) in $y.iter_mut().zip($a).zip($b) {
+                    let ($p, $q) = (*a, *b);
+                    *y = $f;
+                }
+            }
+            (1, 0) => {
+                let $q = $b[0];
+                for (y, a) in $y.iter_mut().zip($a) {
+                    let $p = *a;
+                    *y = $f;
+                }
+            }
+            (0, 1) => {
+                let $p = $a[0];
+                for (y, b) in $y.iter_mut().zip($b) {
+                    let $q = *b;
+                    *y = $f;
+                }
+            }
+            _ => {
+                for (i, y) in $y.iter_mut().enumerate() {
+                    let ($p, $q) = ($a[i * $sa], $b[i * $sb]);
+                    *y = $f;
+                }
+            }
+        }
+    };
+}
 
 vectorized! {
-    /// y += x
-    pub(crate) fn add_into[T: Lane](y: &mut [T], x: &[T]) {
-        for (y, x) in y.iter_mut().zip(x) { *y = T::down(T::op(BinaryKind::Add, y.up(), x.up())) }
+    fn add[T: Lane](y: &mut [T], x: &[T]) {
+        for (y, x) in y.iter_mut().zip(x) { *y = T::op(BinaryKind::Add, *y, *x) }
     }
 
-    fn row[T: Lane](kind: BinaryKind, a: &[T], sa: usize, b: &[T], sb: usize, y: &mut [T]) {
-        macro_rules! each { ($k:ident) => { match (sa, sb) {
-            (1, 1) => for ((y, a), b) in y.iter_mut().zip(a).zip(b) { *y = T::down(T::op(BinaryKind::$k, a.up(), b.up())) },
-            (1, 0) => { let b = b[0].up(); for (y, a) in y.iter_mut().zip(a) { *y = T::down(T::op(BinaryKind::$k, a.up(), b)) } }
-            (0, 1) => { let a = a[0].up(); for (y, b) in y.iter_mut().zip(b) { *y = T::down(T::op(BinaryKind::$k, a, b.up())) } }
-            _ => for (i, y) in y.iter_mut().enumerate() { *y = T::down(T::op(BinaryKind::$k, a[i * sa].up(), b[i * sb].up())) },
-        } } }
+    fn arithmetic_row[T: Lane](kind: BinaryKind, a: &[T], sa: usize, b: &[T], sb: usize, y: &mut [T]) {
+        macro_rules! each { ($k:ident) => { pairs!(a, sa, b, sb, y, |a, b| T::op(BinaryKind::$k, a, b)) } }
         match kind {
             BinaryKind::Add => each!(Add), BinaryKind::Sub => each!(Sub), BinaryKind::Mul => each!(Mul),
             BinaryKind::Div => each!(Div), BinaryKind::Max => each!(Max), BinaryKind::Min => each!(Min),
         }
     }
+
+    fn compare_row[T: Element](kind: CompareKind, a: &[T], sa: usize, b: &[T], sb: usize, y: &mut [u8]) {
+        match kind {
+            CompareKind::Eq => pairs!(a, sa, b, sb, y, |a, b| u8::from(a == b)),
+            CompareKind::Lt => pairs!(a, sa, b, sb, y, |a, b| u8::from(a < b)),
+            CompareKind::Le => pairs!(a, sa, b, sb, y, |a, b| u8::from(a <= b)),
+        }
+    }
+
+    fn select_row[T: Element](c: &[u8], sc: usize, a: &[T], sa: usize, b: &[T], sb: usize, y: &mut [T]) {
+        // both are read, so that no branch stands between the loads
+        let pick = |c: u8, a: T, b: T| if c != 0 { a } else { b };
+        match (sc, sa, sb) {
+            (1, 1, 1) => for (((y, c), a), b) in y.iter_mut().zip(c).zip(a).zip(b) { *y = pick(*c, *a, *b) },
+            (1, 1, 0) => { let b = b[0]; for ((y, c), a) in y.iter_mut().zip(c).zip(a) { *y = pick(*c, *a, b) } }
+            (1, 0, 1) => { let a = a[0]; for ((y, c), b) in y.iter_mut().zip(c).zip(b) { *y = pick(*c, a, *b) } }
+            _ => for (i, y) in y.iter_mut().enumerate() { *y = pick(c[i * sc], a[i * sa], b[i * sb]) },
+        }
+    }
+}
+
+/// y += x
+pub(crate) fn add_into<T: Lane>(y: &mut [T], x: &[T]) {
+    if T::DTYPE != DType::F16 {
+        return add(y, x);
+    }
+    let (mut wy, mut wx) = ([0f32; PIECE], [0f32; PIECE]);
+    for (y, x) in y.chunks_mut(PIECE).zip(x.chunks(PIECE)) {
+        let (wy, wx) = (&mut wy[..y.len()], &mut wx[..y.len()]);
+        convert(y, wy);
+        convert(x, wx);
+        add(wy, wx);
+        convert(wy, y);
+    }
+}
+
+/// `f(a, step of a, b, step of b, y)` on pieces of f16 that were widened to f32: the processor converts vectors of it, but not inside of LLVM's loops.
+fn pairs_of_f16<T: Element, Y>(a: &[T], sa: usize, b: &[T], sb: usize, y: &mut [Y], f: impl Fn(&[f32], usize, &[f32], usize, &mut [Y])) {
+    let (mut wa, mut wb) = ([0f32; PIECE], [0f32; PIECE]);
+    for (y, at) in y.chunks_mut(PIECE).zip((0..).step_by(PIECE)) {
+        let n = y.len();
+        let (sa, sb) = (widen(&a[at * sa..], sa, &mut wa[..n]), widen(&b[at * sb..], sb, &mut wb[..n]));
+        f(&wa[..n], sa, &wb[..n], sb, y);
+    }
+}
+
+fn arithmetic<T: Lane>(kind: BinaryKind, a: &[T], sa: usize, b: &[T], sb: usize, y: &mut [T]) {
+    if T::DTYPE != DType::F16 {
+        return arithmetic_row(kind, a, sa, b, sb, y);
+    }
+    pairs_of_f16(a, sa, b, sb, y, |a, sa, b, sb, y| {
+        let mut wide = [0f32; PIECE];
+        arithmetic_row(kind, a, sa, b, sb, &mut wide[..y.len()]);
+        convert(&wide[..y.len()], y);
+    });
+}
+
+fn compare<T: Element>(kind: CompareKind, a: &[T], sa: usize, b: &[T], sb: usize, y: &mut [u8]) {
+    if T::DTYPE != DType::F16 {
+        return compare_row(kind, a, sa, b, sb, y);
+    }
+    pairs_of_f16(a, sa, b, sb, y, |a, sa, b, sb, y| compare_row(kind, a, sa, b, sb, y));
 }
 
 /// Which arithmetic.
@@ -153,11 +239,7 @@ fn binary_kernel(op: &Binary, x: &Inputs, y: &mut Outputs) -> Result<()> {
         let (shape, st) = Layout::merged(&[x.layout(0), x.layout(1), &dense]);
         let last = shape.len() - 1;
         let (sa, sb) = (st[0][last] as usize, st[1][last] as usize);
-        for_rows(&mut out, &shape, &st[..2], |r, o| {
-            let n = r.len();
-            let end = |o: usize, s: usize| o + (n - 1) * s + 1;
-            row(op.kind, &a[o[0]..end(o[0], sa)], sa, &b[o[1]..end(o[1], sb)], sb, r)
-        });
+        for_rows(&mut out, &shape, &st[..2], |r, o| arithmetic(op.kind, &a[o[0]..], sa, &b[o[1]..], sb, r));
     });
     Ok(())
 }
@@ -209,16 +291,7 @@ fn compare_kernel(op: &Compare, x: &Inputs, y: &mut Outputs) -> Result<()> {
         let (shape, st) = Layout::merged(&[x.layout(0), x.layout(1), &dense]);
         let last = shape.len() - 1;
         let (sa, sb) = (st[0][last] as usize, st[1][last] as usize);
-        for_rows(&mut out, &shape, &st[..2], |r, o| {
-            for (i, y) in r.iter_mut().enumerate() {
-                let (a, b) = (a[o[0] + i * sa].up(), b[o[1] + i * sb].up());
-                *y = match op.kind {
-                    CompareKind::Eq => a == b,
-                    CompareKind::Lt => a < b,
-                    CompareKind::Le => a <= b,
-                } as u8;
-            }
-        });
+        for_rows(&mut out, &shape, &st[..2], |r, o| compare(op.kind, &a[o[0]..], sa, &b[o[1]..], sb, r));
     });
     Ok(())
 }
@@ -264,11 +337,7 @@ fn select_kernel(_: &Select, x: &Inputs, y: &mut Outputs) -> Result<()> {
         let (shape, st) = Layout::merged(&[x.layout(0), x.layout(1), x.layout(2), &dense]);
         let last = shape.len() - 1;
         let s: Vec<usize> = st.iter().map(|s| s[last] as usize).collect();
-        for_rows(&mut out, &shape, &st[..3], |r, o| {
-            for (i, y) in r.iter_mut().enumerate() {
-                *y = if c[o[0] + i * s[0]] != 0 { a[o[1] + i * s[1]] } else { b[o[2] + i * s[2]] };
-            }
-        });
+        for_rows(&mut out, &shape, &st[..3], |r, o| select_row(&c[o[0]..], s[0], &a[o[1]..], s[1], &b[o[2]..], s[2], r));
     });
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Conversion between dtypes.
 
-use super::{GRAIN, for_chunks};
+use crate::cpu::convert::convert_all;
 use crate::cpu::{Inputs, Outputs};
 use crate::{DType, Element, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch, run1};
 
@@ -27,7 +27,7 @@ cpu_kernel!(Cast => cast_kernel);
 fn cast_kernel(op: &Cast, x: &Inputs, y: &mut Outputs) -> Result<()> {
     fn convert<S: Element, D: Element>(x: &Inputs, y: &mut Outputs) -> Result<()> {
         let (src, mut out) = (x.slice::<S>(0)?, y.slice::<D>(0)?);
-        for_chunks(&mut out, GRAIN, |at, c| c.iter_mut().zip(&src[at..]).for_each(|(y, x)| *y = D::from_f64(x.to_f64())));
+        convert_all(src, &mut out);
         Ok(())
     }
     dispatch!(x.dtype(0), |S| dispatch!(op.to, |D| convert::<S, D>(x, y)))

@@ -1,5 +1,6 @@
 //! Gather, scatter-add, index-select and index-add. Indices are i64, i32 or u32, are checked, and carry no gradient.
 
+use super::binary::{BinaryKind, Lane};
 use crate::cpu::Inputs;
 use crate::{DType, Element, Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch, run1};
 use std::ops::RangeInclusive;
@@ -221,7 +222,7 @@ cpu_kernel!(ScatterAdd => |op, x, y| {
         for o in 0..outer { for i in 0..n { for j in 0..inner {
             let p = (o * n + i) * inner + j;
             let at = (o * op.len + idx[p]) * inner + j;
-            super::binary::add_into(&mut out[at..at + 1], &src[p..p + 1]);
+            out[at] = Lane::op(BinaryKind::Add, out[at], src[p]);
         } } }
     });
     Ok(())

@@ -96,10 +96,9 @@ impl Tensor {
             let y = self.matmul(&b.unsqueeze(1)?)?;
             return y.reshape(&y.shape()[..y.rank() - 1]);
         }
-        if b.rank() == 2 && self.rank() > 2 {
-            // one product with all rows: the weight's gradient is then one product too, instead of a sum over the batch
-            let k = self.shape()[self.rank() - 1];
-            let rows = self.numel().checked_div(k).unwrap_or_else(|| self.shape()[..self.rank() - 1].iter().product());
+        let (rows, k) = (self.shape()[..self.rank() - 1].iter().product(), self.shape()[self.rank() - 1]);
+        if b.rank() == 2 && self.rank() > 2 && self.layout().reshaped(&[rows, k]).is_some() {
+            // one product with all rows, where they lie evenly: the weight's gradient is then one product too, instead of a sum over the batch
             let mut s = self.shape().to_vec();
             s[self.rank() - 1] = b.shape()[1];
             return run1(MatMul, &[&self.reshape(&[rows, k])?, b])?.reshape(&s);

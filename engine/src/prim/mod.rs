@@ -21,7 +21,11 @@ pub use softmax::{Softmax, SoftmaxBackward};
 pub use sort::{Sort, TopK};
 pub use unary::{Unary, UnaryBackward, UnaryKind};
 
-use crate::{Error, Meta, Result};
+use crate::cpu::convert::{PIECE, convert};
+use crate::cpu::simd::Real;
+use crate::cpu::{Inputs, Outputs};
+use crate::{DType, Element, Error, Meta, Result};
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 /// Elements per task below which threads cost more than they bring; fixed, so that the split depends on shapes alone.
@@ -70,6 +74,33 @@ pub(crate) fn for_chunks<T: Send>(out: &mut [T], chunk: usize, f: impl Fn(usize,
         return f(0, out);
     }
     out.par_chunks_mut(chunk).enumerate().for_each(|(i, c)| f(i * chunk, c));
+}
+
+/// Output 0 = f(inputs 0 to N, output 0) over chunks of contiguous float tensors of one shape, in parallel; halves piece by piece in `F`.
+pub(crate) fn for_real<F: Real, const N: usize>(x: &Inputs, y: &mut Outputs, f: impl Fn([&[F]; N], &mut [F]) + Sync) -> Result<()> {
+    match x.dtype(0) {
+        DType::BF16 => for_halves::<bf16, F, N>(x, y, f),
+        DType::F16 => for_halves::<f16, F, N>(x, y, f),
+        _ => {
+            let (v, mut out) = ((0..N).map(|i| x.slice::<F>(i)).collect::<Result<Vec<_>>>()?, y.slice::<F>(0)?);
+            for_chunks(&mut out, GRAIN, |at, c| f(std::array::from_fn(|i| &v[i][at..at + c.len()]), c));
+            Ok(())
+        }
+    }
+}
+
+fn for_halves<T: Element, F: Real, const N: usize>(x: &Inputs, y: &mut Outputs, f: impl Fn([&[F]; N], &mut [F]) + Sync) -> Result<()> {
+    let (v, mut out) = ((0..N).map(|i| x.slice::<T>(i)).collect::<Result<Vec<_>>>()?, y.slice::<T>(0)?);
+    for_chunks(&mut out, GRAIN, |start, c| {
+        let (mut wide, mut result) = ([[F::ZERO; PIECE]; N], [F::ZERO; PIECE]);
+        for (c, at) in c.chunks_mut(PIECE).zip((start..).step_by(PIECE)) {
+            let n = c.len();
+            wide.iter_mut().zip(&v).for_each(|(w, v)| convert(&v[at..at + n], &mut w[..n]));
+            f(std::array::from_fn(|i| &wide[i][..n]), &mut result[..n]);
+            convert(&result[..n], c);
+        }
+    });
+    Ok(())
 }
 
 pub(crate) fn float(op: &'static str, arg: &str, m: &Meta) -> Result<()> {

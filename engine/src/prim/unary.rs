@@ -1,6 +1,6 @@
 //! Elementwise functions of one tensor.
 
-use super::{GRAIN, float, for_chunks};
+use super::{float, for_real};
 use crate::cpu::simd::Real;
 use crate::cpu::{Inputs, Outputs};
 use crate::{Error, Meta, Op, Result, Saved, Tensor, cpu_kernel, dispatch_real, run1, vectorized};
@@ -148,9 +148,7 @@ impl Op for Unary {
 cpu_kernel!(Unary => |op, x, y| dispatch_real!(x.dtype(0), |F| kernel::<F>(op.kind, x, y)));
 
 fn kernel<F: Real>(kind: UnaryKind, x: &Inputs, y: &mut Outputs) -> Result<()> {
-    let (src, mut out) = (x.real::<F>(0)?, y.real::<F>(0)?);
-    for_chunks(&mut out, GRAIN, |at, c| apply(kind, &src[at..at + c.len()], c));
-    Ok(())
+    for_real(x, y, |[x], y| apply::<F>(kind, x, y))
 }
 
 /// dx = f'(x)·dy: inputs x and dy.
@@ -174,9 +172,7 @@ impl Op for UnaryBackward {
 cpu_kernel!(UnaryBackward => |op, x, y| dispatch_real!(x.dtype(0), |F| kernel_backward::<F>(op.kind, x, y)));
 
 fn kernel_backward<F: Real>(kind: UnaryKind, x: &Inputs, y: &mut Outputs) -> Result<()> {
-    let (v, dy, mut dx) = (x.real::<F>(0)?, x.real::<F>(1)?, y.real::<F>(0)?);
-    for_chunks(&mut dx, GRAIN, |at, c| apply_grad(kind, &v[at..at + c.len()], &dy[at..at + c.len()], c));
-    Ok(())
+    for_real(x, y, |[x, dy], dx| apply_grad::<F>(kind, x, dy, dx))
 }
 
 macro_rules! methods {

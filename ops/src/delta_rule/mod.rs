@@ -18,7 +18,7 @@ pub mod reference;
 #[cfg(test)]
 mod tests;
 
-use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, Want, refuse_tracked, run};
+use engine::{Error, Meta, Op, Result, Saved, Tensor, Want, refuse_tracked, run};
 use std::ops::RangeInclusive;
 
 /// Attributes of a call.
@@ -80,10 +80,6 @@ impl DeltaRule {
     }
 }
 
-fn acc(d: DType) -> DType {
-    if d == DType::F64 { DType::F64 } else { DType::F32 }
-}
-
 impl Op for DeltaRule {
     fn name(&self) -> &'static str {
         "delta_rule"
@@ -116,8 +112,8 @@ impl Op for DeltaRule {
             if x[i].shape != [b, t, hv] {
                 return Err(Error::shape(op, n, format!("[{b}, {t}, {hv}]"), &x[i].shape));
             }
-            if n == "log_decay" && x[i].dtype != acc(x[0].dtype) {
-                return Err(Error::dtype(op, n, acc(x[0].dtype), x[i].dtype));
+            if n == "log_decay" && x[i].dtype != crate::dtypes::sums(x[0].dtype) {
+                return Err(Error::dtype(op, n, crate::dtypes::sums(x[0].dtype), x[i].dtype));
             }
             crate::dtypes::beside(op, n, x[0].dtype, x[i].dtype)?;
         }
@@ -126,13 +122,13 @@ impl Op for DeltaRule {
             crate::documents::check_meta(op, &x[i], b)?;
             seqs = x[i].shape[0] - 1;
         }
-        let state = Meta::new(&[seqs, hv, dk, dv], acc(x[0].dtype));
+        let state = Meta::new(&[seqs, hv, dk, dv], crate::dtypes::sums(x[0].dtype));
         if let Some(i) = self.at_state()
             && x[i] != state
         {
             return Err(Error::invalid(op, format!("initial_state must be {state}, found {}", x[i])));
         }
-        let v_new = Meta::new(&[b, t, hv, if self.erase { dv } else { 0 }], acc(x[0].dtype));
+        let v_new = Meta::new(&[b, t, hv, if self.erase { dv } else { 0 }], crate::dtypes::sums(x[0].dtype));
         Ok(vec![x[2].clone(), state, v_new])
     }
     fn hidden(&self) -> usize {

@@ -1,7 +1,8 @@
 //! Softmax probabilities on demand: what the fused kernel never forms, for those who want to look at it.
 
-use super::{Attention, check_qk, sums};
-use engine::{DType, Error, Meta, Op, Result, Tensor, Want, run1};
+use super::{Attention, check_packed, check_qk};
+use crate::dtypes::sums;
+use engine::{Meta, Op, Result, Tensor, Want, run1};
 use std::ops::RangeInclusive;
 
 /// The attention pattern `softmax(scale·q kᵀ + mask)`, `[B, H, T, S]`, for `q [B, T, H, D]`, `k [B, S, Hkv, D]` and the masks of
@@ -34,23 +35,13 @@ impl Op for AttentionPattern {
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         let [b, t, s, h, _, _] = check_qk(NAME, &self.attention, &x[0], &x[1])?;
         if self.packed {
-            if x[2].shape.len() != 1 || x[2].shape[0] < 1 {
-                return Err(Error::shape(NAME, "cu_seqlens", "[documents + 1]", &x[2].shape));
-            }
-            if !matches!(x[2].dtype, DType::I32 | DType::I64) {
-                return Err(Error::dtype(NAME, "cu_seqlens", "i32 or i64", x[2].dtype));
-            }
-            if b != 1 || s != t {
-                return Err(Error::invalid(
-                    NAME,
-                    format!("packed documents need B = 1 and as many keys as queries, found B = {b}, T = {t}, S = {s}"),
-                ));
-            }
+            crate::documents::check_meta(NAME, &x[2], b)?;
+            check_packed(NAME, t, s)?;
         }
         Ok(vec![Meta::new(&[b, h, t, s], sums(x[0].dtype))])
     }
-    fn want(&self, _: usize) -> Want {
-        Want::LastDimDense
+    fn want(&self, i: usize) -> Want {
+        if i == 2 { Want::Contiguous } else { Want::LastDimDense }
     }
     fn differentiable(&self) -> bool {
         false

@@ -27,7 +27,8 @@ mod tests;
 
 pub use attention_pattern::{AttentionPattern, attention_pattern};
 
-use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, Want, run, run1};
+use crate::dtypes::sums;
+use engine::{Error, Meta, Op, Result, Saved, Tensor, Want, run, run1};
 use std::ops::RangeInclusive;
 
 /// What the gate's logits go through.
@@ -117,11 +118,6 @@ pub struct GatedSdpa {
 const NAME: &str = "gated_sdpa";
 const BACKWARD: &str = "gated_sdpa_backward";
 
-/// The dtype that sums are kept in.
-fn sums(x: DType) -> DType {
-    if x == DType::F64 { DType::F64 } else { DType::F32 }
-}
-
 /// Checks q and k, and what the attributes ask of them. Returns (B, T, S, H, Hkv, D).
 fn check_qk(op: &'static str, a: &Attention, q: &Meta, k: &Meta) -> Result<[usize; 6]> {
     let &[b, t, h, d] = &q.shape[..] else { return Err(Error::shape(op, "q", "[B, T, H, D]", &q.shape)) };
@@ -142,6 +138,11 @@ fn check_qk(op: &'static str, a: &Attention, q: &Meta, k: &Meta) -> Result<[usiz
         return Err(Error::invalid(op, format!("scale must be finite, found {:?}", a.scale)));
     }
     Ok([b, t, k.shape[1], h, k.shape[2], d])
+}
+
+/// Packed documents are whole: none has keys before its queries.
+fn check_packed(op: &'static str, t: usize, s: usize) -> Result<()> {
+    if s == t { Ok(()) } else { Err(Error::invalid(op, format!("packed documents need as many keys as queries, found T = {t}, S = {s}"))) }
 }
 
 impl GatedSdpa {
@@ -173,16 +174,8 @@ impl GatedSdpa {
             }
         }
         if self.packed {
-            let cu = &x[self.inputs() - 1];
-            if cu.shape.len() != 1 || cu.shape[0] < 1 {
-                return Err(Error::shape(op, "cu_seqlens", "[documents + 1]", &cu.shape));
-            }
-            if !matches!(cu.dtype, DType::I32 | DType::I64) {
-                return Err(Error::dtype(op, "cu_seqlens", "i32 or i64", cu.dtype));
-            }
-            if b != 1 || s != t {
-                return Err(Error::invalid(op, format!("packed documents need B = 1 and as many keys as queries, found B = {b}, T = {t}, S = {s}")));
-            }
+            crate::documents::check_meta(op, &x[self.inputs() - 1], b)?;
+            check_packed(op, t, s)?;
         }
         let o = Meta::new(&[b, t, h, dv], dtype);
         let mut y = vec![o.clone(), Meta::new(&[b, t, h], sums(dtype))];
@@ -206,8 +199,8 @@ impl Op for GatedSdpa {
     fn hidden(&self) -> usize {
         1 + self.gate.is_some() as usize
     }
-    fn want(&self, _: usize) -> Want {
-        Want::LastDimDense
+    fn want(&self, i: usize) -> Want {
+        if self.packed && i + 1 == self.inputs() { Want::Contiguous } else { Want::LastDimDense }
     }
     fn saves(&self) -> (Vec<usize>, Vec<usize>) {
         ((0..self.inputs()).collect(), vec![1, self.ungated()])
@@ -249,6 +242,6 @@ impl Op for GatedSdpaBackward {
         Ok(x[..3 + self.0.gate.is_some() as usize].to_vec())
     }
     fn want(&self, i: usize) -> Want {
-        if i == self.0.inputs() + 1 { Want::Contiguous } else { Want::LastDimDense }
+        if i == self.0.inputs() + 1 { Want::Contiguous } else { self.0.want(i) }
     }
 }

@@ -75,6 +75,22 @@ pub fn gated_sdpa(n: &Sizes, a: &Attention, cu: Option<&[usize]>, q: &[f64], k: 
     o
 }
 
+/// `[B, S, Hkv, D]` as `[B, H, S, D]`, each head for the query heads that read it.
+fn heads(x: &Tensor, h: usize) -> engine::Result<Tensor> {
+    let (b, s, hkv, d) = (x.dim(0), x.dim(1), x.dim(2), x.dim(3));
+    x.reshape(&[b, s, hkv, 1, d])?.expand(&[b, s, hkv, h / hkv, d])?.reshape(&[b, s, h, d])?.permute(&[0, 2, 1, 3])
+}
+
+/// The pattern composed of primitive ops: as [`super::attention_pattern`].
+pub fn composed_pattern(q: &Tensor, k: &Tensor, cu_seqlens: Option<&Tensor>, attention: Attention) -> engine::Result<Tensor> {
+    let n = Sizes { b: q.dim(0), t: q.dim(1), s: k.dim(1), h: q.dim(2), hkv: k.dim(2), d: q.dim(3), dv: 0 };
+    let cu: Option<Vec<usize>> = cu_seqlens.map(|c| Ok(c.to_vec::<i64>()?.into_iter().map(|c| c as usize).collect())).transpose()?;
+    let sees = |i: usize| sees(&n, &attention, cu.as_deref(), i / n.s, i % n.s);
+    let mask: Vec<f64> = (0..n.t * n.s).map(|i| if sees(i) { 0.0 } else { f64::NEG_INFINITY }).collect();
+    let mask = Tensor::from_vec(mask, &[n.t, n.s])?.cast(q.dtype())?;
+    q.permute(&[0, 2, 1, 3])?.matmul(&heads(k, n.h)?.transpose(2, 3)?)?.affine(attention.scale(n.d), 0.0)?.add(&mask)?.softmax(3)
+}
+
 /// The op composed of primitive ops, differentiable: as [`super::gated_sdpa`], with all T × S scores in memory.
 pub fn composed(
     q: &Tensor,
@@ -84,17 +100,7 @@ pub fn composed(
     cu_seqlens: Option<&Tensor>,
     attention: Attention,
 ) -> engine::Result<Tensor> {
-    let n = Sizes { b: q.dim(0), t: q.dim(1), s: k.dim(1), h: q.dim(2), hkv: k.dim(2), d: q.dim(3), dv: v.dim(3) };
-    let cu: Option<Vec<usize>> = cu_seqlens.map(|c| Ok(c.to_vec::<i64>()?.into_iter().map(|c| c as usize).collect())).transpose()?;
-    let heads = |x: &Tensor| -> engine::Result<Tensor> {
-        let (s, d) = (x.dim(1), x.dim(3));
-        x.reshape(&[n.b, s, n.hkv, 1, d])?.expand(&[n.b, s, n.hkv, n.h / n.hkv, d])?.reshape(&[n.b, s, n.h, d])?.permute(&[0, 2, 1, 3])
-    };
-    let sees = |i: usize| sees(&n, &attention, cu.as_deref(), i / n.s, i % n.s);
-    let mask: Vec<f64> = (0..n.t * n.s).map(|i| if sees(i) { 0.0 } else { f64::NEG_INFINITY }).collect();
-    let mask = Tensor::from_vec(mask, &[n.t, n.s])?.cast(q.dtype())?;
-    let scores = q.permute(&[0, 2, 1, 3])?.matmul(&heads(k)?.transpose(2, 3)?)?.affine(attention.scale(n.d), 0.0)?.add(&mask)?;
-    let o = scores.softmax(3)?.matmul(&heads(v)?)?.permute(&[0, 2, 1, 3])?;
+    let o = composed_pattern(q, k, cu_seqlens, attention)?.matmul(&heads(v, q.dim(2))?)?.permute(&[0, 2, 1, 3])?;
     let Some((logits, how)) = gate else { return Ok(o) };
     let act = match how.activation {
         Activation::Sigmoid => logits.sigmoid()?,
@@ -122,3 +128,6 @@ engine::self_test!("gated_sdpa packed", [[1, 77, 4, 32], [1, 77, 2, 32], [1, 77,
     => |x| Ok(vec![composed(&x[0], &x[1], &x[2], Some((&x[3], SILU)), Some(&cu(&x[0])?), WINDOW)?]));
 engine::self_test!("gated_sdpa of one token", [[2, 1, 4, 32], [2, 77, 2, 32], [2, 77, 2, 32]],
     |x| Ok(vec![super::gated_sdpa(&x[0], &x[1], &x[2], None, None, CAUSAL)?]) => |x| Ok(vec![composed(&x[0], &x[1], &x[2], None, None, CAUSAL)?]));
+engine::self_test!("attention_pattern", [[2, 77, 4, 32], [2, 77, 2, 32]],
+    |x| Ok(vec![super::attention_pattern(&x[0].detach(), &x[1].detach(), None, WINDOW)?])
+    => |x| Ok(vec![composed_pattern(&x[0].detach(), &x[1].detach(), None, WINDOW)?]));

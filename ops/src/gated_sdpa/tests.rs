@@ -1,7 +1,8 @@
 //! Kernels against the definition, gradients against central differences, promises about determinism and errors.
 
 use super::{reference::Sizes, *};
-use engine::{Device, gradcheck};
+use crate::testing::{bits, fails};
+use engine::{DType, Device, gradcheck};
 
 /// One way of calling the op.
 #[derive(Clone, Debug)]
@@ -12,18 +13,12 @@ struct Case {
     gate: Option<(Gate, bool)>,
 }
 
-const GATES: [(Activation, bool, bool); 6] = [
-    (Activation::Sigmoid, false, true),
-    (Activation::Sigmoid, false, false),
-    (Activation::Silu, true, true),
-    (Activation::Silu, true, false),
-    (Activation::NsSigmoid, false, true),
-    (Activation::Identity, false, true),
-];
+/// Every gate: what its logits go through, added or multiplied, for each head or each element.
+const GATES: usize = 16;
 
 fn gate(i: usize) -> Option<(Gate, bool)> {
-    let (activation, additive, elementwise) = GATES[i];
-    Some((Gate { activation, additive }, elementwise))
+    let activation = [Activation::Sigmoid, Activation::Silu, Activation::NsSigmoid, Activation::Identity][i / 4];
+    Some((Gate { activation, additive: i % 4 / 2 == 1 }, i.is_multiple_of(2)))
 }
 
 fn sizes(b: usize, [t, s]: [usize; 2], [h, hkv]: [usize; 2], [d, dv]: [usize; 2]) -> Sizes {
@@ -96,7 +91,7 @@ fn ratio(x: &Tensor, want: &[f64]) -> f64 {
 
 /// Small ragged shapes, every attribute.
 fn small() -> Vec<Case> {
-    let mut cases: Vec<Case> = (0..GATES.len()).map(|i| Case::new(sizes(2, [5, 7], [4, 2], [3, 5]), causal(None), gate(i))).collect();
+    let mut cases: Vec<Case> = (0..GATES).map(|i| Case::new(sizes(2, [5, 7], [4, 2], [3, 5]), causal(None), gate(i))).collect();
     cases.push(Case::new(sizes(1, [7, 7], [3, 1], [4, 4]), full(None), gate(0)));
     cases.push(Case::new(sizes(1, [6, 9], [2, 2], [3, 2]), causal(Some(3)), gate(0)));
     cases.push(Case::new(sizes(1, [6, 9], [2, 1], [3, 2]), full(Some(2)), gate(1)));
@@ -110,7 +105,7 @@ fn small() -> Vec<Case> {
 
 /// Shapes of several tiles.
 fn large() -> Vec<Case> {
-    let mut cases: Vec<Case> = (0..GATES.len()).map(|i| Case::new(sizes(1, [130, 150], [4, 2], [24, 40]), causal(None), gate(i))).collect();
+    let mut cases: Vec<Case> = (0..GATES).map(|i| Case::new(sizes(1, [130, 150], [4, 2], [24, 40]), causal(None), gate(i))).collect();
     cases.push(Case::new(sizes(2, [200, 200], [2, 2], [16, 16]), full(None), gate(0)));
     cases.push(Case::new(sizes(1, [300, 333], [6, 1], [32, 16]), causal(Some(70)), gate(0)));
     cases.push(Case::new(sizes(1, [300, 300], [1, 1], [17, 33]), full(Some(20)), gate(0)));
@@ -174,12 +169,11 @@ fn narrow_types_stay_within_the_fields_bounds() {
                 assert_eq!(got.dtype(), dtype);
                 let error = ratio(got, &want.to_vec::<f64>().unwrap());
                 // a head-wise gate's gradient is judged like the decay's of the delta rule: a sum over Dv of products with the rounded u
-                let bound = if i == 0 {
-                    o
-                } else if i == 4 && dtype != DType::F32 {
-                    0.02
-                } else {
-                    d
+                let head_wise = c.gate.is_some_and(|g| !g.1);
+                let bound = match i {
+                    0 => o,
+                    4 if head_wise && dtype != DType::F32 => 0.02,
+                    _ => d,
                 };
                 assert!(error < bound, "{c:?} {dtype} output {i}: {error:e}");
             }
@@ -214,20 +208,29 @@ fn one_thread_gives_the_same_bits_as_many() {
 }
 
 #[test]
-fn packed_documents_equal_separate_ones() {
-    let c = Case { cu: Some(vec![0, 70, 75, 200]), ..Case::new(sizes(1, [200, 200], [4, 2], [16, 16]), causal(None), gate(0)) };
-    let x = c.leaves(DType::F32);
-    let packed = c.both(&x);
-    let dy = Tensor::randn(packed[0].shape(), DType::F64, &Device::cpu(), 8, 0).unwrap().cast(DType::F32).unwrap();
-    for w in [[0, 70], [70, 75], [75, 200]] {
-        let cut = |x: &Tensor| x.narrow(1, w[0], w[1] - w[0]).unwrap();
-        let alone: Vec<Tensor> = x.iter().map(|x| cut(x).requires_grad()).collect();
-        let y = Case { cu: None, ..c.clone() }.run(&alone).unwrap();
-        let grads = y.backward_with(&cut(&dy).contiguous().unwrap()).unwrap();
-        let got = std::iter::once(&y).chain(alone.iter().map(|x| grads.get(x).unwrap()));
-        for (got, packed) in got.zip(&packed) {
-            let want = cut(packed).contiguous().unwrap().cast(DType::F64).unwrap().to_vec::<f64>().unwrap();
-            assert!(ratio(&got.detach(), &want) < 1e-5);
+fn packed_documents_equal_separate_ones_to_the_bit() {
+    let cu = vec![0, 1, 64, 64, 128, 193, 323, 340, 1000];
+    let t = *cu.last().unwrap();
+    let mut cases: Vec<Case> = (0..GATES).map(|i| Case::new(sizes(1, [t, t], [4, 2], [16, 24]), causal(None), gate(i))).collect();
+    for a in [causal(Some(70)), full(None), full(Some(20))] {
+        cases.push(Case::new(sizes(1, [t, t], [6, 2], [20, 16]), a, gate(0)));
+    }
+    cases.push(Case::new(sizes(1, [t, t], [1, 1], [16, 16]), causal(None), None));
+    for c in cases {
+        for dtype in [DType::F32, DType::BF16] {
+            let x = c.leaves(dtype);
+            let packed = Case { cu: Some(cu.clone()), ..c.clone() }.both(&x);
+            for w in cu.windows(2) {
+                let cut = |x: &Tensor| x.narrow(1, w[0], w[1] - w[0]).unwrap();
+                let x: Vec<Tensor> = x.iter().map(|x| cut(x).requires_grad()).collect();
+                let y = c.run(&x).unwrap();
+                let dy = Tensor::randn(packed[0].shape(), DType::F64, &Device::cpu(), 8, 0).unwrap().cast(dtype).unwrap();
+                let grads = y.backward_with(&cut(&dy).contiguous().unwrap()).unwrap();
+                let alone = std::iter::once(&y).chain(x.iter().map(|x| grads.get(x).unwrap()));
+                for (i, (alone, packed)) in alone.zip(&packed).enumerate() {
+                    assert!(bits(alone) == bits(&cut(packed)), "{c:?} {dtype} document {w:?} result {i}");
+                }
+            }
         }
     }
 }
@@ -265,28 +268,59 @@ fn empty_inputs_give_empty_outputs() {
 }
 
 #[test]
-fn bad_inputs_are_errors() {
+fn bad_inputs_are_named() {
     let x = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::cpu()).unwrap();
     let i = |v: &[i32]| Tensor::from_vec(v, &[v.len()]).unwrap();
-    let (q, k, g) = (x(&[1, 4, 4, 8]), x(&[1, 4, 2, 8]), x(&[1, 4, 4]));
-    let a = Attention::default();
-    let fails = |r: Result<Tensor>, words: &str| {
-        let e = r.expect_err(words).to_string();
-        assert!(e.contains(words), "{e:?} lacks {words:?}");
-    };
-    fails(gated_sdpa(&x(&[4, 4, 8]), &k, &k, None, None, a), "q must have shape");
-    fails(gated_sdpa(&q, &x(&[1, 3, 2, 8]), &k, None, None, a), "k must have shape");
-    fails(gated_sdpa(&q, &x(&[1, 4, 3, 8]), &k, None, None, a), "k must have shape");
-    fails(gated_sdpa(&q, &k, &x(&[1, 5, 2, 8]), None, None, a), "v must have shape");
-    fails(gated_sdpa(&q, &k, &k.cast(DType::BF16).unwrap(), None, None, a), "v must be f32");
-    fails(gated_sdpa(&q, &k, &k, Some((&x(&[1, 4, 3]), Gate::default())), None, a), "gate must have shape");
-    fails(gated_sdpa(&q, &k, &k, Some((&g.cast(DType::F64).unwrap(), Gate::default())), None, a), "gate must be f32");
-    fails(gated_sdpa(&q, &k, &k, None, None, Attention { window: Some(0), ..a }), "window");
-    fails(gated_sdpa(&q, &k, &k, None, None, Attention { scale: Some(f64::NAN), ..a }), "scale");
-    fails(gated_sdpa(&q, &k, &k, None, Some(&x(&[2])), a), "cu_seqlens must be");
-    for cu in [&[0, 3][..], &[1, 4], &[0, 3, 2, 4], &[-1, 4], &[4]] {
-        fails(gated_sdpa(&q, &k, &k, None, Some(&i(cu)), a), "cu_seqlens must rise");
+    let (q, k) = (x(&[1, 4, 4, 8]), x(&[1, 4, 2, 8]));
+    let (wide, a) = (k.cast(DType::F64).unwrap(), Attention::default());
+    let run = |q: &Tensor, k: &Tensor, v: &Tensor| gated_sdpa(q, k, v, None, None, a);
+    fails(run(&x(&[4, 4, 8]), &k, &k), "gated_sdpa: q must have shape [B, T, H, D], found [4, 4, 8]");
+    fails(run(&q.cast(DType::I64).unwrap(), &k, &k), "gated_sdpa: q must be a float type, found i64");
+    for shape in [[1, 3, 2, 8], [1, 4, 3, 8], [1, 4, 0, 8], [2, 4, 2, 8], [1, 4, 2, 7]] {
+        let want = format!("gated_sdpa: k must have shape [1, at least 4, a divisor of 4, 8 > 0], for q [1, 4, 4, 8], found {shape:?}");
+        fails(run(&q, &x(&shape), &x(&shape)), &want);
     }
-    fails(gated_sdpa(&x(&[2, 4, 4, 8]), &x(&[2, 4, 2, 8]), &x(&[2, 4, 2, 8]), None, Some(&i(&[0, 4])), a), "B = 1");
-    fails(attention_pattern(&q, &x(&[1, 4, 2, 7]), None, a), "k must have shape");
+    let no_width = x(&[1, 4, 2, 0]);
+    fails(run(&x(&[1, 4, 4, 0]), &no_width, &k), "gated_sdpa: k must have shape [1, at least 4, a divisor of 4, 0 > 0]");
+    fails(run(&q, &wide, &k), "gated_sdpa: k must be f32, as q, found f64");
+    fails(run(&q, &k, &x(&[4, 2, 8])), "gated_sdpa: v must have shape [1, 4, 2, Dv], found [4, 2, 8]");
+    fails(run(&q, &k, &x(&[1, 5, 2, 8])), "gated_sdpa: v must have shape [1, 4, 2, Dv > 0], as k, found [1, 5, 2, 8]");
+    fails(run(&q, &k, &no_width), "gated_sdpa: v must have shape [1, 4, 2, Dv > 0], as k, found [1, 4, 2, 0]");
+    fails(run(&q, &k, &wide), "gated_sdpa: v must be f32, as q, found f64");
+
+    let gated = |g: &Tensor| gated_sdpa(&q, &k, &k, Some((g, Gate::default())), None, a);
+    fails(gated(&x(&[1, 4, 3])), "gated_sdpa: gate must have shape [1, 4, 4] or [1, 4, 4, 8], found [1, 4, 3]");
+    fails(gated(&x(&[1, 4, 4]).cast(DType::F64).unwrap()), "gated_sdpa: gate must be f32, as q, found f64");
+    let with = |a: Attention| gated_sdpa(&q, &k, &k, None, None, a);
+    fails(with(Attention { window: Some(0), ..a }), "gated_sdpa: window must be at least 1 (a query sees itself), found 0");
+    fails(with(Attention { scale: Some(f64::NAN), ..a }), "gated_sdpa: scale must be finite, found Some(NaN)");
+
+    let packed = |q: &Tensor, k: &Tensor, cu: &Tensor| gated_sdpa(q, k, k, None, Some(cu), a);
+    fails(packed(&q, &k, &x(&[2])), "gated_sdpa: cu_seqlens must be i32 or i64, found f32");
+    fails(packed(&q, &k, &i(&[4])), "gated_sdpa: cu_seqlens must have shape [documents + 1], found [1]");
+    for cu in [&[0, 3][..], &[1, 4], &[0, 3, 2, 4], &[-1, 4]] {
+        fails(packed(&q, &k, &i(cu)), &format!("gated_sdpa: cu_seqlens must rise from 0 to the packed length 4, found {cu:?}"));
+    }
+    let two = x(&[2, 4, 2, 8]);
+    fails(packed(&two, &two, &i(&[0, 4])), "gated_sdpa: cu_seqlens needs batch 1 (all documents packed into one row), found batch 2");
+    let longer = x(&[1, 5, 2, 8]);
+    fails(packed(&q, &longer, &i(&[0, 4])), "gated_sdpa: packed documents need as many keys as queries, found T = 4, S = 5");
+
+    let pattern = |k: &Tensor, cu: Option<&Tensor>| attention_pattern(&q, k, cu, a);
+    fails(pattern(&x(&[1, 4, 2, 7]), None), "attention_pattern: k must have shape");
+    fails(pattern(&k, Some(&i(&[0, 5]))), "attention_pattern: cu_seqlens must rise from 0 to the packed length 4, found [0, 5]");
+    fails(pattern(&longer, Some(&i(&[0, 4]))), "attention_pattern: packed documents need as many keys as queries, found T = 4, S = 5");
+}
+
+/// Shapes that no memory holds, from views of one element, are errors.
+#[test]
+fn enormous_inputs_are_errors() {
+    let one = Tensor::zeros(&[1, 1, 1, 1], DType::F32, &Device::cpu()).unwrap();
+    let huge = |shape: &[usize]| one.expand(shape).unwrap();
+    let a = Attention::default();
+    let wide = huge(&[1, 1, 1, 1 << 50]);
+    assert!(gated_sdpa(&wide, &wide, &one, None, None, a).is_err(), "D");
+    assert!(gated_sdpa(&one, &one, &wide, None, None, a).is_err(), "Dv");
+    let long = huge(&[1, 1 << 50, 1, 1]);
+    assert!(gated_sdpa(&long, &long, &long, None, None, a).is_err(), "T");
 }

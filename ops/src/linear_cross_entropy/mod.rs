@@ -5,6 +5,8 @@
 
 mod cuda;
 pub mod reference;
+#[cfg(test)]
+mod tests;
 
 use engine::cpu::gemm::gemm;
 use engine::cpu::simd::{Real, max, sum};
@@ -23,10 +25,6 @@ pub struct LinearCrossEntropy {
     pub train: [bool; 2],
 }
 
-fn acc(d: DType) -> DType {
-    if d == DType::F64 { DType::F64 } else { DType::F32 }
-}
-
 impl Op for LinearCrossEntropy {
     fn name(&self) -> &'static str {
         "linear_cross_entropy"
@@ -40,13 +38,16 @@ impl Op for LinearCrossEntropy {
         if x[1].shape.len() != 2 || x[1].shape[1] != h {
             return Err(Error::shape(op, "weight", format!("[vocabulary, {h}]"), &x[1].shape));
         }
-        if !x[0].dtype.is_float() || x[1].dtype != x[0].dtype {
-            return Err(Error::dtype(op, "weight", format!("the float dtype of x, {}", x[0].dtype), x[1].dtype));
+        if !x[0].dtype.is_float() {
+            return Err(Error::dtype(op, "x", "a float dtype", x[0].dtype));
+        }
+        if x[1].dtype != x[0].dtype {
+            return Err(Error::dtype(op, "weight", format!("{}, as x", x[0].dtype), x[1].dtype));
         }
         if x[2].shape != [n] || x[2].dtype != DType::I64 {
-            return Err(Error::invalid(op, format!("targets must be i64 [{n}], found {}", x[2])));
+            return Err(Error::invalid(op, format!("targets must be i64[{n}], found {}", x[2])));
         }
-        let d = acc(x[0].dtype);
+        let d = crate::dtypes::sums(x[0].dtype);
         let mut y = vec![Meta::new(&[], d), Meta::new(&[n], d)];
         y.extend((0..2).filter(|i| self.train[*i]).map(|i| x[i].clone()));
         Ok(y)
@@ -149,58 +150,4 @@ pub fn linear_cross_entropy(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Re
 /// The loss of each position, `[N]` in nats (0 where ignored); has no backward.
 pub fn linear_cross_entropy_per_token(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
     Ok(run(LinearCrossEntropy { train: [false; 2] }, &[x, weight, targets])?.remove(1))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::{close, randn};
-    use engine::gradcheck;
-
-    fn targets(n: usize, v: usize) -> Tensor {
-        Tensor::from_vec((0..n).map(|i| if i % 7 == 3 { IGNORE } else { (i * 13 % v) as i64 }).collect::<Vec<_>>(), &[n]).unwrap()
-    }
-    use super::reference::linear_cross_entropy as reference;
-
-    #[test]
-    fn gradient_and_reference() {
-        for (n, h, v) in [(9, 5, 11), (1, 3, 2), (70, 4, 40_000)] {
-            let (x, w, t) = (randn(&[n, h], 1), randn(&[v, h], 2), targets(n, v));
-            let want = reference(&x, &w, &t).unwrap();
-            close(&linear_cross_entropy(&x, &w, &t).unwrap(), &want, 1e-12);
-            let grads = |f: &dyn Fn(&Tensor, &Tensor) -> Tensor| {
-                let (x, w) = (x.requires_grad(), w.requires_grad());
-                let g = f(&x, &w).affine(2.0, 0.0).unwrap().backward().unwrap();
-                [g.get(&x).unwrap().clone(), g.get(&w).unwrap().clone()]
-            };
-            let ours = grads(&|x, w| linear_cross_entropy(x, w, &t).unwrap());
-            let theirs = grads(&|x, w| reference(x, w, &t).unwrap());
-            close(&ours[0], &theirs[0], 1e-12);
-            close(&ours[1], &theirs[1], 1e-12);
-            let small = linear_cross_entropy(&x.cast(DType::F32).unwrap(), &w.cast(DType::F32).unwrap(), &t).unwrap();
-            close(&small, &want, 1e-5);
-        }
-        let (x, w, t) = (randn(&[9, 5], 1), randn(&[11, 5], 2), targets(9, 11));
-        gradcheck(|v| Ok(vec![linear_cross_entropy(&v[0], &v[1], &t)?]), &[x.clone(), w.clone()], 1e-5).unwrap().within(1e-7).unwrap();
-        for leaf in [&x, &w] {
-            let only = |v: &[Tensor]| {
-                Ok(vec![if std::ptr::eq(leaf, &x) { linear_cross_entropy(&v[0], &w, &t)? } else { linear_cross_entropy(&x, &v[0], &t)? }])
-            };
-            gradcheck(only, std::slice::from_ref(leaf), 1e-5).unwrap().within(1e-7).unwrap();
-        }
-        let op = LinearCrossEntropy { train: [true, false] };
-        assert_eq!(op.infer(&[x.meta(), w.meta(), t.meta()]).unwrap().len(), 3, "the weight's gradient is not computed");
-        assert!(matches!(linear_cross_entropy_per_token(&x.requires_grad(), &w, &t), Err(Error::NoGrad { .. })));
-        let per = linear_cross_entropy_per_token(&x, &w, &t).unwrap().to_vec::<f64>().unwrap();
-        assert_eq!(per[3], 0.0);
-        assert!((per.iter().sum::<f64>() / 8.0 - reference(&x, &w, &t).unwrap().item().unwrap()).abs() < 1e-12);
-    }
-
-    #[test]
-    fn bad_targets_are_named() {
-        let (x, w) = (randn(&[2, 3], 1), randn(&[4, 3], 2));
-        let e = linear_cross_entropy(&x, &w, &Tensor::from_vec([1i64, 4], &[2]).unwrap()).err().unwrap().to_string();
-        assert!(e.contains("target 4 at position 1"), "{e}");
-        assert!(linear_cross_entropy(&x, &w, &Tensor::from_vec([IGNORE; 2], &[2]).unwrap()).is_err());
-    }
 }

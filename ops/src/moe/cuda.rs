@@ -171,7 +171,7 @@ impl<'a> Routed<'a> {
     }
     fn combine(&self, rows: Ptr, weight: Ptr, y: &View) -> Result<()> {
         let per_row = self.h.div_ceil(16 / self.dtype.size());
-        let wide = self.h * self.dtype.size() % 16 == 0 && aligned(16, &[y])?;
+        let wide = (self.h * self.dtype.size()).is_multiple_of(16) && aligned(16, &[y])?;
         let (n, k, width) = ((self.n * per_row) as u64, self.k as u32, self.h as u32);
         let p = CombineParams { rows, y: Ptr::of(y)?, weight, place: self.place, n, k, width, per_row: per_row as u32, wide: wide as u32 };
         self.cuda.launch(&typed("combine", self.dtype), [blocks("moe", self.n * per_row, THREADS as usize)?, 1, 1], 0, &p)

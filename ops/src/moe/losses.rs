@@ -1,13 +1,13 @@
 //! What keeps a router honest, composed of primitive ops: the tensors are small.
 
-use engine::{DType, Error, Result, Tensor, no_grad};
+use engine::{Error, Result, Tensor, no_grad};
 
 fn all<'a>(op: &'static str, router_logits: &'a [&'a Tensor]) -> Result<Tensor> {
     if router_logits.is_empty() {
         return Err(Error::invalid(op, "needs the router logits of at least one layer"));
     }
     let t = Tensor::cat(router_logits, 0)?;
-    t.cast(if t.dtype() == DType::F64 { DType::F64 } else { DType::F32 })
+    t.cast(crate::dtypes::sums(t.dtype()))
 }
 
 /// The load-balancing loss as transformers computes it: `E · Σ_e f_e P_e` over the tokens of all layers together, where f_e is the share of tokens that

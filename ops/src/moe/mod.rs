@@ -27,10 +27,6 @@ pub(crate) fn sizes(x: &[usize], gate_up: &[usize]) -> (usize, usize, usize, usi
     (x[0], x[1], gate_up[0], gate_up[1] / 2)
 }
 
-fn acc(d: DType) -> DType {
-    if d == DType::F64 { DType::F64 } else { DType::F32 }
-}
-
 impl Op for Moe {
     fn name(&self) -> &'static str {
         "moe"
@@ -55,12 +51,15 @@ impl Op for Moe {
             return Err(Error::invalid(op, format!("top_k must be from 1 to the {e} experts, found {}", self.top_k)));
         }
         for (m, name) in x.iter().zip(["x", "router_logits", "gate_up_proj", "down_proj"]) {
-            if !x[0].dtype.is_float() || (name != "router_logits" && m.dtype != x[0].dtype) {
-                return Err(Error::dtype(op, name, "the float dtype of x", m.dtype));
+            if !x[0].dtype.is_float() {
+                return Err(Error::dtype(op, "x", "a float dtype", x[0].dtype));
+            }
+            if name != "router_logits" && m.dtype != x[0].dtype {
+                return Err(Error::dtype(op, name, format!("{}, as x", x[0].dtype), m.dtype));
             }
             crate::dtypes::beside(op, name, x[0].dtype, m.dtype)?;
         }
-        let hidden = Meta::new(&[n * self.top_k, i2], acc(x[0].dtype));
+        let hidden = Meta::new(&[n * self.top_k, i2], crate::dtypes::sums(x[0].dtype));
         Ok(vec![x[0].clone(), Meta::new(&[e], DType::I64), hidden])
     }
     // the projections before the activation: a third of the products would have to be done again without them

@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{close, randn};
+use crate::testing::{bits, check, close, fails, narrow, randn, upstream, whole};
 use engine::gradcheck;
 
 fn inputs(n: usize, h: usize, e: usize, i: usize) -> [Tensor; 4] {
@@ -21,17 +21,42 @@ fn matches_its_reference_and_its_gradient() {
 }
 
 #[test]
-fn f32_and_bf16_and_threads() {
+fn narrow_types_stay_within_bounds_and_threads_do_not_matter() {
     let [x, l, w1, w2] = inputs(300, 32, 8, 16);
+    // with router logits of two digits more: rounding them must not choose other experts
+    for norm_topk in [true, false] {
+        let op = Moe { top_k: 2, norm_topk };
+        let f = |v: &[Tensor]| Ok(vec![moe(op, &v[0], &v[1], &v[2], &v[3])?.0]);
+        let leaves = [&x, &l, &w1, &w2].map(Tensor::clone);
+        for wide in [&[][..], &[1]] {
+            narrow("moe", f, |v| Ok(vec![reference::moe(op, &v[0], &v[1], &v[2], &v[3])?]), &leaves, wide, &[0.005, 0.008, 0.008, 0.008, 0.008]);
+        }
+        for d in [DType::F32, DType::BF16] {
+            let on = |threads: usize| -> Vec<Vec<u64>> {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let leaves = leaves.each_ref().map(|x| x.cast(d).unwrap());
+                pool.install(|| whole(f, &leaves, upstream).iter().map(bits).collect())
+            };
+            assert_eq!(on(1), on(3));
+        }
+    }
+}
+
+#[test]
+fn a_token_does_not_see_the_others() {
     let op = Moe { top_k: 2, norm_topk: true };
-    let want = reference::moe(op, &x, &l, &w1, &w2).unwrap();
-    for (d, tol) in [(DType::F32, 1e-5), (DType::BF16, 0.01)] {
-        let c = |t: &Tensor| t.cast(d).unwrap();
-        let y = moe(op, &c(&x), &l.cast(DType::F32).unwrap(), &c(&w1), &c(&w2)).unwrap().0;
-        close(&y, &want, tol);
-        let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        let alone = one.install(|| moe(op, &c(&x), &l.cast(DType::F32).unwrap(), &c(&w1), &c(&w2)).unwrap().0);
-        assert_eq!(alone.to_vec::<f32>().unwrap(), y.to_vec::<f32>().unwrap());
+    for d in [DType::F32, DType::BF16] {
+        let [x, l, w1, w2] = inputs(300, 32, 8, 16).map(|x| x.cast(d).unwrap());
+        let run =
+            |x: &Tensor, l: &Tensor, dy: &Tensor| whole(|v| Ok(vec![moe(op, &v[0], &v[1], &w1, &w2)?.0]), &[x.clone(), l.clone()], |_, _| dy.clone());
+        let dy = upstream(0, &x);
+        let together = run(&x, &l, &dy);
+        for (from, n) in [(0, 1), (1, 63), (64, 66), (130, 170)] {
+            let cut = |x: &Tensor| x.narrow(0, from, n).unwrap();
+            for (i, (alone, together)) in run(&cut(&x), &cut(&l), &cut(&dy)).iter().zip(&together).enumerate() {
+                assert_eq!(bits(alone), bits(&cut(together)), "{d} result {i}, tokens from {from}");
+            }
+        }
     }
 }
 
@@ -39,18 +64,40 @@ fn f32_and_bf16_and_threads() {
 fn losses() {
     let (a, b) = (randn(&[9, 4], 1), randn(&[9, 4], 2));
     gradcheck(|v| Ok(vec![router_z_loss(&[&v[0], &v[1]])?]), &[a.clone(), b.clone()], 1e-5).unwrap().within(1e-7).unwrap();
-    gradcheck(|v| Ok(vec![load_balancing_loss(&[&v[0], &v[1]], 2)?]), &[a, b], 1e-5).unwrap().within(1e-7).unwrap();
+    gradcheck(|v| Ok(vec![load_balancing_loss(&[&v[0], &v[1]], 2)?]), &[a.clone(), b.clone()], 1e-5).unwrap().within(1e-7).unwrap();
+    for k in [1, 4] {
+        check(|v| Ok(vec![load_balancing_loss(&[&v[0]], k)?]), std::slice::from_ref(&a));
+    }
+    let both = |v: &[Tensor]| Ok(vec![load_balancing_loss(&[&v[0], &v[1]], 2)?, router_z_loss(&[&v[0], &v[1]])?]);
+    let composed = |v: &[Tensor]| {
+        let all = Tensor::cat(&[&v[0], &v[1]], 0)?;
+        Ok(vec![reference::load_balancing_loss(&all, 2)?, reference::router_z_loss(&all)?])
+    };
+    narrow("router losses", both, composed, &[a, b], &[], &[1e-5, 1e-5, 0.008, 0.008]);
     // every expert chosen equally often with equal probability: top_k
     let even = Tensor::from_vec((0..16).map(|i| if i % 5 == 0 { 1.0 } else { 0.0 }).collect::<Vec<f64>>(), &[4, 4]).unwrap();
     assert!((load_balancing_loss(&[&even], 1).unwrap().item().unwrap() - 1.0).abs() < 1e-12);
 }
 
 #[test]
-fn bad_arguments() {
+fn bad_arguments_are_named() {
     let [x, l, w1, w2] = inputs(5, 4, 3, 2);
-    assert!(moe(Moe { top_k: 4, norm_topk: true }, &x, &l, &w1, &w2).is_err());
-    assert!(moe(Moe { top_k: 1, norm_topk: true }, &x, &l.narrow(1, 0, 2).unwrap(), &w1, &w2).is_err());
-    assert!(load_balancing_loss(&[&l], 0).is_err());
-    let none = x.narrow(0, 0, 0).unwrap();
-    assert_eq!(moe(Moe { top_k: 1, norm_topk: true }, &none, &l.narrow(0, 0, 0).unwrap(), &w1, &w2).unwrap().0.shape(), [0, 4]);
+    let top = |top_k| Moe { top_k, norm_topk: true };
+    let run = |x: &Tensor, l: &Tensor, w1: &Tensor, w2: &Tensor| moe(top(1), x, l, w1, w2);
+    for k in [0, 4] {
+        fails(moe(top(k), &x, &l, &w1, &w2), &format!("moe: top_k must be from 1 to the 3 experts, found {k}"));
+        fails(load_balancing_loss(&[&l], k), &format!("load_balancing_loss: top_k must be from 1 to the 3 experts, found {k}"));
+    }
+    fails(run(&w1, &l, &w1, &w2), "moe: x must have shape [tokens, hidden], found [3, 4, 4]");
+    fails(run(&x, &l.narrow(1, 0, 2).unwrap(), &w1, &w2), "moe: router_logits must have shape [5, 3], found [5, 2]");
+    fails(run(&x, &l, &x, &w2), "moe: gate_up_proj must have shape [experts, 2I, hidden], found [5, 4]");
+    fails(run(&x, &l, &w1.narrow(1, 0, 3).unwrap(), &w2), "moe: gate_up_proj must have shape [experts, 2I, 4], found [3, 3, 4]");
+    fails(run(&x, &l, &w1, &w1), "moe: down_proj must have shape [3, 4, 2], found [3, 4, 4]");
+    fails(run(&x.cast(DType::I64).unwrap(), &l, &w1, &w2), "moe: x must be a float dtype, found i64");
+    fails(run(&x, &l, &w1, &w2.cast(DType::F32).unwrap()), "moe: down_proj must be f64, as x, found f32");
+    fails(run(&x, &l.cast(DType::F32).unwrap(), &w1, &w2), "moe: router_logits must be f64 as the input, or f64, found f32");
+    fails(router_z_loss(&[]), "router_z_loss: needs the router logits of at least one layer");
+    let experts = |n: usize, e: usize| run(&randn(&[n, 4], 1), &randn(&[n, e], 2), &randn(&[e, 4, 4], 3), &randn(&[e, 4, 2], 4));
+    fails(experts(5, 0), "moe: top_k must be from 1 to the 0 experts, found 1");
+    assert_eq!(experts(0, 3).unwrap().0.shape(), [0, 4]);
 }

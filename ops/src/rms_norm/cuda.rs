@@ -49,7 +49,7 @@ fn gate(g: Option<NormGate>) -> u32 {
 /// (rows, their length)
 fn sizes(x: &View) -> (usize, usize) {
     let d = x.layout.shape.last().copied().unwrap_or(1);
-    (if d == 0 { 0 } else { x.layout.numel() / d }, d)
+    (x.layout.numel().checked_div(d).unwrap_or(0), d)
 }
 
 cuda_kernel!(RmsNorm => |op, cuda, x, y| {

@@ -46,9 +46,13 @@ impl RmsNorm {
             return Err(Error::shape(op, "weight", format!("[{d}], the last axis of x"), &x[1].shape));
         }
         crate::dtypes::beside(op, "weight", x[0].dtype, x[1].dtype)?;
+        let third = if self.residual { "residual" } else { "gate" };
         for m in &x[2..] {
-            if *m != x[0] {
-                return Err(Error::invalid(op, format!("residual and gate must be {} as x is, found {m}", x[0])));
+            if m.shape != x[0].shape {
+                return Err(Error::shape(op, third, format!("{:?}, as x", x[0].shape), &m.shape));
+            }
+            if m.dtype != x[0].dtype {
+                return Err(Error::dtype(op, third, format!("{}, as x", x[0].dtype), m.dtype));
             }
         }
         Ok(())

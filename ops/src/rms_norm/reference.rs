@@ -18,6 +18,8 @@ pub fn rms_norm_gated(x: &Tensor, weight: &Tensor, gate: &Tensor, eps: f64, act:
     rms_norm(x, weight, eps, false)?.mul(&gate)
 }
 
+engine::self_test!("rms_norm plain", [[37, 100], [100]],
+    |x| Ok(vec![super::rms_norm(&x[0], &x[1], 1e-6, false)?]) => |x| Ok(vec![rms_norm(&x[0], &x[1], 1e-6, false)?]));
 engine::self_test!("rms_norm", [[37, 100], [100]],
     |x| Ok(vec![super::rms_norm(&x[0], &x[1], 1e-6, true)?]) => |x| Ok(vec![rms_norm(&x[0], &x[1], 1e-6, true)?]));
 engine::self_test!("rms_norm with residual", [[37, 100], [100], [37, 100]], |x| {

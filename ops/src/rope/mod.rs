@@ -4,6 +4,8 @@
 
 mod cuda;
 pub mod reference;
+#[cfg(test)]
+mod tests;
 
 use crate::rms_norm::rms_norm;
 use crate::rows::Rows;
@@ -48,7 +50,7 @@ impl Op for Rope {
             return Err(Error::invalid("rope", format!("theta must be a positive number, found {}", self.theta)));
         }
         if self.positions && (x[1].shape != [b, t] || !matches!(x[1].dtype, DType::I32 | DType::I64)) {
-            return Err(Error::invalid("rope", format!("positions must be i32 or i64 [{b}, {t}], found {}", x[1])));
+            return Err(Error::invalid("rope", format!("positions must be i32 or i64[{b}, {t}], found {}", x[1])));
         }
         Ok(vec![x[0].clone()])
     }
@@ -142,48 +144,4 @@ pub fn rope(x: &Tensor, rotary_dim: usize, theta: f64, positions: Positions) -> 
 /// [`rope`] after an RMS norm of each head with weight `[D]` (zero-centred: scaled by `1 + w`).
 pub fn norm_rope(x: &Tensor, weight: &Tensor, eps: f64, zero_centred: bool, rotary_dim: usize, theta: f64, positions: Positions) -> Result<Tensor> {
     rope(&rms_norm(x, weight, eps, zero_centred)?, rotary_dim, theta, positions)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::{close, randn, strided};
-    use engine::gradcheck;
-
-    #[test]
-    fn rotates_as_complex_numbers_do() {
-        let x = randn(&[2, 5, 3, 8], 1);
-        let y = rope(&strided(&x), 4, 100.0, Positions::From(7)).unwrap().to_vec::<f64>().unwrap();
-        let v = x.to_vec::<f64>().unwrap();
-        for i in 0..v.len() {
-            let (t, j) = (i / 24 % 5, i % 8);
-            let a = (t + 7) as f64 * 100f64.powf(-((j % 2) as f64) * 2.0 / 4.0);
-            let want = match j {
-                0 | 1 => v[i] * a.cos() - v[i + 2] * a.sin(),
-                2 | 3 => v[i] * a.cos() + v[i - 2] * a.sin(),
-                _ => v[i],
-            };
-            assert!((y[i] - want).abs() < 1e-12);
-        }
-        close(&rope(&x, 4, 100.0, Positions::From(7)).unwrap(), &reference::rope(&x, 4, 100.0, &[7, 8, 9, 10, 11]).unwrap(), 1e-13);
-        let p = Tensor::from_vec((0..10).map(|i| 7 + i % 5).collect::<Vec<i32>>(), &[2, 5]).unwrap();
-        assert_eq!(rope(&x, 4, 100.0, Positions::Given(&p)).unwrap().to_vec::<f64>().unwrap(), y);
-    }
-
-    #[test]
-    fn gradients() {
-        let (x, w) = (randn(&[2, 3, 2, 6], 1), randn(&[6], 2));
-        let p = Tensor::from_vec([0i64, 1, 0, 5, 6, 7], &[2, 3]).unwrap();
-        gradcheck(|v| Ok(vec![rope(&v[0], 6, 1e4, Positions::From(3))?]), std::slice::from_ref(&x), 1e-5).unwrap().within(1e-6).unwrap();
-        gradcheck(|v| Ok(vec![norm_rope(&v[0], &v[1], 1e-6, true, 4, 1e4, Positions::Given(&p))?]), &[x.clone(), w], 1e-5)
-            .unwrap()
-            .within(1e-6)
-            .unwrap();
-        close(&rope(&x, 0, 1e4, Positions::From(3)).unwrap(), &x, 0.0);
-        assert!(rope(&x, 8, 1e4, Positions::From(0)).is_err());
-        assert!(rope(&x, 3, 1e4, Positions::From(0)).is_err());
-        for theta in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-            assert!(rope(&x, 4, theta, Positions::From(0)).is_err(), "{theta}");
-        }
-    }
 }

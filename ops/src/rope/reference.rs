@@ -21,3 +21,8 @@ pub fn rope(x: &Tensor, rotary_dim: usize, theta: f64, positions: &[usize]) -> R
 
 engine::self_test!("rope", [[2, 37, 3, 40]],
     |x| Ok(vec![super::rope(&x[0], 20, 1e4, super::Positions::From(5))?]) => |x| Ok(vec![rope(&x[0], 20, 1e4, &(5..42).collect::<Vec<_>>())?]));
+engine::self_test!("rope at given positions", [[2, 37, 3, 40]], |x| {
+    let p: Vec<i64> = (0..74).map(|i| i % 37 % 20).collect();
+    let p = Tensor::from_vec(p, &[2, 37])?.to_device(x[0].device())?;
+    Ok(vec![super::rope(&x[0], 40, 1e4, super::Positions::Given(&p))?])
+} => |x| Ok(vec![rope(&x[0], 40, 1e4, &(0..37).map(|i| i % 20).collect::<Vec<_>>())?]));

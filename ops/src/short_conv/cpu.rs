@@ -1,7 +1,7 @@
 //! Kernels: blocks of time in parallel, each row of channels vectorised; the weight is held tap by tap.
 
 use super::{ShortConv, ShortConvBackward, sizes};
-use crate::rows::Rows;
+use crate::rows::{Rows, Shared};
 use engine::cpu::simd::Real;
 use engine::cpu::{Inputs, Outputs, scratch};
 use engine::{Layout, Result, cpu_kernel, dispatch_real, vectorized};
@@ -53,6 +53,8 @@ struct Source<'a, F: Real> {
     pieces: Vec<(usize, Range<usize>)>,
     state: Option<Cow<'a, [F]>>,
     starts: Vec<usize>,
+    /// Rows (of B·T) of each packed document, or all rows.
+    documents: Vec<Range<usize>>,
     t: usize,
     c: usize,
     k: usize,
@@ -68,12 +70,19 @@ impl<'a, F: Real> Source<'a, F> {
         let pieces = (0..heads).map(|h| (h * stride, h * (c / heads)..(h + 1) * (c / heads))).collect();
         let rows = Rows::new(&Layout { shape: vec![b, t, 1], strides: vec![l.strides[0], l.strides[1], 1], offset: 0 });
         let mut starts = vec![0; t];
+        let mut documents: Vec<Range<usize>> = std::iter::once(0..b * t).collect();
         if op.packed {
-            let cu = crate::documents::read("short_conv", x, x.len_of(op) - 1, t)?;
+            let cu = crate::documents::read("short_conv", x, op.inputs() - 1, t)?;
             cu.windows(2).for_each(|w| starts[w[0]..w[1]].fill(w[0]));
+            documents = cu.windows(2).map(|w| w[0]..w[1]).collect();
         }
         let state = if op.state { Some(x.real::<F>(2)?) } else { None };
-        Ok(Source { x: x.real::<F>(0)?, rows, pieces, state, starts, t, c, k })
+        Ok(Source { x: x.real::<F>(0)?, rows, pieces, state, starts, documents, t, c, k })
+    }
+    /// Runs of rows for the tasks. They begin anew with each document, whose share of dw is then the one it has alone.
+    fn blocks(&self) -> Vec<Range<usize>> {
+        let cut = |d: &Range<usize>| d.clone().step_by(BLOCK).map(|at| at..(at + BLOCK).min(d.end)).collect::<Vec<_>>();
+        self.documents.iter().flat_map(cut).collect()
     }
     /// The input's channels `ch`, at offset `off` of a row, `back` steps before (b, t), if there is one.
     #[inline]
@@ -84,16 +93,6 @@ impl<'a, F: Real> Source<'a, F> {
         }
         let at = (b * (self.k - 1) + self.k - 1 + t - back) * self.c;
         self.state.as_ref().map(|s| &s[at + ch.start..at + ch.end])
-    }
-}
-
-trait LenOf {
-    fn len_of(&self, op: &ShortConv) -> usize;
-}
-impl LenOf for Inputs<'_> {
-    /// Number of forward inputs, also when the backward's follow.
-    fn len_of(&self, op: &ShortConv) -> usize {
-        op.inputs()
     }
 }
 
@@ -163,42 +162,43 @@ fn backward<F: Real>(op: &ShortConvBackward, x: &Inputs, y: &mut Outputs) -> Res
     }
     // gradient before the activation, and each block's share of dw
     let mut before = scratch::<F>(if op.conv.silu { dy.len() } else { 0 });
-    let share = |block: usize, g: &[F], part: &mut [F]| {
-        for (i, g) in g.chunks(c).enumerate() {
-            let at = block * BLOCK + i;
-            for (off, ch) in &s.pieces {
-                for back in 0..k {
-                    if let Some(x) = s.past(at / t, at % t, back, *off, ch) {
-                        fma_row(x, &g[ch.clone()], &mut part[(k - 1 - back) * c..][ch.clone()]);
+    let activated = Shared::new(&mut before);
+    let parts: Vec<Vec<F>> = s
+        .blocks()
+        .into_par_iter()
+        .map(|block| {
+            let (mut part, mut z, mut taps) = (vec![F::ZERO; k * c], vec![F::ZERO; c], vec![]);
+            for at in block {
+                let mut g = &dy[at * c..][..c];
+                if op.conv.silu {
+                    convolve(&s, &w, at / t, at % t, &mut taps, &mut z);
+                    // SAFETY: the row belongs to this block, and so to this task alone.
+                    let row = unsafe { activated.slice(at * c, c) };
+                    silu_back_row(&z, g, row);
+                    g = row;
+                }
+                for (off, ch) in &s.pieces {
+                    for back in 0..k {
+                        if let Some(x) = s.past(at / t, at % t, back, *off, ch) {
+                            fma_row(x, &g[ch.clone()], &mut part[(k - 1 - back) * c..][ch.clone()]);
+                        }
                     }
                 }
             }
-        }
-    };
-    let blocks = dy.par_chunks(BLOCK * c).enumerate();
-    let parts: Vec<Vec<F>> = if op.conv.silu {
-        let activated = |((block, dy), g): ((usize, &[F]), &mut [F])| {
-            let (mut part, mut z, mut taps) = (vec![F::ZERO; k * c], vec![F::ZERO; c], vec![]);
-            for (i, (g, dy)) in g.chunks_mut(c).zip(dy.chunks(c)).enumerate() {
-                let at = block * BLOCK + i;
-                convolve(&s, &w, at / t, at % t, &mut taps, &mut z);
-                silu_back_row(&z, dy, g);
-            }
-            share(block, g, &mut part);
             part
-        };
-        blocks.zip(before.par_chunks_mut(BLOCK * c)).map(activated).collect()
-    } else {
-        let linear = |(block, dy): (usize, &[F])| {
-            let mut part = vec![F::ZERO; k * c];
-            share(block, dy, &mut part);
-            part
-        };
-        blocks.map(linear).collect()
-    };
+        })
+        .collect();
     let g: &[F] = if op.conv.silu { &before } else { &dy };
     let mut sum = vec![F::ZERO; k * c];
-    parts.iter().for_each(|p| sum.iter_mut().zip(p).for_each(|(a, b)| *a += *b));
+    let mut parts = parts.into_iter();
+    for document in &s.documents {
+        let own: Vec<Vec<F>> = parts.by_ref().take(document.len().div_ceil(BLOCK)).collect();
+        let own = own.into_iter().reduce(|mut a, b| {
+            a.iter_mut().zip(&b).for_each(|(a, b)| *a += *b);
+            a
+        });
+        sum.iter_mut().zip(own.iter().flatten()).for_each(|(a, b)| *a += *b);
+    }
     for ch in 0..c {
         for j in 0..k {
             dw[ch * k + j] = sum[j * c + ch];

@@ -7,7 +7,7 @@ pub mod reference;
 #[cfg(test)]
 mod tests;
 
-use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, Want, run};
+use engine::{Error, Meta, Op, Result, Saved, Tensor, Want, run};
 use std::ops::RangeInclusive;
 
 /// The op; see [`short_conv`].
@@ -52,9 +52,9 @@ impl Op for ShortConv {
             return Err(Error::shape(op, "weight", format!("[{c}, 1, K] or [{c}, K]"), &x[1].shape));
         }
         crate::dtypes::beside(op, "weight", x[0].dtype, x[1].dtype)?;
-        let state = Meta::new(&[b, k - 1, c], if x[0].dtype == DType::F64 { DType::F64 } else { DType::F32 });
+        let state = Meta::new(&[b, k - 1, c], crate::dtypes::sums(x[0].dtype));
         if self.state && x[2] != state {
-            return Err(Error::invalid(op, format!("the state must be {state}, found {}", x[2])));
+            return Err(Error::invalid(op, format!("state must be {state}, found {}", x[2])));
         }
         if self.state && self.packed {
             return Err(Error::invalid(op, "packed documents start from nothing, so a state cannot be given with cu_seqlens"));

@@ -2,6 +2,13 @@
 
 use engine::{Result, Tensor};
 
+/// As [`super::short_conv`] for x `[B, T, C]` and weight `[C, K]`, from a state to the next.
+pub fn short_conv_from(x: &Tensor, weight: &Tensor, silu: bool, state: &Tensor) -> Result<(Tensor, Tensor)> {
+    let (t, before) = (x.dim(1), state.dim(1));
+    let all = Tensor::cat(&[&state.cast(x.dtype())?, x], 1)?;
+    Ok((short_conv(&all, weight, silu, None)?.narrow(1, before, t)?, all.narrow(1, t, before)?))
+}
+
 /// As [`super::short_conv`] for x `[B, T, C]` and weight `[C, K]`, without states.
 pub fn short_conv(x: &Tensor, weight: &Tensor, silu: bool, cu_seqlens: Option<&Tensor>) -> Result<Tensor> {
     if let Some(cu) = cu_seqlens {
@@ -26,3 +33,10 @@ engine::self_test!("short_conv", [[2, 77, 40], [40, 4]],
     |x| Ok(vec![super::short_conv(&x[0], &x[1], true, None, None)?.0]) => |x| Ok(vec![short_conv(&x[0], &x[1], true, None)?]));
 engine::self_test!("short_conv packed", [[1, 77, 40], [40, 4]],
     |x| Ok(vec![super::short_conv(&x[0], &x[1], true, None, Some(&cu(&x[0])?))?.0]) => |x| Ok(vec![short_conv(&x[0], &x[1], true, Some(&cu(&x[0])?))?]));
+engine::self_test!("short_conv with state", [[2, 77, 40], [40, 4], [2, 3, 40]], |x| {
+    let (y, last) = super::short_conv(&x[0], &x[1], true, Some(&x[2]), None)?;
+    Ok(vec![y, last])
+} => |x| {
+    let (y, last) = short_conv_from(&x[0], &x[1], true, &x[2])?;
+    Ok(vec![y, last])
+});

@@ -28,7 +28,7 @@ fn launch(cuda: &Cuda, pass: &str, x: &[View], y: &[View]) -> Result<()> {
     let per_row = width.div_ceil(16 / dtype.size());
     let n = x[0].layout.numel() / (2 * width) * per_row;
     let views: Vec<&View> = x.iter().chain(y).collect();
-    let wide = width * dtype.size() % 16 == 0 && aligned(16, &views)?;
+    let wide = (width * dtype.size()).is_multiple_of(16) && aligned(16, &views)?;
     let p = SwiGluParams {
         x: Ptr::of(&x[0])?,
         dy: Ptr::of_option(x.get(1))?,

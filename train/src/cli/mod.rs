@@ -9,16 +9,25 @@ use crate::config::{MOST_TOKENS, RunConfig};
 use crate::data::Corpus;
 use crate::learner::{Hybrid, Trained};
 use crate::progress::say;
+use crate::text::{Decoder, harmless};
 use crate::trainer::{Learner, Sampling, evaluate};
 use crate::{Error, Result, checkpoint, presets};
 use clap::{Parser, Subcommand};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+const EXAMPLES: &str = "\
+Examples:
+  tidegate train quickstart                          five minutes on Moby-Dick
+  tidegate generate runs/quickstart --prompt \"The whale \"
+  tidegate eval runs/quickstart
+
+Results go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.";
+
 /// Hybrid mixture-of-experts language models with gated attention and gated delta rules, trained from scratch.
 #[derive(Debug, Parser)]
-#[command(name = "tidegate", version, arg_required_else_help = true)]
+#[command(name = "tidegate", version, arg_required_else_help = true, after_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -36,7 +45,13 @@ enum Command {
     Doctor,
 }
 
+/// A number of at least 0 and at most `most`.
+fn whole(text: &str, most: u64) -> std::result::Result<u64, String> {
+    text.parse().ok().filter(|n| *n <= most).ok_or_else(|| format!("expected a whole number, at least 0, at most {most}"))
+}
+
 #[derive(Debug, clap::Args)]
+#[command(allow_negative_numbers = true)]
 struct Generate {
     /// A run folder, or one checkpoint
     run: PathBuf,
@@ -44,19 +59,19 @@ struct Generate {
     #[arg(long, default_value = "The whale ")]
     prompt: String,
     /// How many tokens to write
-    #[arg(long, default_value_t = 400)]
-    tokens: usize,
+    #[arg(long, default_value_t = 400, value_parser = |t: &str| whole(t, MOST_TOKENS as u64))]
+    tokens: u64,
     /// Below 1 sharpens the distribution; 0 takes the likeliest token each time
     #[arg(long, default_value_t = 0.8)]
     temperature: f64,
     /// Draw from this many likeliest tokens only (0: all)
-    #[arg(long, default_value_t = 0)]
-    top_k: usize,
+    #[arg(long, default_value_t = 0, value_parser = |t: &str| whole(t, u32::MAX.into()))]
+    top_k: u64,
     /// Draw from the likeliest tokens that together have this probability
     #[arg(long, default_value_t = 1.0)]
     top_p: f64,
     /// Seed of the draw: the same seed writes the same text
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = |t: &str| whole(t, u64::MAX))]
     seed: u64,
 }
 
@@ -93,13 +108,24 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// A line of results. A reader that has seen enough is no error; a full disk is.
-fn out(text: &str) -> Result<()> {
+/// Part of a line of results. False when the reader has seen enough, which is no error; a full disk is.
+fn put(text: &str) -> Result<bool> {
     let mut stdout = std::io::stdout();
-    match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::Output(e)),
-        _ => Ok(()),
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(Error::Output(e)),
+        Ok(()) => Ok(true),
     }
+}
+/// A line of results.
+fn out(text: &str) -> Result<()> {
+    put(&format!("{text}\n")).map(drop)
+}
+
+/// A word as a shell reads it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_./+:@%,=".contains(c);
+    if !word.is_empty() && word.chars().all(plain) { word.to_string() } else { format!("'{}'", word.replace('\'', r"'\''")) }
 }
 
 /// The run folder that a path means: itself, or the one a checkpoint lies in, wherever the path is relative to.
@@ -119,7 +145,10 @@ fn skip(path: &Path, e: &Error) {
 
 /// The newest whole checkpoint that `path` means, and where it is.
 fn open(path: &Path) -> Result<(PathBuf, Trained<Hybrid>)> {
-    checkpoint::first_whole(&checkpoint::candidates(path)?, skip, Hybrid::open)
+    checkpoint::first_whole(&checkpoint::candidates(path)?, skip, |dir| {
+        checkpoint::verify(dir, &[checkpoint::MODEL])?;
+        Hybrid::open(dir)
+    })
 }
 
 fn generate(args: &Generate) -> Result<()> {
@@ -133,10 +162,7 @@ fn generate(args: &Generate) -> Result<()> {
     if args.prompt.is_empty() {
         return wrong("--prompt: expected at least one byte of text to continue".into());
     }
-    if args.tokens > MOST_TOKENS {
-        return wrong(format!("--tokens: expected at most {MOST_TOKENS}, found {}", args.tokens));
-    }
-    let (path, mut model) = open(&args.run)?;
+    let (path, model) = open(&args.run)?;
     let vocab = model.vocab_size();
     // Where no state says what it was trained on, the size of a vocabulary of bytes tells.
     let trained_on = checkpoint::read_state(&path).ok().and_then(|s| s.corpus);
@@ -147,11 +173,26 @@ fn generate(args: &Generate) -> Result<()> {
         ));
     }
     let prompt: Vec<u32> = args.prompt.bytes().map(u32::from).collect();
-    let how = Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
+    let (tokens, top_k) = (args.tokens as usize, args.top_k as usize);
+    let how = Sampling { tokens, temperature: args.temperature, top_k, top_p: args.top_p, seed: args.seed };
+    let terminal = std::io::stdout().is_terminal();
+    let show = |text: &str| if terminal { put(&harmless(text)) } else { put(text) };
     // The prompt and what follows are decoded as one, since a character may straddle the two.
-    let mut all = prompt.clone();
-    all.extend(model.sample(&prompt, &how)?);
-    out(&crate::trainer::text(&all))
+    let mut decoder = Decoder::default();
+    let mut reads = show(&prompt.iter().map(|&t| decoder.push(t)).collect::<String>())?;
+    if reads {
+        let done = model.net().write(&prompt, &how, |token| {
+            reads = show(&decoder.push(token))?;
+            Ok(reads)
+        });
+        // what was written stays a whole line, whatever comes after it
+        show(&(decoder.finish() + "\n"))?;
+        done.map_err(|e| match e {
+            Error::NonFinite(m) => Error::NonFinite(format!("{}: {m}: its training has diverged; use an older checkpoint", path.display())),
+            e => e,
+        })?;
+    }
+    Ok(())
 }
 
 fn eval(args: &Eval) -> Result<()> {
@@ -163,17 +204,35 @@ fn eval(args: &Eval) -> Result<()> {
         Err(e) => return Err(e),
     };
     let corpus = Corpus::open(args.data.as_deref().unwrap_or(&config.data.path), config.data.eot)?;
+    let trained_on = checkpoint::read_state(&path).ok().and_then(|s| s.corpus);
+    if args.data.is_none() && trained_on.is_some_and(|then| then != corpus.fingerprint()) {
+        say(&format!("{} has changed since this run was trained on it: its last part may not be the one that was held out", corpus.path().display()));
+    }
     let range = if args.data.is_some() { 0..corpus.len() } else { corpus.split(config.data.held_out).1 };
     let Some((bits, count)) = evaluate(&mut model, &corpus, range, &config, 0)? else {
         return Err(Error::Usage("nothing was held out in this run; name a text with --data".into()));
     };
-    out(&result_line(&corpus, bits, count))
+    let what = args.data.as_ref().map_or("held out".into(), |d| d.display().to_string());
+    out(&result_line(&what, &corpus, bits, count))
 }
 
 /// The line a run or an evaluation ends with.
-fn result_line(corpus: &Corpus, bits: f64, count: usize) -> String {
+fn result_line(what: &str, corpus: &Corpus, bits: f64, count: usize) -> String {
     let unit = if corpus.is_bytes() { ("bits per byte", "bytes") } else { ("bits per token", "tokens") };
     // Measured over the whole file with the compressors' highest levels.
     let yardstick = if corpus.is_moby_dick() { " (compressors on the whole text: gzip -9 3.23, bzip2 -9 2.47, xz -9e 2.65)" } else { "" };
-    format!("held out: {bits:.4} {} over {count} {}{yardstick}", unit.0, unit.1)
+    format!("{what}: {bits:.4} {} over {count} {}{yardstick}", unit.0, unit.1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quoted;
+
+    #[test]
+    fn words_for_a_shell() {
+        for (word, expected) in [("runs/a-1", "runs/a-1"), ("The whale ", "'The whale '"), ("", "''"), ("it's $x\n", "'it'\\''s $x\n'"), ("é", "é")]
+        {
+            assert_eq!(quoted(word), expected);
+        }
+    }
 }

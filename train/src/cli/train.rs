@@ -1,8 +1,8 @@
 //! `tidegate train`.
 
-use super::{out, result_line, run_of, skip};
+use super::{out, quoted, result_line, run_of, skip};
 use crate::checkpoint::{self, RunDir, RunInfo, State};
-use crate::config::{Change, Layers, Resolved};
+use crate::config::{Change, Layers, Resolved, RunConfig};
 use crate::data::Corpus;
 use crate::learner::{Hybrid, Trained};
 use crate::progress::say;
@@ -12,7 +12,19 @@ use std::path::{Path, PathBuf};
 /// Keys that decide which text a step sees.
 const ORDER: [&str; 6] = ["seed", "data.path", "data.held_out", "data.seq_len", "data.batch", "train.accumulate"];
 
+const EXAMPLES: &str = "\
+Examples:
+  tidegate train quickstart
+  tidegate train quickstart --set train.minutes=0.5 --run-dir runs/try
+  tidegate train quickstart --set data.path=my.txt --set optim.lr=1e-3
+  tidegate train my.toml --print-config
+  tidegate train --run-dir runs/try --resume
+
+The budget is one of train.minutes, train.tokens and train.steps, and the learning rate's schedule follows it. Runs of as many tokens or steps are
+equal bit for bit, resumed or not, on any number of threads (RAYON_NUM_THREADS); runs by the clock are not.";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct Args {
     /// A preset (quickstart, smoke) or a TOML file; may be left out with --resume
     what: Option<String>,
@@ -46,10 +58,17 @@ fn stem(what: &str) -> &str {
 
 /// The preset or file, with `--set`s on top.
 fn layers(what: &str, set: &[String]) -> Result<Layers> {
+    let text = |e: Error| match e {
+        Error::Usage(m) if Path::new(what).exists() && Path::new(what).extension().is_none_or(|e| e != "toml") => Error::Usage(format!(
+            "{m}\n(a text or a folder of them to train on is named so: tidegate train quickstart --set data.path={})",
+            quoted(what)
+        )),
+        e => e,
+    };
     let mut layers = match file(what) {
-        None => Layers::preset(&presets::by_name(what)?)?,
+        None => Layers::preset(&presets::by_name(what).map_err(text)?)?,
         Some(path) => {
-            let mut preset = presets::by_name(&Layers::base_of(path)?.unwrap_or_else(|| "quickstart".into()))?;
+            let mut preset = presets::by_name(&Layers::base_of(path).map_err(text)?.unwrap_or_else(|| "quickstart".into()))?;
             preset.name = stem(what).to_string();
             let mut layers = Layers::preset(&preset)?;
             layers.file(path)?;
@@ -139,7 +158,8 @@ fn plan(args: &Args) -> Result<Plan> {
 pub(super) fn run(args: &Args) -> Result<()> {
     let plan = plan(args)?;
     if args.print_config {
-        return out(plan.resolved.to_toml().trim_end());
+        let config = &plan.resolved.config;
+        return out(&format!("# {}\n\n{}", size(config), plan.resolved.to_toml().trim_end()));
     }
     if args.profile {
         engine::profile::start();
@@ -149,6 +169,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
         out(engine::profile::stop().to_string().trim_end())?;
     }
     Ok(())
+}
+
+/// How large a model is, and what a token costs in training.
+fn size(config: &RunConfig) -> String {
+    let ((total, active), t) = (config.model.parameters(), config.data.seq_len);
+    let mega = config.model.flops_per_token(t) / 1e6;
+    format!("{total} parameters, {active} of them active for a token; {mega:.1} MFLOP a token, forward and backward, at {t} tokens a window")
 }
 
 /// Everything that can be wrong is found before the run folder is touched.
@@ -170,9 +197,10 @@ fn go(plan: &Plan) -> Result<()> {
     run.write_config(&plan.resolved, &command, &model.net().config_json()?)?;
 
     let (n, unit) = (corpus.len(), if corpus.is_bytes() { "bytes" } else { "tokens" });
-    say(&format!("{}: {} parameters", config.name, model.parameters()));
-    let (path, part) = (corpus.path().display(), 100.0 * config.data.held_out);
-    say(&format!("data {path}: {n} {unit}, the last {part:.0}% held out; run folder {dir}"));
+    say(&format!("{}: {}", config.name, size(config)));
+    let (path, held_out) = (corpus.path().display(), corpus.split(config.data.held_out).1.len());
+    let held_out = if held_out > 0 { format!("the last {held_out} held out") } else { "nothing held out".into() };
+    say(&format!("data {path}: {n} {unit}, {held_out}; run folder {dir}"));
     for c in &plan.changes {
         let order = if ORDER.contains(&c.key.as_str()) { " (from here on the text comes in another order)" } else { "" };
         say(&format!("changed  {c}{order}"));
@@ -182,12 +210,17 @@ fn go(plan: &Plan) -> Result<()> {
     }
     let done = trainer::train(&mut model, &corpus, config, &run, from)?;
     let (s, per_s) = (done.state, done.state.tokens as f64 / done.state.seconds.max(1e-9));
-    out(&format!("trained {} steps, {} tokens, {:.1} s, {per_s:.0} tokens/s: {dir}", s.step, s.tokens, s.seconds))?;
+    let giga = per_s * config.model.flops_per_token(config.data.seq_len) / 1e9;
+    let rate = format!("{per_s:.0} tokens/s ({giga:.0} GFLOP/s)");
+    out(&format!("trained {} steps, {} tokens, {:.1} s, {rate}: {dir}", s.step, s.tokens, s.seconds))?;
     if let Some(bits) = done.held_out {
-        out(&result_line(&corpus, bits, done.scored))?;
+        out(&result_line("held out", &corpus, bits, done.scored))?;
     }
     if corpus.is_bytes() {
-        out(&format!("write with it: tidegate generate {dir} --prompt \"{}\"", config.sample.prompt))?;
+        // as this program was called, so that the line can be typed where it was built and not installed, too
+        let me = command.first().map_or("tidegate", String::as_str);
+        let prompt = if config.sample.prompt.is_empty() { String::new() } else { format!(" --prompt {}", quoted(&config.sample.prompt)) };
+        out(&format!("write with it: {} generate {}{prompt}", quoted(me), quoted(&plan.dir.display().to_string())))?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use super::RunConfig;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
@@ -140,7 +140,8 @@ impl Layers {
     fn unknown(&self, key: &str, source: &str) -> Error {
         let mut all = Vec::new();
         keys(&self.tree, "", &mut all);
-        match nearest(key, all.iter().map(String::as_str)) {
+        let tables: BTreeSet<String> = all.iter().filter_map(|k| k.rsplit_once('.')).map(|(table, _)| table.to_string()).collect();
+        match nearest(key, all.iter().chain(&tables).map(String::as_str)) {
             Some(n) => Error::Usage(format!("{source}: unknown key `{key}`; did you mean `{n}`? (--print-config lists them all)")),
             None => Error::Usage(format!("{source}: unknown key `{key}`; --print-config lists the keys there are")),
         }
@@ -168,7 +169,8 @@ impl Layers {
             let old = self.put(&key, value.clone());
             if let Err(e) = serde_json::from_value::<RunConfig>(self.tree.clone()) {
                 self.put(&key, old.clone());
-                return Err(Error::Usage(format!("{key} = {value} ({source}): {e}; it is now {old}")));
+                let now = if old.is_null() { "not set".into() } else { old.to_string() };
+                return Err(Error::Usage(format!("{key} = {value} ({source}): {}; it is now {now}", plain(&e.to_string()))));
             }
             self.origins.source.insert(key, source.into());
         }
@@ -250,18 +252,31 @@ fn keys(v: &Value, prefix: &str, out: &mut Vec<String>) {
     }
 }
 
-/// The candidate with the smallest edit distance to `key`, if it is near enough to be meant. A candidate's last part alone counts too.
+/// What a type is called where a configuration is written.
+fn plain(message: &str) -> String {
+    let mut m = message.to_string();
+    for (rust, words) in [("usize", "a whole number, not negative"), ("u64", "a whole number, not negative"), ("u32", "a whole number, not negative")]
+    {
+        m = m.replace(&format!("expected {rust}"), &format!("expected {words}"));
+    }
+    m.replace("expected f64", "expected a number").replace("expected a sequence", "expected a list, as [1, 2]")
+}
+
+/// The candidate with the smallest edit distance to `key`, if it is near enough to be meant: at most a third of the letters differ, or one is the
+/// other's beginning. A candidate's last part alone counts too.
 pub fn nearest<'a>(key: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let last = key.rsplit('.').next().unwrap_or(key);
-    candidates
-        .map(|c| {
-            let whole = distance(key, c);
-            let part = distance(last, c.rsplit('.').next().unwrap_or(c)) + usize::from(key.contains('.'));
-            (whole.min(part), whole, c)
-        })
-        .min()
-        .filter(|&(d, _, _)| d <= 2.max(last.len() / 2))
-        .map(|(_, _, c)| c)
+    fn last(key: &str) -> (&str, &str) {
+        key.rsplit_once('.').unwrap_or(("", key))
+    }
+    let (table, name) = last(key);
+    let near = |c: &'a str| {
+        let (whole, (its_table, its_name)) = (distance(key, c), last(c));
+        let begins = table == its_table && name.len().min(its_name.len()) > 1 && (name.starts_with(its_name) || its_name.starts_with(name));
+        let part = if begins { 1 } else { distance(name, its_name) } + usize::from(!table.is_empty() && table != its_table);
+        let meant = begins || whole.min(part) <= (name.chars().count() / 3).max(1).min(name.chars().count().saturating_sub(1));
+        meant.then_some((whole.min(part), whole, c))
+    };
+    candidates.filter_map(near).min().map(|(_, _, c)| c)
 }
 
 /// Optimal string alignment: insertions, deletions, substitutions, and swaps of neighbours.

@@ -104,24 +104,44 @@ fn unknown_keys_offer_the_nearest() {
         ("optm.weight_decay", "optim.weight_decay"),
         ("batch", "data.batch"),
         ("seq_len", "data.seq_len"),
+        ("optim.lrate", "optim.lr"),
+        ("optim.weight", "optim.weight_decay"),
+        ("optm", "optim"),
+        ("model.attention_gat.op", "model.attention_gate.op"),
+        ("model.attention_gate.opp", "model.attention_gate.op"),
     ] {
         let m = message(&[&format!("{key}=1")]);
         assert!(m.contains(&format!("`{offered}`")) && m.contains(key), "{m}");
     }
-    assert!(!message(&["xylophone_zebra=1"]).contains("did you mean"));
+    // only what is near is offered
+    for far in ["xylophone_zebra", "", "xy", "q", "optim.momentum", "data.zzz", "foo.bar"] {
+        let m = message(&[&format!("{far}=1")]);
+        assert!(m.contains("unknown key") && m.contains("--print-config") && !m.contains("did you mean"), "{m}");
+    }
     let mut l = layers();
     let m = l.toml("[data]\nsqe_len = 3\n", "run.toml").unwrap_err().to_string();
     assert!(m.contains("data.seq_len"), "{m}");
     let m = l.toml("[dta]\nseq_len = 3\n", "run.toml").unwrap_err().to_string();
-    assert!(m.contains("dta"), "{m}");
+    assert!(m.contains("`dta`; did you mean `data`?"), "{m}");
 }
 
 #[test]
 fn wrong_types_say_what_was_expected() {
     let m = message(&["data.batch=many"]);
-    assert!(m.contains("data.batch") && m.contains("expected usize") && m.contains("many"), "{m}");
+    assert!(m.contains("data.batch") && m.contains("expected a whole number") && m.contains("many") && m.ends_with("it is now 3"), "{m}");
     let m = message(&["data.batch=-3"]);
     assert!(m.contains("data.batch") && m.contains("-3"), "{m}");
+    for (given, words) in [
+        ("train.minutes=abc", "invalid type: string \"abc\", expected a number; it is now 5.0"),
+        ("train.steps=1.5", "invalid type: floating point `1.5`, expected a whole number, not negative; it is now not set"),
+        ("data.batch=true", "invalid type: boolean `true`, expected a whole number"),
+        ("model.tie_word_embeddings=1", "invalid type: integer `1`, expected a boolean"),
+        ("optim.no_decay=norm", "expected a list"),
+        ("seed=-1", "invalid value: integer `-1`, expected a whole number, not negative"),
+    ] {
+        let m = message(&[given]);
+        assert!(m.contains(words), "{m}");
+    }
     let m = message(&["optim.schedule=cosin"]);
     assert!(m.contains("cosine") && m.contains("wsd"), "{m}");
     let m = message(&["train=3"]);

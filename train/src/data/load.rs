@@ -31,7 +31,7 @@ pub(super) fn open(path: &Path) -> Result<Corpus> {
         append(path, &mut text)?;
     }
     if text.len() == 0 {
-        return Err(Error::data(path, "is empty; there is nothing to train on"));
+        return Err(Error::data(path, "is empty: there is no text in it"));
     }
     Ok(Corpus { len: text.len(), store: Store::Text(text), eot: None, path: path.into() })
 }

@@ -16,7 +16,7 @@ pub(super) fn open(path: &Path, eot: Option<u32>) -> Result<Corpus> {
     let file = std::fs::File::open(path).map_err(Error::io("reading", path))?;
     let size = file.metadata().map_err(Error::io("reading", path))?.len() as usize;
     if size == 0 {
-        return Err(Error::data(path, "is empty; there is nothing to train on"));
+        return Err(Error::data(path, "is empty: there are no tokens in it"));
     }
     let map = map(path, &file)?;
     let word = |i: usize| u32::from_le_bytes([map[4 * i], map[4 * i + 1], map[4 * i + 2], map[4 * i + 3]]);

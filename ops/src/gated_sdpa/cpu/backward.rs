@@ -4,7 +4,8 @@
 //!
 //! A task is (batch, key/value head, run of query tiles). Inside it, tiles of keys are the outer loop, so that dK and dV of a tile stay in cache, and
 //! dQ of the run's queries grows in memory. Each task's dK and dV are partial sums, added up in the order of the runs at the end: the
-//! number of runs depends on shapes alone, so the result doesn't depend on threads, and the memory for them is linear in T.
+//! number of runs depends on shapes alone, so the result doesn't depend on threads, and the memory for them is linear in T. Each document has its own
+//! runs, those that it would have alone.
 
 use super::{
     Gating, PAD, Problem, gate,
@@ -82,8 +83,7 @@ pub fn backward<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, v: View, 
         return dv.fill(F::ZERO);
     }
     let group = p.h / p.hkv;
-    let times = (COLS / group).clamp(1, p.t);
-    let runs = runs(p, bands, times);
+    let runs = runs(p, bands, (COLS / group).max(1));
     let dq = Shared::new(dq);
     let dgate = dgate.map(Shared::new);
     let partials: Vec<Partial<F>> = (0..p.b * p.hkv * runs.len())
@@ -91,7 +91,7 @@ pub fn backward<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, v: View, 
         .with_max_len(1)
         .map(|task| {
             let (bh, run) = (task / runs.len(), runs.len() - 1 - task % runs.len());
-            task_backward(p, bands, [bh / p.hkv, bh % p.hkv], runs[run], times, (q, k, v), gating, saved, &dq, dgate.as_ref())
+            task_backward(p, bands, [bh / p.hkv, bh % p.hkv], &runs[run], (q, k, v), gating, saved, &dq, dgate.as_ref())
         })
         .collect();
 
@@ -99,10 +99,11 @@ pub fn backward<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, v: View, 
     let reduce = |at: usize, row: &mut [F], d: usize, pick: fn(&Partial<F>) -> &[F]| {
         let (b, s, hk) = (at / p.hkv / p.s, at / p.hkv % p.s, at % p.hkv);
         row.fill(F::ZERO);
-        for x in &partials[b * per_batch + hk * runs.len()..][..runs.len()] {
-            if (x.k0..x.k1).contains(&s) {
-                row.iter_mut().zip(&pick(x)[(s - x.k0) * d..]).for_each(|(y, x)| *y += *x);
-            }
+        // last run first: neither k0 nor k1 grows from one to the next
+        let partials = &partials[b * per_batch + hk * runs.len()..][..runs.len()];
+        let from = partials.partition_point(|x| x.k0 > s);
+        for x in partials[from..].iter().take_while(|x| x.k1 > s) {
+            row.iter_mut().zip(&pick(x)[(s - x.k0) * d..]).for_each(|(y, x)| *y += *x);
         }
     };
     const ROWS: usize = 64;
@@ -114,26 +115,26 @@ pub fn backward<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, v: View, 
     });
 }
 
-/// Cuts the query tiles into contiguous runs of about equal work. Depends on shapes and document boundaries alone.
-fn runs(p: &Problem, bands: &Bands, times: usize) -> Vec<(usize, usize)> {
-    let tiles = p.t.div_ceil(times);
-    let work: Vec<usize> = (0..tiles)
-        .map(|i| {
-            let (lo, hi) = bands.keys(i * times, (i * times + times).min(p.t));
-            hi.div_ceil(KEYS).saturating_sub(lo / KEYS).max(1)
-        })
-        .collect();
-    let total: usize = work.iter().sum();
-    let want = (TASKS / (p.b * p.hkv)).clamp(1, tiles);
-    let (mut runs, mut start, mut done) = (vec![], 0, 0);
-    for (i, work) in work.iter().enumerate() {
-        done += work;
-        if done * want >= total * (runs.len() + 1) || i + 1 == tiles {
-            runs.push((start, i + 1));
-            start = i + 1;
+/// Cuts each document's query tiles into contiguous runs of about equal work. Depends on shapes alone, for a document on its own.
+fn runs(p: &Problem, bands: &Bands, times: usize) -> Vec<Vec<(usize, usize)>> {
+    let mut runs = vec![];
+    for tiles in bands.tiles(times) {
+        let work = |&(t0, t1): &(usize, usize)| {
+            let (lo, hi) = bands.keys(t0, t1);
+            (hi - lo).div_ceil(KEYS)
+        };
+        let total: usize = tiles.iter().map(work).sum();
+        let want = (TASKS / (p.b * p.hkv)).clamp(1, tiles.len().max(1));
+        let (mut run, mut done, mut cut) = (vec![], 0, 0);
+        for tile in tiles {
+            done += work(&tile);
+            run.push(tile);
+            if done * want >= total * (cut + 1) {
+                runs.push(std::mem::take(&mut run));
+                cut += 1;
+            }
         }
     }
-    runs.retain(|r| r.0 < r.1);
     runs
 }
 
@@ -142,8 +143,7 @@ fn task_backward<F: Real>(
     p: &Problem,
     bands: &Bands,
     [b, hk]: [usize; 2],
-    run: (usize, usize),
-    times: usize,
+    run: &[(usize, usize)],
     (q, k, v): (View, View, View),
     gating: Option<Gating>,
     saved: Saved<F>,
@@ -151,12 +151,11 @@ fn task_backward<F: Real>(
     dgate: Option<&Shared<F>>,
 ) -> Partial<F> {
     let (d, dv, group) = (p.d, p.dv, p.h / p.hkv);
-    let mut tiles: Vec<Queries<F>> =
-        (run.0..run.1).map(|i| load(p, [b, hk], (i * times, (i * times + times).min(p.t)), q, gating, saved, dgate)).collect();
+    let mut tiles: Vec<Queries<F>> = run.iter().map(|tile| load(p, [b, hk], *tile, q, gating, saved, dgate)).collect();
 
-    let (lo, hi) = bands.keys(run.0 * times, (run.1 * times).min(p.t));
+    let (lo, hi) = bands.keys(run[0].0, run[run.len() - 1].1);
     let mut out = Partial { k0: lo, k1: hi, dk: scratch_zeros((hi - lo) * d), dv: scratch_zeros((hi - lo) * dv) };
-    let ld = pad16(times * group) + PAD;
+    let ld = pad16((run[0].1 - run[0].0) * group) + PAD; // the first tile is never the smaller one
     let (mut s, mut ds) = (scratch_zeros(KEYS * ld), scratch_zeros(KEYS * ld));
     let (ldk, ldv) = (d + PAD, dv + PAD);
     let (mut kt, mut vt) = (scratch(KEYS * ldk), scratch(KEYS * ldv));

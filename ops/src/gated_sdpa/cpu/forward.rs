@@ -45,14 +45,13 @@ pub fn forward<F: Real>(
     let (ldk, ldv) = (p.d + PAD, p.dv + PAD);
     let packed_k = pack::<F>(p, k, p.d, ldk);
     let packed_v = pack::<F>(p, v, p.dv, ldv);
-    let times = (COLS / group).clamp(1, p.t);
-    let tiles = p.t.div_ceil(times);
+    let tiles = bands.tiles((COLS / group).max(1)).concat();
     let (o, lse, u) = (Shared::new(o), Shared::new(lse), u.map(Shared::new));
-    (0..p.b * p.hkv * tiles).into_par_iter().with_max_len(1).for_each(|task| {
+    (0..p.b * p.hkv * tiles.len()).into_par_iter().with_max_len(1).for_each(|task| {
         // the last tiles see most keys under a causal mask: they start first
-        let (bh, tile) = (task / tiles, tiles - 1 - task % tiles);
+        let (bh, tile) = (task / tiles.len(), tiles.len() - 1 - task % tiles.len());
         let (b, hk) = (bh / p.hkv, bh % p.hkv);
-        let (t0, t1) = (tile * times, (tile * times + times).min(p.t));
+        let (t0, t1) = tiles[tile];
         let cols = (t1 - t0) * group;
         let width = pad16(cols);
         let ld = width + PAD;
@@ -69,7 +68,7 @@ pub fn forward<F: Real>(
         let (mut max, mut sum, mut alpha) = (vec![F::NEG_INFINITY; width], vec![F::ZERO; width], vec![F::ONE; width]);
         let mut mask = Tile::default();
         let (lo, hi) = bands.keys(t0, t1);
-        for k0 in (lo / KEYS * KEYS..hi).step_by(KEYS) {
+        for k0 in (lo..hi).step_by(KEYS) {
             let k1 = (k0 + KEYS).min(hi);
             if !mask.set(bands, (k0, k1), (t0, t1), group) {
                 continue;

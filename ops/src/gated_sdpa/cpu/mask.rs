@@ -10,6 +10,8 @@ pub struct Bands {
     pub lo: Vec<usize>,
     /// One past the last visible key.
     pub hi: Vec<usize>,
+    /// Bounds of the documents; one document when nothing is packed.
+    docs: Vec<usize>,
 }
 
 impl Bands {
@@ -26,13 +28,20 @@ impl Bands {
                 hi[t] = at + 1;
             }
         }
-        for doc in cu.unwrap_or(&[]).windows(2) {
+        let docs = cu.map_or_else(|| vec![0, p.t], <[usize]>::to_vec);
+        for doc in docs.windows(2).filter(|_| cu.is_some()) {
             for t in doc[0]..doc[1] {
                 lo[t] = lo[t].max(doc[0]);
                 hi[t] = hi[t].min(doc[1]);
             }
         }
-        Bands { lo, hi }
+        Bands { lo, hi, docs }
+    }
+
+    /// For each document, its tiles of at most `times` queries. They begin anew with each document: it is computed as if it were alone, to the bit.
+    pub fn tiles(&self, times: usize) -> Vec<Vec<(usize, usize)>> {
+        let tiles = |doc: &[usize]| (doc[0]..doc[1]).step_by(times).map(|t0| (t0, (t0 + times).min(doc[1]))).collect();
+        self.docs.windows(2).map(tiles).collect()
     }
 
     /// The keys that any of the queries `t0..t1` sees, as an interval.

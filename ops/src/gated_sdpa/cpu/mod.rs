@@ -9,7 +9,7 @@ mod view;
 
 use super::{Attention, AttentionPattern, BACKWARD, Gate, GatedSdpa, GatedSdpaBackward, NAME};
 use engine::{
-    DType, Error, Result,
+    DType, Result,
     cpu::{Inputs, Outputs, simd::Real},
 };
 use mask::Bands;
@@ -108,17 +108,6 @@ fn gating<'a>(op: &GatedSdpa, x: &'a Inputs) -> Result<Option<Gating<'a>>> {
 
 /// The bands of the masks, with the document boundaries of input `cu` checked.
 fn bands(op: &'static str, p: &Problem, x: &Inputs, cu: Option<usize>) -> Result<Bands> {
-    let Some(i) = cu else { return Ok(Bands::new(p, None)) };
-    let stride = x.layout(i).strides[0] as usize;
-    let wide: Vec<i64> = match x.dtype(i) {
-        DType::I32 => (0..x.shape(i)[0]).map(|j| Ok(x.slice::<i32>(i)?[j * stride] as i64)).collect::<Result<_>>()?,
-        _ => (0..x.shape(i)[0]).map(|j| Ok(x.slice::<i64>(i)?[j * stride])).collect::<Result<_>>()?,
-    };
-    let ends = (wide.first().copied(), wide.last().copied());
-    if ends != (Some(0), Some(p.t as i64)) || wide.windows(2).any(|w| w[0] > w[1]) {
-        let shown = &wide[..wide.len().min(16)];
-        return Err(Error::invalid(op, format!("cu_seqlens must rise from 0 to T = {}, found {shown:?} ({} numbers)", p.t, wide.len())));
-    }
-    let cu: Vec<usize> = wide.into_iter().map(|x| x as usize).collect();
-    Ok(Bands::new(p, Some(&cu)))
+    let cu = cu.map(|i| crate::documents::read(op, x, i, p.t)).transpose()?;
+    Ok(Bands::new(p, cu.as_deref()))
 }

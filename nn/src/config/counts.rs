@@ -1,0 +1,80 @@
+//! Parameters, operations and memory of a configuration, without making the model.
+
+use super::{LayerType, ModelConfig};
+use crate::{Error, Result};
+
+impl ModelConfig {
+    /// Parameters: all of them, and those that act on one token (routed experts count `num_experts_per_tok` times). `usize::MAX` if there are more.
+    pub fn parameters(&self) -> (usize, usize) {
+        let n = |x: usize| x as u128; // products of four sizes
+        let h = n(self.hidden_size);
+        let embed = n(self.vocab_size) * h * if self.tie_word_embeddings { 1 } else { 2 };
+        let (mut total, mut active) = (embed + h, embed + h);
+        for i in 0..self.num_hidden_layers {
+            let mixer = match self.layer_type(i) {
+                LayerType::LinearAttention => {
+                    let heads = n(self.linear_num_value_heads);
+                    let (k, v) = (n(self.linear_num_key_heads) * n(self.linear_key_head_dim), heads * n(self.linear_value_head_dim));
+                    h * (2 * k + 2 * v + 2 * heads) + (2 * k + v) * n(self.linear_conv_kernel_dim) + 2 * heads + n(self.linear_value_head_dim) + v * h
+                }
+                _ => {
+                    let (q, kv, d) = (n(self.num_attention_heads), n(self.num_key_value_heads) * n(self.head_dim), n(self.head_dim));
+                    h * (q * (d + n(self.gate_dim())) + 2 * kv) + 2 * d + q * d * h
+                }
+            };
+            let dense = mixer + 2 * h;
+            let (t, a) = if self.is_sparse(i) {
+                let expert = 3 * h * n(self.moe_intermediate_size);
+                let shared = if self.shared_expert_intermediate_size > 0 { 3 * h * n(self.shared_expert_intermediate_size) + h } else { 0 };
+                let rest = shared + n(self.num_experts) * h;
+                (n(self.num_experts) * expert + rest, n(self.num_experts_per_tok) * expert + rest)
+            } else {
+                (3 * h * n(self.intermediate_size), 3 * h * n(self.intermediate_size))
+            };
+            total += dense + t;
+            active += dense + a;
+        }
+        let fit = |x: u128| usize::try_from(x).unwrap_or(usize::MAX);
+        (fit(total), fit(active))
+    }
+
+    /// Floating-point operations per token of a training step at sequence length `t`, the backward counted as twice the forward:
+    ///
+    /// | part | operations |
+    /// |---|---|
+    /// | products with weights | 6 per active parameter; the embedding is looked up, which is none |
+    /// | softmax attention | `12·H·D·n`, where `n` is the mean number of keys that a query sees: `(t + 1)/2`, or less in a sliding window |
+    /// | delta rule, as a recurrence (2412.06464 eq. 10) | `18·Hv·Dk·Dv`: `S k`, the update `(v − S k) kᵀ` and `S q` |
+    pub fn flops_per_token(&self, t: usize) -> f64 {
+        let product = |n: &[usize]| n.iter().map(|x| *x as f64).product::<f64>();
+        let table = if self.tie_word_embeddings { 0.0 } else { product(&[self.vocab_size, self.hidden_size]) };
+        let keys = |window: usize| {
+            let (t, w) = (t as f64, window.min(t) as f64);
+            if t == 0.0 { 0.0 } else { w - w * (w - 1.0) / (2.0 * t) }
+        };
+        let mut f = 6.0 * (self.parameters().1 as f64 - table);
+        for i in 0..self.num_hidden_layers {
+            f += match self.layer_type(i) {
+                LayerType::LinearAttention => 18.0 * product(&[self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim]),
+                LayerType::FullAttention => 12.0 * product(&[self.num_attention_heads, self.head_dim]) * keys(t),
+                LayerType::SlidingAttention => 12.0 * product(&[self.num_attention_heads, self.head_dim]) * keys(self.sliding_window),
+            };
+        }
+        f
+    }
+
+    /// An error if the parameters, at so many bytes each, are more than the machine's memory.
+    pub fn fits(&self, bytes_per_parameter: u64) -> Result<()> {
+        let (n, gib) = (self.parameters().0, |b: u128| b as f64 / (1u64 << 30) as f64);
+        let need = n as u128 * u128::from(bytes_per_parameter);
+        match engine::cpu::system_memory() {
+            Some(have) if need > u128::from(have) => Err(Error::Config(format!(
+                "{n} parameters need {:.1} GiB at {bytes_per_parameter} bytes each, this machine has {:.1} GiB; make the model smaller: `hidden_size`, \
+                 `num_hidden_layers`, `num_experts`, `vocab_size`",
+                gib(need),
+                gib(u128::from(have))
+            ))),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! `config.json`, read and written.
+
+use super::ModelConfig;
+use crate::{Error, Result};
+use serde_json::Value;
+
+/// What transformers writes beside the model's fields; read past.
+const BOOKKEEPING: &[&str] = &[
+    "architectures",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "output_router_logits",
+    "attention_bias",
+    "attention_dropout",
+    "hidden_act",
+    "rope_scaling",
+    "rope_parameters",
+    "layer_norm_eps",
+    "is_encoder_decoder",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "_name_or_path",
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "mamba_ssm_dtype",
+    "use_sliding_window",
+    "max_window_layers",
+];
+
+impl ModelConfig {
+    /// From JSON; an unknown key is an error that offers the nearest.
+    pub fn from_json(mut v: Value) -> Result<Self> {
+        let Some(map) = v.as_object_mut() else { return Err(Error::Config("must be a JSON object".into())) };
+        // transformers writes null for a list that it derives or does not need
+        map.retain(|key, x| !(x.is_null() && ["layer_types", "mlp_only_layers"].contains(&key.as_str())));
+        let known = serde_json::to_value(ModelConfig::default()).map_err(|e| Error::Config(e.to_string()))?;
+        let names: Vec<&str> = known.as_object().into_iter().flat_map(|m| m.keys().map(String::as_str)).collect();
+        for key in map.keys() {
+            if !names.contains(&key.as_str()) && !BOOKKEEPING.contains(&key.as_str()) {
+                let near = nearest(key, names.iter().copied()).map_or(String::new(), |n| format!("; did you mean `{n}`?"));
+                return Err(Error::Config(format!("unknown key `{key}`{near}")));
+            }
+        }
+        let refuse = |map: &serde_json::Map<String, Value>, key: &str, fine: &[Value]| match map.get(key) {
+            Some(x) if !fine.contains(x) => Err(Error::Config(format!("`{key}` = {x} is not supported; it can be {fine:?}"))),
+            _ => Ok(()),
+        };
+        refuse(map, "attention_bias", &[Value::Bool(false)])?;
+        refuse(map, "use_sliding_window", &[Value::Bool(false)])?;
+        refuse(map, "hidden_act", &["silu".into()])?;
+        refuse(map, "rope_scaling", &[Value::Null])?;
+        refuse(map, "attention_dropout", &[0.into(), 0.0.into()])?;
+        refuse(map, "model_type", &["qwen3_next".into()])?;
+        match map.remove("rope_parameters") {
+            None | Some(Value::Null) => {}
+            Some(Value::Object(rope)) => {
+                refuse(&rope, "rope_type", &["default".into()])?;
+                for (key, x) in rope.into_iter().filter(|(k, _)| k != "rope_type") {
+                    if !["rope_theta", "partial_rotary_factor"].contains(&key.as_str()) {
+                        return Err(Error::Config(format!("`rope_parameters.{key}` = {x} is not supported; remove it if the model can do without")));
+                    }
+                    if let Some(other) = map.get(&key).filter(|y| **y != x) {
+                        return Err(Error::Config(format!("`{key}` = {other} and `rope_parameters.{key}` = {x} contradict each other; keep one")));
+                    }
+                    map.insert(key, x);
+                }
+            }
+            Some(x) => return Err(Error::Config(format!("`rope_parameters` must be an object, found {x}"))),
+        }
+        let c: ModelConfig = serde_json::from_value(v).map_err(|e| Error::Config(e.to_string()))?;
+        c.validate()?;
+        Ok(c)
+    }
+
+    /// For `config.json`, as transformers' `Qwen3NextConfig` reads it: the mixer of every layer is spelled out.
+    pub fn to_json(&self) -> Result<Value> {
+        let resolved = ModelConfig { layer_types: (0..self.num_hidden_layers).map(|i| self.layer_type(i)).collect(), ..self.clone() };
+        let mut json = serde_json::to_value(resolved).map_err(|e| Error::Config(e.to_string()))?;
+        json["architectures"] = serde_json::json!(["Qwen3NextForCausalLM"]);
+        Ok(json)
+    }
+}
+
+/// The candidate with the smallest edit distance to `key`, if it is near enough to be meant. A dotted candidate's last part alone counts too.
+pub fn nearest<'a>(key: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let last = |s: &'a str| s.rsplit('.').next().unwrap_or(s);
+    let key_last = key.rsplit('.').next().unwrap_or(key);
+    candidates
+        .map(|c| {
+            let whole = strsim::osa_distance(key, c);
+            let part = strsim::osa_distance(key_last, last(c)) + usize::from(key.contains('.'));
+            (whole.min(part), whole, c)
+        })
+        .min()
+        .filter(|&(d, _, _)| d <= 2.max(key_last.len() / 3))
+        .map(|(_, _, c)| c)
+}

@@ -1,0 +1,139 @@
+use super::*;
+use crate::config::json::nearest;
+use serde_json::{Value, json};
+
+#[test]
+fn reads_what_transformers_writes() {
+    let c = ModelConfig::from_json(json!({
+        "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"],
+        "rope_parameters": {"rope_theta": 1e7, "rope_type": "default", "partial_rotary_factor": 0.5}, "hidden_act": "silu", "attention_bias": false
+    }))
+    .unwrap();
+    assert_eq!((c.rope_theta, c.rotary_dim(), c.layer_type(1)), (1e7, 128, LayerType::FullAttention));
+    let back = ModelConfig::from_json(serde_json::to_value(&c).unwrap()).unwrap();
+    assert_eq!(back, c);
+}
+
+#[test]
+fn knows_every_key_that_transformers_writes() {
+    // Qwen3NextConfig(num_hidden_layers=4).to_json_string(use_diff=False), transformers 5.23.0, and two keys of the published checkpoint's file
+    let written = r#"{
+"transformers_version": "5.23.0", "architectures": null, "output_hidden_states": false, "return_dict": true, "dtype": null,
+"chunk_size_feed_forward": 0, "is_encoder_decoder": false, "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+"label2id": {"LABEL_0": 0, "LABEL_1": 1}, "problem_type": null, "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632,
+"num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 32768,
+"initializer_range": 0.02, "rms_norm_eps": 1e-06, "use_cache": true, "tie_word_embeddings": false,
+"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25, "rope_type": "default"}, "attention_bias": false,
+"attention_dropout": 0.0, "head_dim": 256, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+"linear_num_key_heads": 16, "linear_num_value_heads": 32, "decoder_sparse_step": 1, "moe_intermediate_size": 512,
+"shared_expert_intermediate_size": 512, "num_experts_per_tok": 10, "num_experts": 512, "norm_topk_prob": true, "output_router_logits": false,
+"router_aux_loss_coef": 0.001, "mlp_only_layers": [], "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+"pad_token_id": null, "bos_token_id": null, "eos_token_id": null, "_name_or_path": "", "model_type": "qwen3_next", "output_attentions": false,
+"full_attention_interval": 4, "use_sliding_window": false
+    }"#;
+    let c = ModelConfig::from_json(serde_json::from_str(written).unwrap()).unwrap();
+    let ours = ModelConfig { num_hidden_layers: 4, ..Default::default() };
+    assert_eq!(c, ModelConfig { layer_types: c.layer_types.clone(), ..ours.clone() });
+    assert_eq!((0..4).map(|i| ours.layer_type(i)).collect::<Vec<_>>(), c.layer_types);
+    let derived = ModelConfig::from_json(json!({"num_hidden_layers": 4, "layer_types": null, "mlp_only_layers": null})).unwrap();
+    assert_eq!(derived, ours);
+}
+
+#[test]
+fn written_layer_types_are_spelled_out() {
+    let c = ModelConfig { num_hidden_layers: 3, full_attention_interval: 2, ..Default::default() };
+    let json = c.to_json().unwrap();
+    assert_eq!(json["layer_types"], json!(["linear_attention", "full_attention", "linear_attention"]));
+    let back = ModelConfig::from_json(json).unwrap();
+    assert!((0..3).all(|i| back.layer_type(i) == c.layer_type(i)));
+    let sliding = ModelConfig { num_hidden_layers: 1, layer_types: vec![LayerType::SlidingAttention], ..Default::default() };
+    assert_eq!(ModelConfig::from_json(sliding.to_json().unwrap()).unwrap(), sliding);
+}
+
+#[test]
+fn far_names_are_not_offered() {
+    let names = ["hidden_size", "train.steps", "num_experts"];
+    for (key, want) in
+        [("hiden_size", Some("hidden_size")), ("steps", Some("train.steps")), ("tarin.steps", Some("train.steps")), ("learning_rate", None)]
+    {
+        assert_eq!(nearest(key, names.iter().copied()), want, "{key}");
+    }
+    let e = ModelConfig::from_json(json!({"quantization_config": {}})).unwrap_err().to_string();
+    assert!(e.contains("unknown key `quantization_config`") && !e.contains("did you mean"), "{e}");
+}
+
+#[test]
+fn mistakes_are_named() {
+    let err = |v: Value| ModelConfig::from_json(v).unwrap_err().to_string();
+    assert!(err(json!({"hiden_size": 4})).contains("did you mean `hidden_size`"));
+    assert!(err(json!({"num_attention_heads": 5, "num_key_value_heads": 2})).contains("num_key_value_heads"));
+    assert!(err(json!({"num_experts": 2, "num_experts_per_tok": 3})).contains("num_experts_per_tok"));
+    assert!(err(json!({"hidden_size": "big"})).contains("big"));
+    assert!(err(json!({"attention_bias": true})).contains("attention_bias"));
+    assert!(err(json!([1])).contains("object"));
+    for key in ["hidden_size", "decoder_sparse_step", "moe_intermediate_size", "linear_key_head_dim"] {
+        assert!(err(json!({ key: 0 })).contains(key));
+    }
+    for key in ["vocab_size", "num_experts", "intermediate_size", "shared_expert_intermediate_size", "num_hidden_layers"] {
+        assert!(err(json!({ key: 1u64 << 40 })).contains(key));
+    }
+    assert!(err(json!({"num_experts": 0, "intermediate_size": 0})).contains("layer 0 is dense"));
+    assert!(err(json!({"num_hidden_layers": 4, "mlp_only_layers": [4]})).contains("names layer 4"));
+    assert!(err(json!({"attention_dropout": 0.1})).contains("attention_dropout"));
+    assert!(err(json!({"model_type": "llama"})).contains("qwen3_next"));
+    assert!(err(json!({"rope_parameters": {"rope_type": "yarn"}})).contains("yarn"));
+    assert!(err(json!({"rope_parameters": {"mrope_section": [1]}})).contains("mrope_section"));
+    assert!(err(json!({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}})).contains("contradict"));
+    assert!(err(json!({"rope_parameters": 3})).contains("object"));
+}
+
+#[test]
+fn a_model_larger_than_the_machine_is_refused_before_it_is_made() {
+    let largest = ModelConfig { num_experts: LARGEST, num_hidden_layers: 2, ..Default::default() };
+    let huge = ModelConfig { hidden_size: LARGEST, moe_intermediate_size: LARGEST, ..largest.clone() };
+    assert_eq!(huge.parameters().0, usize::MAX);
+    assert!(huge.flops_per_token(1 << 20).is_finite());
+    for c in [largest, huge] {
+        c.validate().unwrap();
+        let e = crate::Decoder::new(&c, 0, engine::DType::F32).err().unwrap().to_string();
+        assert!(e.contains("GiB") && e.contains("num_experts"), "{e}");
+    }
+}
+
+#[test]
+fn counts_the_published_model() {
+    let (total, active) = ModelConfig { tie_word_embeddings: false, ..Default::default() }.parameters();
+    assert!((79.0..81.5).contains(&(total as f64 / 1e9)), "{total}");
+    assert!((3.0..4.2).contains(&(active as f64 / 1e9)), "{active}");
+}
+
+#[test]
+fn operations_are_those_counted_by_hand() {
+    let c = ModelConfig {
+        vocab_size: 10,
+        hidden_size: 8,
+        num_hidden_layers: 3,
+        layer_types: vec![LayerType::LinearAttention, LayerType::FullAttention, LayerType::SlidingAttention],
+        sliding_window: 2,
+        num_attention_heads: 2,
+        num_key_value_heads: 1,
+        head_dim: 4,
+        partial_rotary_factor: 0.5,
+        linear_num_key_heads: 1,
+        linear_num_value_heads: 2,
+        linear_key_head_dim: 4,
+        linear_value_head_dim: 3,
+        linear_conv_kernel_dim: 4,
+        num_experts: 0,
+        intermediate_size: 16,
+        ..Default::default()
+    };
+    // delta rule: qkvz 8·(4+4+6+6), ba 8·4, convolution 14·4, A_log and dt_bias 2+2, norm 3, out 6·8; softmax: q and gate 8·16, k and v 8·8, norms 8, o 8·8
+    let (delta, softmax, dense) = (160 + 32 + 56 + 4 + 3 + 48, 128 + 64 + 8 + 64, 3 * 8 * 16);
+    let n = 2 * 80 + 8 + delta + 2 * softmax + 3 * (dense + 16);
+    assert_eq!(c.parameters(), (n, n));
+    // keys seen by the queries of 5 tokens: 1+2+3+4+5, and 1+2+2+2+2 in a window of 2
+    let recurrence = 18.0 * (2 * 4 * 3) as f64;
+    let want = 6.0 * (n - 80) as f64 + recurrence + 12.0 * 8.0 * (15.0 / 5.0 + 9.0 / 5.0);
+    assert!((c.flops_per_token(5) - want).abs() < 1e-9, "{} against {want}", c.flops_per_token(5));
+}
