@@ -1,6 +1,7 @@
 //! All parameters at once: the norm of their gradients, the coefficient that clips it, and the update, with nothing that the host has to wait for.
 
 use super::{Rates, squares_of, update_all};
+use crate::dtypes::sums as master;
 use engine::cpu::simd::Real;
 use engine::cpu::{Inputs, Outputs};
 use engine::{DType, Device, Error, Meta, Op, Result, Tensor, cpu_kernel, dispatch_real, run, run_in_place};
@@ -73,10 +74,6 @@ impl AdamWMany {
         }
         Tensor::from_slice(&super::schedule(lr, [self.beta1, self.beta2], step), &[3], device)
     }
-}
-
-fn master(d: DType) -> DType {
-    if d == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
 impl Op for AdamWMany {

@@ -1,7 +1,7 @@
 //! The definition, composed of primitive ops.
 
 use super::AdamW;
-use engine::{DType, Result, Tensor};
+use engine::{Result, Tensor};
 
 /// As [`super::adamw`], but returns the new parameter and moments.
 pub fn adamw(op: AdamW, p: &Tensor, m: &Tensor, v: &Tensor, grad: &Tensor) -> Result<[Tensor; 3]> {
@@ -16,7 +16,7 @@ pub fn adamw(op: AdamW, p: &Tensor, m: &Tensor, v: &Tensor, grad: &Tensor) -> Re
 const THIRD: AdamW = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3, grad_scale: 0.5 };
 /// A copy in the dtype of masters and moments.
 fn master(x: &Tensor) -> Result<Tensor> {
-    x.cast(if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 })?.affine(1.0, 0.0)
+    x.cast(crate::dtypes::sums(x.dtype()))?.affine(1.0, 0.0)
 }
 engine::self_test!("adamw", [[1003], [1003], [1003], [1003]], |x| {
     let [p, m, v, g] = [0, 1, 2, 3].map(|i| x[i].detach());
