@@ -1,7 +1,7 @@
 //! Kernels against the definition, gradients against central differences, promises about determinism and errors.
 
 use super::{reference::Sizes, *};
-use crate::testing::{bits, fails};
+use crate::testing::{bits, fails, narrow};
 use engine::{DType, Device, gradcheck};
 
 /// One way of calling the op.
@@ -162,22 +162,14 @@ fn large_gradients_match_central_differences_along_a_direction() {
 #[test]
 fn narrow_types_stay_within_the_fields_bounds() {
     for c in large() {
-        for (dtype, o, d) in [(DType::F32, 1e-5, 1e-5), (DType::BF16, 0.005, 0.008), (DType::F16, 0.005, 0.008)] {
-            let x = c.leaves(DType::F64).iter().map(|x| x.cast(dtype).unwrap()).collect::<Vec<_>>();
-            let exact = x.iter().map(|x| x.cast(DType::F64).unwrap()).collect::<Vec<_>>();
-            for (i, (got, want)) in c.both(&x).iter().zip(c.both(&exact)).enumerate() {
-                assert_eq!(got.dtype(), dtype);
-                let error = ratio(got, &want.to_vec::<f64>().unwrap());
-                // a head-wise gate's gradient is judged like the decay's of the delta rule: a sum over Dv of products with the rounded u
-                let head_wise = c.gate.is_some_and(|g| !g.1);
-                let bound = match i {
-                    0 => o,
-                    4 if head_wise && dtype != DType::F32 => 0.02,
-                    _ => d,
-                };
-                assert!(error < bound, "{c:?} {dtype} output {i}: {error:e}");
-            }
-        }
+        let composed = |x: &[Tensor]| {
+            let cu = c.cu().map(|cu| cu.cast(DType::I64)).transpose()?;
+            Ok(vec![reference::composed(&x[0], &x[1], &x[2], c.gate.map(|g| (&x[3], g.0)), cu.as_ref(), c.a)?])
+        };
+        // a head-wise gate's gradient is judged like the decay's of the delta rule: a sum over Dv of products with the rounded u
+        let mut bounds = vec![0.005, 0.008, 0.008, 0.008];
+        bounds.extend(c.gate.map(|(_, elementwise)| if elementwise { 0.008 } else { 0.02 }));
+        narrow(&format!("{c:?}"), |x| Ok(vec![c.run(x)?]), composed, &c.leaves(DType::F64), &[], &bounds);
     }
 }
 
