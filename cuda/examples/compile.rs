@@ -29,7 +29,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for t in targets {
         let start = std::time::Instant::now();
         let b = compile_afresh(&kernel, t)?;
-        println!("{t:?}: {} bytes in {:.2} s, {:?} (bound {})", b.code.len(), start.elapsed().as_secs_f64(), resources(&b.log), kernel.register_bound());
+        println!(
+            "{t:?}: {} bytes in {:.2} s, {:?} (bound {})",
+            b.code.len(),
+            start.elapsed().as_secs_f64(),
+            resources(&b.log),
+            kernel.register_bound()
+        );
         print!("{}", b.log);
     }
     Ok(())

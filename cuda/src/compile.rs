@@ -48,9 +48,9 @@ fn preload() {
                     let f = fs::canonicalize(f).unwrap_or(f.clone());
                     #[cfg(unix)]
                     // SAFETY: these libraries' initialisers have no preconditions.
-                    if let Ok(l) = unsafe {
-                        libloading::os::unix::Library::open(Some(&f), libloading::os::unix::RTLD_NOW | libloading::os::unix::RTLD_GLOBAL)
-                    } {
+                    if let Ok(l) =
+                        unsafe { libloading::os::unix::Library::open(Some(&f), libloading::os::unix::RTLD_NOW | libloading::os::unix::RTLD_GLOBAL) }
+                    {
                         std::mem::forget(l);
                     }
                 }
@@ -89,19 +89,34 @@ pub fn host_compiler() -> Result<String> {
         let works = |c: &String| process::Command::new(c).arg("--version").output().is_ok_and(|o| o.status.success());
         env::var("CXX").ok().into_iter().chain(["g++", "clang++", "c++"].map(String::from)).find(works)
     });
-    FOUND.clone().ok_or_else(|| error("the emulator compiles kernels with a host C++ compiler, and none of $CXX, g++, clang++ and c++ runs here".into()))
+    FOUND
+        .clone()
+        .ok_or_else(|| error("the emulator compiles kernels with a host C++ compiler, and none of $CXX, g++, clang++ and c++ runs here".into()))
 }
 
 /// Options; part of the cache key.
 fn options(target: Target) -> Vec<String> {
     let fixed: &[&str] = match target {
         Target::Gpu(_) => &["--std=c++17", "-default-device", "-lineinfo", "--ptxas-options=-v"],
-        Target::Host => &["-std=c++17", "-O2", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-gnu-unique", "-w", "-DTG_EMULATE", "-x", "c++"],
+        Target::Host => &[
+            "-std=c++17",
+            "-O2",
+            "-shared",
+            "-fPIC",
+            "-fno-strict-aliasing",
+            "-ffp-contract=off",
+            "-fno-gnu-unique",
+            "-w",
+            "-DTG_EMULATE",
+            "-x",
+            "c++",
+        ],
     };
     let mut v: Vec<String> = fixed.iter().map(|s| s.to_string()).collect();
     match target {
         Target::Gpu(arch) => v.push(format!("--gpu-architecture=sm_{arch}{}", if arch == 90 { "a" } else { "" })),
-        Target::Host => {
+        Target::Host =>
+        {
             #[cfg(target_arch = "x86_64")]
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 v.extend(["-mavx2".into(), "-mfma".into()]);
@@ -173,7 +188,8 @@ pub fn compile_all(kernels: &[Kernel], target: Target) -> Vec<Result<Binary>> {
             });
         }
     });
-    let taken = |m: Mutex<Option<Result<Binary>>>| m.into_inner().unwrap_or_else(|e| e.into_inner()).unwrap_or_else(|| Err(error("not compiled".into())));
+    let taken =
+        |m: Mutex<Option<Result<Binary>>>| m.into_inner().unwrap_or_else(|e| e.into_inner()).unwrap_or_else(|| Err(error("not compiled".into())));
     results.into_iter().map(taken).collect()
 }
 
@@ -233,7 +249,8 @@ fn by_host(k: &Kernel) -> Result<Binary> {
     for (name, text) in headers(k, Target::Host).into_iter().chain([(file, src.as_str())]) {
         fs::write(folder.0.join(name), text).map_err(io)?;
     }
-    let out = process::Command::new(&compiler).args(options(Target::Host)).arg(file).args(["-o", "out.so"]).current_dir(&folder.0).output().map_err(io)?;
+    let out =
+        process::Command::new(&compiler).args(options(Target::Host)).arg(file).args(["-o", "out.so"]).current_dir(&folder.0).output().map_err(io)?;
     let log = String::from_utf8_lossy(&out.stderr).into_owned();
     if !out.status.success() {
         return Err(error(explain(k, Target::Host, &src, &log)));

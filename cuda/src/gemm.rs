@@ -47,7 +47,25 @@ impl Gemm {
     /// Dense row-major operands, one product.
     pub fn new(dtype: DType, (m, n, k): (usize, usize, usize), a: u64, b: u64, c: u64) -> Gemm {
         let (a_trans, b_trans) = (false, false);
-        Gemm { dtype, m, n, k, batch: 1, a, a_trans, a_ld: k, a_stride: m * k, b, b_trans, b_ld: n, b_stride: k * n, c, c_ld: n, c_stride: m * n, accumulate: false }
+        Gemm {
+            dtype,
+            m,
+            n,
+            k,
+            batch: 1,
+            a,
+            a_trans,
+            a_ld: k,
+            a_stride: m * k,
+            b,
+            b_trans,
+            b_ld: n,
+            b_stride: k * n,
+            c,
+            c_ld: n,
+            c_stride: m * n,
+            accumulate: false,
+        }
     }
 
     /// In host memory, for the emulator.

@@ -85,9 +85,7 @@ impl Kernel {
 
 impl PartialEq for Kernel {
     fn eq(&self, o: &Self) -> bool {
-        std::ptr::eq(self.source, o.source)
-            && self.call == o.call
-            && (self.threads, self.min_blocks, self.arch) == (o.threads, o.min_blocks, o.arch)
+        std::ptr::eq(self.source, o.source) && self.call == o.call && (self.threads, self.min_blocks, self.arch) == (o.threads, o.min_blocks, o.arch)
     }
 }
 impl Eq for Kernel {}
@@ -213,12 +211,7 @@ pub fn one_of(op: &'static str, arg: &str, found: DType, of: &[DType]) -> Result
 macro_rules! cuda_kernel {
     ($op:ty => $f:expr) => {
         const _: () = {
-            fn erased(
-                op: &dyn ::engine::Op,
-                backend: &dyn ::engine::Backend,
-                x: &[::engine::View],
-                y: &[::engine::View],
-            ) -> ::engine::Result<()> {
+            fn erased(op: &dyn ::engine::Op, backend: &dyn ::engine::Backend, x: &[::engine::View], y: &[::engine::View]) -> ::engine::Result<()> {
                 let (any, backend): (&dyn ::std::any::Any, &dyn ::std::any::Any) = (op, backend);
                 let wrong = || ::engine::Error::invalid(op.name(), "was handed to another op's kernel");
                 let kernel: fn(&$op, &$crate::Cuda, &[::engine::View], &[::engine::View]) -> ::engine::Result<()> = $f;

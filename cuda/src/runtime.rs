@@ -72,7 +72,15 @@ impl Cuda {
     fn new(driver: Arc<dyn Driver>, model: String) -> Cuda {
         let synchronous = std::env::var_os("TIDEGATE_CUDA_SYNC").is_some_and(|v| v == "1");
         let memory = Memory::new(driver.clone());
-        Cuda(Arc::new(Inner { driver, memory, functions: Default::default(), synchronous, faults: Default::default(), messages: Default::default(), model }))
+        Cuda(Arc::new(Inner {
+            driver,
+            memory,
+            functions: Default::default(),
+            synchronous,
+            faults: Default::default(),
+            messages: Default::default(),
+            model,
+        }))
     }
     /// The backend behind a device, if it is a GPU or the emulator.
     pub fn of(device: &Device) -> Result<&Cuda> {
@@ -209,7 +217,14 @@ impl Cuda {
         }
         let shape = Shape { grid, threads: k.threads, shared };
         let limit = self.shared_limit();
-        if k.threads == 0 || k.threads > 1024 || k.threads % 32 != 0 || grid[0] > i32::MAX as u32 || grid[1] > 65535 || grid[2] > 65535 || shared > limit {
+        if k.threads == 0
+            || k.threads > 1024
+            || k.threads % 32 != 0
+            || grid[0] > i32::MAX as u32
+            || grid[1] > 65535
+            || grid[2] > 65535
+            || shared > limit
+        {
             let msg = format!(
                 "{k} can't be launched with {shape:?}: blocks have 32 to 1024 threads (a multiple of 32), grids at most 2³¹ − 1, 65535 and 65535 blocks, \
                  blocks at most {limit} bytes of shared memory"

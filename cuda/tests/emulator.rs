@@ -1,7 +1,7 @@
 //! The runtime and the emulator: what kernels may use, what faults are noticed, memory, graphs, messages.
 
 use cuda::{Cuda, Gemm, Graph, Kernel, Ptr, cuda_kernel, cuda_source, params};
-use engine::{DType, Device, Error, Meta, Op, Result, Tensor, View, run1, run_on};
+use engine::{DType, Device, Error, Meta, Op, Result, Tensor, View, run_on, run1};
 
 cuda_source!(static SOURCE = "emulator.cu", kernels: list);
 cuda_source!(static BROKEN = "broken.cu", kernels: || vec![Kernel::new(&BROKEN, "broken<float>", 32)]);
@@ -92,7 +92,11 @@ fn tiles_multiply_in_every_transpose() {
                             _ => (0..16).map(|k| rounded(abt(i, k)) * b(k, j)).sum(),
                         };
                         let slack = if kind == 3 && dtype == DType::BF16 { 0.1 } else { tolerance };
-                        assert!((y[i * 16 + j] as f64 - want).abs() <= slack * want.abs().max(1.0), "{name} {kind} {i} {j}: {} {want}", y[i * 16 + j]);
+                        assert!(
+                            (y[i * 16 + j] as f64 - want).abs() <= slack * want.abs().max(1.0),
+                            "{name} {kind} {i} {j}: {} {want}",
+                            y[i * 16 + j]
+                        );
                     }
                 }
             }
@@ -137,7 +141,8 @@ fn messages_say_what_to_do() {
     if cuda::available().is_err() {
         assert!(cuda::device(0).unwrap_err().to_string().contains("libcuda"));
     }
-    let m = run_on(Run { kernel: axpy(DType::F32), out: Meta::new(&[1], DType::F32), grid: 1, shared: 0, n: 1 }, &Device::cpu(), &[&a, &a]).unwrap_err();
+    let m =
+        run_on(Run { kernel: axpy(DType::F32), out: Meta::new(&[1], DType::F32), grid: 1, shared: 0, n: 1 }, &Device::cpu(), &[&a, &a]).unwrap_err();
     assert!(matches!(m, Error::NoKernel { .. }), "{m}");
 }
 
@@ -213,7 +218,10 @@ fn products_take_every_transpose_and_accumulate() {
     for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
         for (ta, tb) in [(false, false), (true, false), (false, true), (true, true)] {
             let (m, n, k, batch) = (5, 7, 9, 2);
-            let (a, b) = (randn(&[batch, if ta { k } else { m }, if ta { m } else { k }], dtype, 1), randn(&[if tb { n } else { k }, if tb { k } else { n }], dtype, 2));
+            let (a, b) = (
+                randn(&[batch, if ta { k } else { m }, if ta { m } else { k }], dtype, 1),
+                randn(&[if tb { n } else { k }, if tb { k } else { n }], dtype, 2),
+            );
             let start = randn(&[batch, m, n], dtype, 3);
             let t = |x: &Tensor, yes: bool, r: usize| if yes { x.transpose(r - 2, r - 1).unwrap() } else { x.clone() };
             let f = |x: &Tensor| x.cast(DType::F64).unwrap();

@@ -39,7 +39,8 @@ impl Blas {
 
     pub fn new(workspace: u64) -> Result<Blas> {
         if !present(lt::is_culib_present) {
-            let how = "libcublasLt is not found: install the CUDA toolkit or `pip install nvidia-cublas`, and name its lib folder in TIDEGATE_CUDA_LIBS";
+            let how =
+                "libcublasLt is not found: install the CUDA toolkit or `pip install nvidia-cublas`, and name its lib folder in TIDEGATE_CUDA_LIBS";
             return Err(Error::invalid("matmul", how));
         }
         let mut handle = null_mut();
@@ -64,9 +65,7 @@ impl Blas {
         let [lb, la, lc] = p.layouts;
         let w = self.workspace as *mut c_void;
         // SAFETY: the plan was made for these shapes; the caller hands out memory of that size; scalars are read before the call returns.
-        let r = unsafe {
-            lt::cublasLtMatmul(self.handle, p.desc, one, b, lb, a, la, beta, c, lc, c, lc, &p.algo, w, Self::WORKSPACE, stream)
-        };
+        let r = unsafe { lt::cublasLtMatmul(self.handle, p.desc, one, b, lb, a, la, beta, c, lc, c, lc, &p.algo, w, Self::WORKSPACE, stream) };
         check(r, "cublasLtMatmul", g)
     }
 
@@ -99,13 +98,16 @@ impl Blas {
             for (l, ((rows, cols), ld, stride)) in layouts.iter_mut().zip(parts) {
                 check(lt::cublasLtMatrixLayoutCreate(l, kind, rows, cols, ld as i64), "cublasLtMatrixLayoutCreate", g)?;
                 let (count, stride) = (g.batch as i32, stride as i64);
-                let set = |attr, at: *const c_void, n| check(lt::cublasLtMatrixLayoutSetAttribute(*l, attr, at, n), "cublasLtMatrixLayoutSetAttribute", g);
+                let set =
+                    |attr, at: *const c_void, n| check(lt::cublasLtMatrixLayoutSetAttribute(*l, attr, at, n), "cublasLtMatrixLayoutSetAttribute", g);
                 set(L::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, (&raw const count).cast(), 4)?;
                 set(L::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, (&raw const stride).cast(), 8)?;
             }
             let mut pref = null_mut();
             check(lt::cublasLtMatmulPreferenceCreate(&mut pref), "cublasLtMatmulPreferenceCreate", g)?;
-            let set = |attr, at: *const c_void, n| check(lt::cublasLtMatmulPreferenceSetAttribute(pref, attr, at, n), "cublasLtMatmulPreferenceSetAttribute", g);
+            let set = |attr, at: *const c_void, n| {
+                check(lt::cublasLtMatmulPreferenceSetAttribute(pref, attr, at, n), "cublasLtMatmulPreferenceSetAttribute", g)
+            };
             let workspace = Self::WORKSPACE;
             set(P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const workspace).cast(), 8)?;
             let [a, b, c] = align;

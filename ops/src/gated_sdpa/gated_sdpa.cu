@@ -1,0 +1,214 @@
+// The forward of gated_sdpa: o = gate(softmax(scale q kᵀ + mask) v), FlashAttention-2's order (Dao 2023, algorithm 1) on mma.sync.
+//
+// A block has ROWS query rows (times × heads of a group, see gated_sdpa.cuh) of one key/value head and goes over the tiles of KEYS keys that any of them sees.
+// A warp has 16 M rows: with M = 2 each fragment of K and V is read from shared memory once for two products, without which shared memory
+// (128 B a cycle; a 16 × 8 × 16 product needs 2 cycles of it at M = 1, and takes 1.6 on tensor cores) would be the bound.
+//
+// registers: O [16 M × HD] and S [16 M × KEYS] of a warp as accumulators; a row's maximum and its share of the sum. P = exp2(c s - c max) goes from S's
+//     registers straight into the product with V. Up to head dim 64 Q's fragments too.
+// shared: Q [ROWS × HD], one tile of K and one of V [KEYS × HD], rows padded by 16 bytes so that ldmatrix meets no bank twice. V comes while S is
+//     computed, the next K while the softmax and P V are: one buffer each is enough, and two blocks fit on a multiprocessor.
+// masks: a tile that all rows see in full skips the comparisons; one that none sees is never visited.
+// order: blocks of one head follow each other (K and V stay in L2), those with most keys first under a causal mask.
+// epilogue: u = O / sum, the gate from global memory in fragments' layout, u and o through shared memory to rows of 16-byte stores. log-sum-exp in f32.
+// few rows, many keys (decoding): blocks share a head's keys; each writes its normalised part in f32, and sdpa_combine joins them and applies the gate.
+//     Up to 16 rows take blocks of one warp with 16 rows.
+//
+// Estimate, bf16, HD 128 (M 2, 4 warps, ROWS 128, KEYS 64): 4·128·64·128 = 4.2 MFLOP a tile against 32 KB of K and V from L2; 70 KB of shared memory and
+// 255 registers: 2 blocks a multiprocessor. mma.sync runs at about 60 % of an H100's peak, so 500 TFLOP/s are the roof; 370 is what others reach this way.
+#include "gated_sdpa.cuh"
+
+template <class T, int HD, int M, int WARPS, int KEYS> TG_DEVICE void sdpa_forward(const SdpaParams& p) {
+    constexpr int ROWS = 16 * M * WARPS, THREADS = 32 * WARPS, NS = KEYS / 8, NO = HD / 8;
+    constexpr bool HOLD = sizeof(T) == 2 && HD <= 64; // Q's fragments stay in registers
+    typedef Tile<T, ROWS, HD> QTile;
+    typedef Tile<T, KEYS, HD> KTile;
+    static_assert(2 * KEYS >= ROWS, "the output's tile takes the place of K and V");
+    constexpr int STRIDE = QTile::STRIDE;
+    QTile q{shared<T>()};
+    KTile k{shared<T>(QTile::BYTES)}, v{shared<T>(QTile::BYTES + KTile::BYTES)};
+    int *lo = shared<int>(QTile::BYTES + 2 * KTile::BYTES), *hi = lo + ROWS;
+
+    if (block_x() == 0 && block_y() == 0) check_documents(p);
+    u32 bh, rank, b, hk;
+    p.tiles.divmod(block_x(), bh, rank);
+    p.heads.divmod(bh, b, hk);
+    int r0 = (p.n_tiles - 1 - (int)rank) * ROWS, n = min_of(ROWS, p.R - r0);
+    for (int i = thread(); i < ROWS; i += THREADS) {
+        Band x = i < n ? keys_of(p, p.group.div(r0 + i)) : Band{0, 0};
+        lo[i] = x.lo;
+        hi[i] = x.hi;
+    }
+    sync();
+    int begin = lo[0], end = hi[n - 1], lo_last = lo[n - 1], hi_first = hi[0];
+    if (p.splits > 1) {
+        int from = p.split_from + (int)block_y() * p.split_span;
+        begin = max_of(begin, from);
+        end = min_of(end, from + p.split_span);
+        lo_last = max_of(lo_last, from); // a tile that is cut by the split's ends is not full
+        hi_first = min_of(hi_first, from + p.split_span);
+    }
+    begin = begin / KEYS * KEYS;
+
+    int row0 = (int)warp() * 16 * M;
+    bool active = row0 < n;
+    FragC o[M][NO];
+    float top[M][2], sum[M][2];
+    TG_UNROLL for (int m = 0; m < M; m++) {
+        TG_UNROLL for (int i = 0; i < NO; i++) o[m][i].zero();
+        TG_UNROLL for (int h = 0; h < 2; h++) { top[m][h] = -infinity(); sum[m][h] = 0.f; }
+    }
+    FragA<T> held[HOLD ? M : 1][HOLD ? HD / 16 : 1];
+
+    Keys<const T> ks(p.k, b, hk), vs(p.v, b, hk);
+    load_rows<THREADS>(q, Rows<const T>(p, p.q, b, hk), r0, n, p.d, p.vec & VEC_Q);
+    if (begin < end) load_rows<THREADS>(k, ks, begin, p.keys - begin, p.d, p.vec & VEC_K);
+    copy_commit();
+    for (int k0 = begin; k0 < end; k0 += KEYS) {
+        copy_wait<0>();
+        sync(); // K is here, and V of the tile before is done with
+        load_rows<THREADS>(v, vs, k0, p.keys - k0, p.dv_cols, p.vec & VEC_V);
+        copy_commit();
+        FragC s[M][NS];
+        if (active) {
+            if constexpr (HOLD) {
+                if (k0 == begin) {
+                    TG_UNROLL for (int m = 0; m < M; m++)
+                        TG_UNROLL for (int i = 0; i < HD / 16; i++) load_a(held[m][i], q.data, STRIDE, row0 + 16 * m, 16 * i);
+                }
+                TG_UNROLL for (int m = 0; m < M; m++)
+                    TG_UNROLL for (int i = 0; i < NS; i++) s[m][i].zero();
+                TG_UNROLL for (int i = 0; i < HD / 16; i++) {
+                    FragA<T> fa[M];
+                    TG_UNROLL for (int m = 0; m < M; m++) fa[m] = held[m][i];
+                    step_abt<T, M, NS>(s, fa, k.data, STRIDE, 0, 16 * i);
+                }
+            } else {
+                product_abt<T, HD, M, NS>(s, q.data, row0, k.data, 0, STRIDE);
+            }
+        }
+        copy_wait<0>();
+        sync(); // V is here, and K is done with
+        if (k0 + KEYS < end) load_rows<THREADS>(k, ks, k0 + KEYS, p.keys - k0 - KEYS, p.d, p.vec & VEC_K);
+        copy_commit();
+        if (!active) continue;
+
+        if (p.flip != 1.f) {
+            TG_UNROLL for (int m = 0; m < M; m++)
+                TG_UNROLL for (int i = 0; i < NS; i++)
+                    TG_UNROLL for (int e = 0; e < 4; e++) s[m][i].v[e] *= p.flip;
+        }
+        if (lo_last > k0 || hi_first < k0 + KEYS) {
+            TG_UNROLL for (int m = 0; m < M; m++)
+                TG_UNROLL for (int h = 0; h < 2; h++) {
+                    int r = row0 + 16 * m + frag_row(2 * h), from = max_of(lo[r], p.splits > 1 ? p.split_from + (int)block_y() * p.split_span : 0), to = min_of(hi[r], end);
+                    TG_UNROLL for (int i = 0; i < NS; i++)
+                        TG_UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) {
+                            int j = k0 + 8 * i + frag_col(e);
+                            if (j < from || j >= to) s[m][i].v[e] = -infinity();
+                        }
+                }
+        }
+        TG_UNROLL for (int m = 0; m < M; m++)
+            TG_UNROLL for (int h = 0; h < 2; h++) {
+                float x = top[m][h];
+                TG_UNROLL for (int i = 0; i < NS; i++) x = fmaxf(x, fmaxf(s[m][i].v[2 * h], s[m][i].v[2 * h + 1]));
+                x = fmaxf(x, shuffle_xor(x, 1));
+                x = fmaxf(x, shuffle_xor(x, 2));
+                float base = x == -infinity() ? 0.f : x * p.c; // a row that has seen no key yet
+                float alpha = fast_exp2(top[m][h] * p.c - base), total = 0.f;
+                top[m][h] = x;
+                TG_UNROLL for (int i = 0; i < NS; i++)
+                    TG_UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) {
+                        float y = fast_exp2(s[m][i].v[e] * p.c - base);
+                        s[m][i].v[e] = y;
+                        total += y;
+                    }
+                sum[m][h] = sum[m][h] * alpha + total;
+                TG_UNROLL for (int i = 0; i < NO; i++) { o[m][i].v[2 * h] *= alpha; o[m][i].v[2 * h + 1] *= alpha; }
+            }
+        TG_UNROLL for (int i = 0; i < KEYS / 16; i++) {
+            FragA<T> fa[M];
+            TG_UNROLL for (int m = 0; m < M; m++) to_a(fa[m], s[m][2 * i], s[m][2 * i + 1]);
+            step_ab<T, M, NO>(o, fa, v.data, STRIDE, 0, 16 * i);
+        }
+    }
+    copy_wait<0>();
+    sync(); // all tiles are free
+
+    Tile<T, ROWS, HD> out{k.data};
+    Rows<const T> gates(p, p.gate, b, hk);
+    if (active) {
+        TG_UNROLL for (int m = 0; m < M; m++)
+            TG_UNROLL for (int h = 0; h < 2; h++) {
+                int i = row0 + 16 * m + frag_row(2 * h), r = r0 + i;
+                float l = sum[m][h];
+                l += shuffle_xor(l, 1);
+                l += shuffle_xor(l, 2);
+                float inverse = l > 0.f ? 1.f / l : l == 0.f ? 0.f : l, base2 = l == 0.f ? -infinity() : top[m][h] * p.c + log2f(l);
+                if (i >= n) continue;
+                if (p.splits > 1) {
+                    u64 row = ((u64)block_y() * p.total + (u64)bh * p.R + r);
+                    if ((lane() & 3) == 0) p.partial[(u64)p.splits * p.total * p.dv_cols + row] = base2;
+                    TG_UNROLL for (int j = 0; j < NO; j++)
+                        TG_UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) {
+                            int c = 8 * j + frag_col(e);
+                            if (c < p.dv_cols) p.partial[row * p.dv_cols + c] = o[m][j].v[e] * inverse;
+                        }
+                    continue;
+                }
+                u32 time, g;
+                p.group.divmod(r, time, g);
+                if ((lane() & 3) == 0) p.lse[((u64)b * p.queries + time) * p.H + hk * p.group.divisor + g] = base2 * LN2;
+                const T* logits = p.gating ? gates.at(r) : nullptr;
+                float x = p.gating == 1 ? load(logits[0]) : 0.f, y = x;
+                TG_UNROLL for (int j = 0; j < NO; j++) {
+                    int c = 8 * j + frag_col(2 * h);
+                    float u0 = o[m][j].v[2 * h] * inverse, u1 = o[m][j].v[2 * h + 1] * inverse;
+                    if (p.gating) {
+                        if (p.gating == 2) {
+                            if (p.vec & VEC_GATE) { if (c < p.dv_cols) load_pair(logits + c, x, y); }
+                            else { x = c < p.dv_cols ? load(logits[c]) : 0.f; y = c + 1 < p.dv_cols ? load(logits[c + 1]) : 0.f; }
+                        }
+                        store_pair(q.at(i, c), u0, u1);
+                        u0 = gated(p, u0, x);
+                        u1 = gated(p, u1, y);
+                    }
+                    store_pair(out.at(i, c), u0, u1);
+                }
+            }
+    }
+    if (p.splits > 1) return;
+    sync();
+    store_rows<THREADS>(out, Rows<T>(p, p.o, b, hk), r0, n, p.dv_cols, p.vec & VEC_O);
+    if (p.gating) store_rows<THREADS>(q, Rows<T>(p, p.u, b, hk), r0, n, p.dv_cols, p.vec & VEC_O);
+}
+
+// Joins the parts of a split over keys: a warp per row.
+template <class T> TG_DEVICE void sdpa_combine(const SdpaParams& p) {
+    u32 id = block_x() * (threads() / 32) + warp();
+    if (id >= p.total) return;
+    u32 bh, r, b, hk, time, g;
+    p.rows.divmod(id, bh, r);
+    p.heads.divmod(bh, b, hk);
+    p.group.divmod(r, time, g);
+    const float* part = p.partial + (u64)p.splits * p.total * p.dv_cols + id; // log-sum-exps
+    float top = -infinity(), sum = 0.f;
+    for (int i = 0; i < p.splits; i++) top = fmaxf(top, part[(u64)i * p.total]);
+    float base = top == -infinity() ? 0.f : top;
+    for (int i = 0; i < p.splits; i++) sum += fast_exp2(part[(u64)i * p.total] - base);
+    if (lane() == 0) p.lse[((u64)b * p.queries + time) * p.H + hk * p.group.divisor + g] = (base + log2f(sum)) * LN2;
+    float inverse = sum > 0.f ? 1.f / sum : sum;
+    const T* logits = p.gating ? Rows<const T>(p, p.gate, b, hk).at(r) : nullptr;
+    T *o = Rows<T>(p, p.o, b, hk).at(r), *u = p.gating ? Rows<T>(p, p.u, b, hk).at(r) : nullptr;
+    for (int c = lane(); c < p.dv_cols; c += 32) {
+        float x = 0.f;
+        for (int i = 0; i < p.splits; i++) x += p.partial[((u64)i * p.total + id) * p.dv_cols + c] * fast_exp2(part[(u64)i * p.total] - base);
+        x *= inverse;
+        if (p.gating) {
+            u[c] = store<T>(x);
+            x = gated(p, x, load(logits[p.gating == 2 ? c : 0]));
+        }
+        o[c] = store<T>(x);
+    }
+}
