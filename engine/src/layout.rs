@@ -112,7 +112,7 @@ impl Layout {
     }
 
     /// Merges neighbouring axes that `others` can merge as well, so that loops get long: returns the merged shape and one stride list per layout.
-    pub(crate) fn merged(layouts: &[&Layout]) -> (Vec<usize>, Vec<Vec<isize>>) {
+    pub fn merged(layouts: &[&Layout]) -> (Vec<usize>, Vec<Vec<isize>>) {
         let mut shape: Vec<usize> = vec![];
         let mut strides: Vec<Vec<isize>> = vec![vec![]; layouts.len()];
         for a in 0..layouts[0].shape.len() {

@@ -137,7 +137,7 @@ fn masks_and_tails() {
         case(1, [3, 200], [2, 1], [32, 32], CAUSAL, gate(1)),
         case(1, [130, 130], [2, 1], [32, 32], Attention { scale: Some(-0.3), ..CAUSAL }, None),
         case(1, [20, 20], [2, 1], [32, 32], Attention { scale: Some(0.0), ..CAUSAL }, None),
-        case(1, [33, 33], [1, 1], [32, 32], causal(1), gate(0)),
+        case(1, [33, 33], [1, 1], [32, 32], causal(2), gate(0)),
     ];
     compare_all(&cases, &BOTH);
 }
@@ -280,7 +280,8 @@ fn what_is_not_supported_is_an_error() {
         let e = r.expect_err(words).to_string();
         assert!(e.contains(words), "{e:?} lacks {words:?}");
     };
-    for device in devices() {
+    // an emulator of its own: what a kernel tells comes to whoever waits for the device next
+    if let Ok(device) = cuda::emulator_with_memory(1 << 20) {
         let c = case(1, [4, 4], [1, 1], [264, 8], CAUSAL, None);
         fails(c.both(&c.leaves(DType::F32), &device), "at most 256");
         let c = case(1, [4, 4], [1, 1], [8, 8], CAUSAL, None);
