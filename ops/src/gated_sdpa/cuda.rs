@@ -44,7 +44,6 @@ params! {
 const VEC_Q: u32 = 1;
 const VEC_K: u32 = 2;
 const VEC_V: u32 = 4;
-const VEC_GATE: u32 = 8;
 const VEC_O: u32 = 16;
 const VEC_DU: u32 = 32;
 const VEC_DQ: u32 = 64;
@@ -267,7 +266,6 @@ impl SdpaParams {
     }
     fn set_gate(&mut self, gate: Option<Gate>, logits: Option<&View>) -> Result<()> {
         let (Some(gate), Some(logits)) = (gate, logits) else { return Ok(()) };
-        let cols = self.dv_cols as usize;
         self.gate = strided(logits)?;
         self.gating = logits.layout.shape.len() as u32 - 2;
         self.additive = gate.additive as u32;
@@ -277,9 +275,6 @@ impl SdpaParams {
             Activation::NsSigmoid => 2,
             Activation::Identity => 3,
         };
-        if self.gating == 2 && aligned(logits, cols, 2 * logits.dtype.size())? {
-            self.vec |= VEC_GATE;
-        }
         Ok(())
     }
 }
@@ -293,11 +288,14 @@ fn forward(op: &GatedSdpa, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
     p.v = strided(&x[2])?;
     p.o = strided(&y[0])?;
     p.lse = Ptr::of(&y[1])?;
-    p.vec |= flag(VEC_V, &x[2], dv)? | flag(VEC_O, &y[0], dv)?;
+    p.vec |= flag(VEC_V, &x[2], dv)?;
     p.set_gate(op.gate, x.get(3))?;
-    if op.gate.is_some() {
+    let mut whole = aligned(&y[0], dv, 16)?;
+    if p.gating > 0 {
         p.u = strided(&y[2])?;
+        whole &= aligned(&y[2], dv, 16)? && (p.gating == 1 || aligned(&x[3], dv, 16)?);
     }
+    p.vec |= if whole { VEC_O } else { 0 };
     let few = dtype == DType::BF16 && rows <= FEW_ROWS;
     let f = Forward::new(dtype, head, few);
     let blocks = p.set_tiles(rows, f.rows()) * (b * p.hkv as usize) as u32;

@@ -10,7 +10,8 @@
 //     computed, the next K while the softmax and P V are: one buffer each is enough, and two blocks fit on a multiprocessor.
 // masks: a tile that all rows see in full skips the comparisons; one that none sees is never visited.
 // order: blocks of one head follow each other (K and V stay in L2), those with most keys first under a causal mask.
-// epilogue: u = O / sum, the gate from global memory in fragments' layout, u and o through shared memory to rows of 16-byte stores. log-sum-exp in f32.
+// epilogue: u = O / sum goes in f32 to the place of Q, K and V; then rows are read, gated and written by 16-byte vectors. The gate costs reading the logits
+//     and writing u. log-sum-exp in f32.
 // few rows, many keys (decoding): blocks share a head's keys; each writes its normalised part in f32, and sdpa_combine joins them and applies the gate.
 //     Up to 16 rows take blocks of one warp with 16 rows.
 //
@@ -23,7 +24,6 @@ template <class T, int HD, int M, int WARPS, int KEYS> TG_DEVICE void sdpa_forwa
     constexpr bool HOLD = sizeof(T) == 2 && HD <= 64; // Q's fragments stay in registers
     typedef Tile<T, ROWS, HD> QTile;
     typedef Tile<T, KEYS, HD> KTile;
-    static_assert(2 * KEYS >= ROWS, "the output's tile takes the place of K and V");
     constexpr int STRIDE = QTile::STRIDE;
     QTile q{shared<T>()};
     KTile k{shared<T>(QTile::BYTES)}, v{shared<T>(QTile::BYTES + KTile::BYTES)};
@@ -136,52 +136,69 @@ template <class T, int HD, int M, int WARPS, int KEYS> TG_DEVICE void sdpa_forwa
     copy_wait<0>();
     sync(); // all tiles are free
 
-    Tile<T, ROWS, HD> out{k.data};
-    Rows<const T> gates(p, p.gate, b, hk);
+    Tile<float, ROWS, HD> out{shared<float>()};
+    static_assert(Tile<float, ROWS, HD>::BYTES <= QTile::BYTES + 2 * KTile::BYTES, "the output in f32 takes the place of Q, K and V");
     if (active) {
         TG_UNROLL for (int m = 0; m < M; m++)
             TG_UNROLL for (int h = 0; h < 2; h++) {
-                int i = row0 + 16 * m + frag_row(2 * h), r = r0 + i;
+                int i = row0 + 16 * m + frag_row(2 * h);
                 float l = sum[m][h];
                 l += shuffle_xor(l, 1);
                 l += shuffle_xor(l, 2);
-                float inverse = l > 0.f ? 1.f / l : l == 0.f ? 0.f : l, base2 = l == 0.f ? -infinity() : top[m][h] * p.c + log2f(l);
-                if (i >= n) continue;
-                if (p.splits > 1) {
-                    u64 row = ((u64)block_y() * p.total + (u64)bh * p.R + r);
-                    if ((lane() & 3) == 0) p.partial[(u64)p.splits * p.total * p.dv_cols + row] = base2;
-                    TG_UNROLL for (int j = 0; j < NO; j++)
-                        TG_UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) {
-                            int c = 8 * j + frag_col(e);
-                            if (c < p.dv_cols) p.partial[row * p.dv_cols + c] = o[m][j].v[e] * inverse;
-                        }
-                    continue;
+                float inverse = l == 0.f ? 0.f : 1.f / l, base2 = l == 0.f ? -infinity() : top[m][h] * p.c + log2f(l);
+                if (i < n && (lane() & 3) == 0) {
+                    u32 time, g;
+                    p.group.divmod(r0 + i, time, g);
+                    if (p.splits > 1) p.partial[(u64)p.splits * p.total * p.dv_cols + (u64)block_y() * p.total + (u64)bh * p.R + r0 + i] = base2;
+                    else p.lse[((u64)b * p.queries + time) * p.H + hk * p.group.divisor + g] = base2 * LN2;
                 }
-                u32 time, g;
-                p.group.divmod(r, time, g);
-                if ((lane() & 3) == 0) p.lse[((u64)b * p.queries + time) * p.H + hk * p.group.divisor + g] = base2 * LN2;
-                const T* logits = p.gating ? gates.at(r) : nullptr;
-                float x = p.gating == 1 ? load(logits[0]) : 0.f, y = x;
-                TG_UNROLL for (int j = 0; j < NO; j++) {
-                    int c = 8 * j + frag_col(2 * h);
-                    float u0 = o[m][j].v[2 * h] * inverse, u1 = o[m][j].v[2 * h + 1] * inverse;
-                    if (p.gating) {
-                        if (p.gating == 2) {
-                            if (p.vec & VEC_GATE) { if (c < p.dv_cols) load_pair(logits + c, x, y); }
-                            else { x = c < p.dv_cols ? load(logits[c]) : 0.f; y = c + 1 < p.dv_cols ? load(logits[c + 1]) : 0.f; }
-                        }
-                        store_pair(q.at(i, c), u0, u1);
-                        u0 = gated(p, u0, x);
-                        u1 = gated(p, u1, y);
-                    }
-                    store_pair(out.at(i, c), u0, u1);
-                }
+                TG_UNROLL for (int j = 0; j < NO; j++) store_pair(out.at(i, 8 * j + frag_col(0)), o[m][j].v[2 * h] * inverse, o[m][j].v[2 * h + 1] * inverse);
             }
     }
-    if (p.splits > 1) return;
     sync();
-    store_rows<THREADS>(out, Rows<T>(p, p.o, b, hk), r0, n, p.dv_cols, p.vec & VEC_O);
-    if (p.gating) store_rows<THREADS>(q, Rows<T>(p, p.u, b, hk), r0, n, p.dv_cols, p.vec & VEC_O);
+    if (p.splits > 1) {
+        float* to = p.partial + ((u64)block_y() * p.total + (u64)bh * p.R + r0) * p.dv_cols;
+        for (int i = thread(); i < n * HD; i += THREADS)
+            if (i % HD < p.dv_cols) to[(u64)(i / HD) * p.dv_cols + i % HD] = *out.at(i / HD, i % HD);
+        return;
+    }
+    // a thread has vectors of rows, or single elements where rows are not whole aligned vectors
+    Rows<T> os(p, p.o, b, hk), us(p, p.u, b, hk);
+    Rows<const T> gates(p, p.gate, b, hk);
+    if (p.vec & VEC_O) {
+        typedef Shares<T, ROWS, HD, THREADS> S;
+        int c0 = thread() % S::WIDE * S::N;
+        for (int i = thread() / S::WIDE; i < n; i += S::TALL) {
+            T *to = os.at(r0 + i), *ungated = us.at(r0 + i);
+            const T* logits = gates.at(r0 + i);
+            float headwise = p.gating == 1 ? load(logits[0]) : 0.f;
+            for (int c = c0; c < p.dv_cols; c += S::WIDE * S::N) {
+                float x[S::N], g[S::N];
+                TG_UNROLL for (int j = 0; j < S::N; j += 4) {
+                    float four[4];
+                    load16(four, out.at(i, c + j));
+                    TG_UNROLL for (int e = 0; e < 4; e++) { x[j + e] = four[e]; g[j + e] = headwise; }
+                }
+                if (p.gating) {
+                    store16(ungated + c, x);
+                    if (p.gating == 2) load16(g, logits + c);
+                    TG_UNROLL for (int j = 0; j < S::N; j++) x[j] = gated(p, x[j], g[j]);
+                }
+                store16(to + c, x);
+            }
+        }
+    } else {
+        for (int k = thread(); k < n * HD; k += THREADS) {
+            int i = k / HD, c = k % HD;
+            if (c >= p.dv_cols) continue;
+            float x = *out.at(i, c);
+            if (p.gating) {
+                us.at(r0 + i)[c] = store<T>(x);
+                x = gated(p, x, load(gates.at(r0 + i)[p.gating == 2 ? c : 0]));
+            }
+            os.at(r0 + i)[c] = store<T>(x);
+        }
+    }
 }
 
 // Joins the parts of a split over keys: a warp per row.

@@ -5,6 +5,12 @@
 #pragma once
 #include "tile.cuh"
 
+#ifdef TG_EMULATE
+#define TG_UNROLL_4
+#else
+#define TG_UNROLL_4 _Pragma("unroll 4")
+#endif
+
 // An array [B, T, H, ..] with a dense last axis; strides in elements.
 struct Strided { void* p; i64 b, t, h; };
 
@@ -27,7 +33,7 @@ struct SdpaParams {
     float c, flip, scale;                       // scores in base 2 are c (flip s), with c > 0; scale is the attribute
     u32 total;                                  // B Hkv R
 };
-enum { VEC_Q = 1, VEC_K = 2, VEC_V = 4, VEC_GATE = 8, VEC_O = 16, VEC_DU = 32, VEC_DQ = 64, VEC_DK = 128, VEC_DV = 256, VEC_PREPARE = 512 };
+enum { VEC_Q = 1, VEC_K = 2, VEC_V = 4, VEC_O = 16, VEC_DU = 32, VEC_DQ = 64, VEC_DK = 128, VEC_DV = 256, VEC_PREPARE = 512 };
 enum { SIGMOID, SILU, NS_SIGMOID, IDENTITY };
 
 constexpr float LOG2E = 1.44269504088896f, LN2 = 0.693147180559945f;
@@ -45,6 +51,8 @@ template <class T> struct Rows {
         group.divmod((u32)r, time, g);
         return base + time * t + g * h;
     }
+    // From a place in column c of row r to the same column `by` rows below.
+    TG_DEVICE T* next(T*, int r, int by, int c) const { return at(r + by) + c; }
 };
 // Rows of keys or values.
 template <class T> struct Keys {
@@ -52,17 +60,28 @@ template <class T> struct Keys {
     i64 t;
     TG_DEVICE Keys(const Strided& x, u32 b, u32 hk) : base((T*)x.p + (i64)b * x.b + (i64)hk * x.h), t(x.t) {}
     TG_DEVICE T* at(int j) const { return base + j * t; }
+    TG_DEVICE T* next(T* x, int, int by, int) const { return x + by * t; }
+};
+// How THREADS threads share ROWS rows of COLS elements by vectors: the largest power of two of a row's vectors, up to 16, side by side.
+template <class T, int ROWS, int COLS, int THREADS> struct Shares {
+    static constexpr int N = Vec<T>::N, PER_ROW = COLS / N;
+    static constexpr int WIDE = PER_ROW % 16 == 0 ? 16 : PER_ROW % 8 == 0 ? 8 : 4, TALL = THREADS / WIDE; // threads side by side, and below each other
+    static_assert(PER_ROW % WIDE == 0 && THREADS % WIDE == 0, "threads share a row evenly");
 };
 // Brings rows first.. of `from` into a tile, asynchronously where they are aligned (`vec`); what lies beyond `rows` and `cols` becomes zero.
 template <int THREADS, class T, int ROWS, int COLS, class F>
 TG_DEVICE void load_rows(const Tile<T, ROWS, COLS>& tile, const F& from, int first, int rows, int cols, bool vec) {
-    constexpr int N = Vec<T>::N, PER_ROW = COLS / N;
+    typedef Shares<T, ROWS, COLS, THREADS> S;
     if (vec) {
-        TG_UNROLL for (int i0 = 0; i0 < ROWS * PER_ROW; i0 += THREADS) {
-            int i = i0 + (int)thread(), r = i / PER_ROW, c = i % PER_ROW * N;
-            if (ROWS * PER_ROW % THREADS != 0 && i >= ROWS * PER_ROW) break;
-            bool in = r < rows && c < cols;
-            copy16_async(tile.at(r, c), from.at(in ? first + r : first) + (in ? c : 0), in);
+        int r = thread() / S::WIDE, c = thread() % S::WIDE * S::N;
+        auto x = from.at(first + r) + c;
+        T* to = tile.at(r, c);
+        TG_UNROLL_4 for (int i = 0; i < ROWS; i += S::TALL) {
+            if (ROWS % S::TALL == 0 || i + r < ROWS) {
+                TG_UNROLL for (int j = 0; j < COLS; j += S::WIDE * S::N) copy16_async(to + j, x + j, i + r < rows && c + j < cols); // where not, x is not read
+            }
+            x = from.next(x, first + r + i, S::TALL, c);
+            to += S::TALL * tile.STRIDE;
         }
     } else {
         for (int i = thread(); i < ROWS * COLS; i += THREADS) {
@@ -74,11 +93,13 @@ TG_DEVICE void load_rows(const Tile<T, ROWS, COLS>& tile, const F& from, int fir
 // The way back.
 template <int THREADS, class T, int ROWS, int COLS, class F>
 TG_DEVICE void store_rows(const Tile<T, ROWS, COLS>& tile, const F& to, int first, int rows, int cols, bool vec) {
-    constexpr int N = Vec<T>::N, PER_ROW = COLS / N;
+    typedef Shares<T, ROWS, COLS, THREADS> S;
     if (vec) {
-        for (int i = thread(); i < ROWS * PER_ROW; i += THREADS) {
-            int r = i / PER_ROW, c = i % PER_ROW * N;
-            if (r < rows && c < cols) *(U4*)(to.at(first + r) + c) = *(const U4*)tile.at(r, c);
+        int c = thread() % S::WIDE * S::N;
+        for (int r = thread() / S::WIDE; r < rows; r += S::TALL) {
+            T* x = to.at(first + r) + c;
+            TG_UNROLL for (int j = 0; j < COLS; j += S::WIDE * S::N)
+                if (c + j < cols) *(U4*)(x + j) = *(const U4*)tile.at(r, c + j);
         }
     } else {
         for (int i = thread(); i < ROWS * COLS; i += THREADS) {
@@ -89,8 +110,6 @@ TG_DEVICE void store_rows(const Tile<T, ROWS, COLS>& tile, const F& to, int firs
 }
 TG_DEVICE void store_pair(bf16* p, float x, float y) { *(u32*)p = pack_bf16(x, y); }
 TG_DEVICE void store_pair(float* p, float x, float y) { *(U2*)p = U2{float_bits(x), float_bits(y)}; }
-TG_DEVICE void load_pair(const bf16* p, float& x, float& y) { u32 v = *(const u32*)p; x = low_bf16(v); y = high_bf16(v); }
-TG_DEVICE void load_pair(const float* p, float& x, float& y) { U2 v = *(const U2*)p; x = bits_float(v.x); y = bits_float(v.y); }
 
 // ---- masks ----
 // With causal, window and document masks alike, the keys that a query sees are an interval, both of whose ends never move backwards as its time grows; and
