@@ -87,7 +87,7 @@ impl Forward {
         16 * self.m * self.warps
     }
     fn shared(&self) -> u32 {
-        (tile(self.dtype, self.rows(), self.head) + 2 * tile(self.dtype, self.keys, self.head) + 8 * self.rows()) as u32
+        (tile(self.dtype, self.rows(), self.head) + 2 * tile(self.dtype, self.keys, self.head) + 8 * self.rows() + 32) as u32
     }
     fn kernel(&self) -> Kernel {
         let call = format!("sdpa_forward<{}, {}, {}, {}, {}>", cpp(self.dtype), self.head, self.m, self.warps, self.keys);

@@ -34,74 +34,74 @@ template <class T, int HD, int M, int WARPS, int KEYS> TG_DEVICE void sdpa_forwa
     p.tiles.divmod(block_x(), bh, rank);
     p.heads.divmod(bh, b, hk);
     int r0 = (p.n_tiles - 1 - (int)rank) * ROWS, n = min_of(ROWS, p.R - r0);
+    int from = 0, to = p.keys; // of a split
+    if (p.splits > 1) {
+        from = p.split_from + (int)block_y() * p.split_span;
+        to = from + p.split_span;
+    }
     for (int i = thread(); i < ROWS; i += THREADS) {
         Band x = i < n ? keys_of(p, p.group.div(r0 + i)) : Band{0, 0};
-        lo[i] = x.lo;
-        hi[i] = x.hi;
+        lo[i] = max_of(x.lo, from);
+        hi[i] = min_of(x.hi, to);
     }
+    // what is needed at the end alone, or when a tile is looked at, does not take registers
+    int* note = hi + ROWS;
+    if (thread() == 0) { note[0] = (int)bh; note[1] = (int)b; note[2] = (int)hk; note[3] = r0; note[4] = n; }
     sync();
-    int begin = lo[0], end = hi[n - 1], lo_last = lo[n - 1], hi_first = hi[0];
-    if (p.splits > 1) {
-        int from = p.split_from + (int)block_y() * p.split_span;
-        begin = max_of(begin, from);
-        end = min_of(end, from + p.split_span);
-        lo_last = max_of(lo_last, from); // a tile that is cut by the split's ends is not full
-        hi_first = min_of(hi_first, from + p.split_span);
-    }
-    begin = begin / KEYS * KEYS;
+    if (thread() == 0) { note[5] = lo[n - 1]; note[6] = hi[0]; }
+    int begin = lo[0] / KEYS * KEYS, end = hi[n - 1];
 
     int row0 = (int)warp() * 16 * M;
-    bool active = row0 < n;
     FragC o[M][NO];
-    float top[M][2], sum[M][2];
+    float top[M][2], sum[M][2]; // of scores in base 2; from a finite number, so that a row that has seen no key yet needs no care
     TG_UNROLL for (int m = 0; m < M; m++) {
         TG_UNROLL for (int i = 0; i < NO; i++) o[m][i].zero();
-        TG_UNROLL for (int h = 0; h < 2; h++) { top[m][h] = -infinity(); sum[m][h] = 0.f; }
+        TG_UNROLL for (int h = 0; h < 2; h++) { top[m][h] = -1e38f; sum[m][h] = 0.f; }
     }
     FragA<T> held[HOLD ? M : 1][HOLD ? HD / 16 : 1];
 
-    Keys<const T> ks(p.k, b, hk), vs(p.v, b, hk);
+    // addresses are formed anew for each tile: they too would take registers
+    auto load_k = [&](int k0) { load_rows<THREADS>(k, Keys<const T>(p.k, note[1], note[2]), k0, p.keys - k0, p.d, p.vec & VEC_K); };
+    auto load_v = [&](int k0) { load_rows<THREADS>(v, Keys<const T>(p.v, note[1], note[2]), k0, p.keys - k0, p.dv_cols, p.vec & VEC_V); };
     load_rows<THREADS>(q, Rows<const T>(p, p.q, b, hk), r0, n, p.d, p.vec & VEC_Q);
-    if (begin < end) load_rows<THREADS>(k, ks, begin, p.keys - begin, p.d, p.vec & VEC_K);
+    if (begin < end) load_k(begin);
     copy_commit();
     for (int k0 = begin; k0 < end; k0 += KEYS) {
         copy_wait<0>();
         sync(); // K is here, and V of the tile before is done with
-        load_rows<THREADS>(v, vs, k0, p.keys - k0, p.dv_cols, p.vec & VEC_V);
+        load_v(k0);
         copy_commit();
         FragC s[M][NS];
-        if (active) {
-            if constexpr (HOLD) {
-                if (k0 == begin) {
-                    TG_UNROLL for (int m = 0; m < M; m++)
-                        TG_UNROLL for (int i = 0; i < HD / 16; i++) load_a(held[m][i], q.data, STRIDE, row0 + 16 * m, 16 * i);
-                }
+        if constexpr (HOLD) {
+            if (k0 == begin) {
+                OfA<T, STRIDE> from(q.data, row0);
                 TG_UNROLL for (int m = 0; m < M; m++)
-                    TG_UNROLL for (int i = 0; i < NS; i++) s[m][i].zero();
-                TG_UNROLL for (int i = 0; i < HD / 16; i++) {
-                    FragA<T> fa[M];
-                    TG_UNROLL for (int m = 0; m < M; m++) fa[m] = held[m][i];
-                    step_abt<T, M, NS>(s, fa, k.data, STRIDE, 0, 16 * i);
-                }
-            } else {
-                product_abt<T, HD, M, NS>(s, q.data, row0, k.data, 0, STRIDE);
+                    TG_UNROLL for (int i = 0; i < HD / 16; i++) from.get(held[m][i], 16 * m, 16 * i);
             }
+            TG_UNROLL for (int m = 0; m < M; m++)
+                TG_UNROLL for (int i = 0; i < NS; i++) s[m][i].zero();
+            TG_UNROLL for (int i = 0; i < HD / 16; i++) {
+                FragA<T> fa[M];
+                TG_UNROLL for (int m = 0; m < M; m++) fa[m] = held[m][i];
+                step(s, fa, OfB<T, STRIDE>(k.data, 0), 16 * i);
+            }
+        } else {
+            product_abt<T, HD, STRIDE>(s, q.data, row0, k.data, 0);
         }
         copy_wait<0>();
         sync(); // V is here, and K is done with
-        if (k0 + KEYS < end) load_rows<THREADS>(k, ks, k0 + KEYS, p.keys - k0 - KEYS, p.d, p.vec & VEC_K);
+        if (k0 + KEYS < end) load_k(k0 + KEYS);
         copy_commit();
-        if (!active) continue;
 
         if (p.flip != 1.f) {
             TG_UNROLL for (int m = 0; m < M; m++)
                 TG_UNROLL for (int i = 0; i < NS; i++)
                     TG_UNROLL for (int e = 0; e < 4; e++) s[m][i].v[e] *= p.flip;
         }
-        if (lo_last > k0 || hi_first < k0 + KEYS) {
+        if (note[5] > k0 || note[6] < k0 + KEYS) { // the tile is cut
             TG_UNROLL for (int m = 0; m < M; m++)
                 TG_UNROLL for (int h = 0; h < 2; h++) {
-                    int r = row0 + 16 * m + frag_row(2 * h), from = max_of(lo[r], p.splits > 1 ? p.split_from + (int)block_y() * p.split_span : 0), to = min_of(hi[r], end);
+                    int r = row0 + 16 * m + frag_row(2 * h), from = lo[r], to = hi[r];
                     TG_UNROLL for (int i = 0; i < NS; i++)
                         TG_UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) {
                             int j = k0 + 8 * i + frag_col(e);
@@ -109,56 +109,65 @@ template <class T, int HD, int M, int WARPS, int KEYS> TG_DEVICE void sdpa_forwa
                         }
                 }
         }
+        float alpha[M][2];
+        bool grows = false;
         TG_UNROLL for (int m = 0; m < M; m++)
             TG_UNROLL for (int h = 0; h < 2; h++) {
-                float x = top[m][h];
+                float x = -infinity();
                 TG_UNROLL for (int i = 0; i < NS; i++) x = fmaxf(x, fmaxf(s[m][i].v[2 * h], s[m][i].v[2 * h + 1]));
                 x = fmaxf(x, shuffle_xor(x, 1));
                 x = fmaxf(x, shuffle_xor(x, 2));
-                float base = x == -infinity() ? 0.f : x * p.c; // a row that has seen no key yet
-                float alpha = fast_exp2(top[m][h] * p.c - base), total = 0.f;
+                x = fmaxf(top[m][h], x * p.c);
+                alpha[m][h] = fast_exp2(top[m][h] - x);
+                grows |= x > top[m][h];
                 top[m][h] = x;
-                TG_UNROLL for (int i = 0; i < NS; i++)
-                    TG_UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) {
-                        float y = fast_exp2(s[m][i].v[e] * p.c - base);
-                        s[m][i].v[e] = y;
-                        total += y;
-                    }
-                sum[m][h] = sum[m][h] * alpha + total;
-                TG_UNROLL for (int i = 0; i < NO; i++) { o[m][i].v[2 * h] *= alpha; o[m][i].v[2 * h + 1] *= alpha; }
             }
-        TG_UNROLL for (int i = 0; i < KEYS / 16; i++) {
+        if (warp_any(grows)) { // after the first tiles maxima seldom do
+            TG_UNROLL for (int m = 0; m < M; m++)
+                TG_UNROLL for (int h = 0; h < 2; h++) {
+                    sum[m][h] *= alpha[m][h];
+                    TG_UNROLL for (int i = 0; i < NO; i++) { o[m][i].v[2 * h] *= alpha[m][h]; o[m][i].v[2 * h + 1] *= alpha[m][h]; }
+                }
+        }
+        TG_UNROLL for (int i = 0; i < KEYS / 16; i++) { // exponentials of 16 keys while the last 16 are multiplied
             FragA<T> fa[M];
-            TG_UNROLL for (int m = 0; m < M; m++) to_a(fa[m], s[m][2 * i], s[m][2 * i + 1]);
-            step_ab<T, M, NO>(o, fa, v.data, STRIDE, 0, 16 * i);
+            TG_UNROLL for (int m = 0; m < M; m++) {
+                TG_UNROLL for (int j = 2 * i; j < 2 * i + 2; j++)
+                    TG_UNROLL for (int e = 0; e < 4; e++) {
+                        float y = fast_exp2(s[m][j].v[e] * p.c - top[m][e >> 1]);
+                        s[m][j].v[e] = y;
+                        sum[m][e >> 1] += y;
+                    }
+                to_a(fa[m], s[m][2 * i], s[m][2 * i + 1]);
+            }
+            step(o, fa, OfBTrans<T, STRIDE>(v.data, 0), 16 * i);
         }
     }
     copy_wait<0>();
     sync(); // all tiles are free
 
+    bh = (u32)note[0]; b = (u32)note[1]; hk = (u32)note[2]; r0 = note[3]; n = note[4];
     Tile<float, ROWS, HD> out{shared<float>()};
     static_assert(Tile<float, ROWS, HD>::BYTES <= QTile::BYTES + 2 * KTile::BYTES, "the output in f32 takes the place of Q, K and V");
-    if (active) {
-        TG_UNROLL for (int m = 0; m < M; m++)
-            TG_UNROLL for (int h = 0; h < 2; h++) {
-                int i = row0 + 16 * m + frag_row(2 * h);
-                float l = sum[m][h];
-                l += shuffle_xor(l, 1);
-                l += shuffle_xor(l, 2);
-                float inverse = l == 0.f ? 0.f : 1.f / l, base2 = l == 0.f ? -infinity() : top[m][h] * p.c + log2f(l);
-                if (i < n && (lane() & 3) == 0) {
-                    u32 time, g;
-                    p.group.divmod(r0 + i, time, g);
-                    if (p.splits > 1) p.partial[(u64)p.splits * p.total * p.dv_cols + (u64)block_y() * p.total + (u64)bh * p.R + r0 + i] = base2;
-                    else p.lse[((u64)b * p.queries + time) * p.H + hk * p.group.divisor + g] = base2 * LN2;
-                }
-                TG_UNROLL for (int j = 0; j < NO; j++) store_pair(out.at(i, 8 * j + frag_col(0)), o[m][j].v[2 * h] * inverse, o[m][j].v[2 * h + 1] * inverse);
+    TG_UNROLL for (int m = 0; m < M; m++)
+        TG_UNROLL for (int h = 0; h < 2; h++) {
+            int i = row0 + 16 * m + frag_row(2 * h);
+            float l = sum[m][h];
+            l += shuffle_xor(l, 1);
+            l += shuffle_xor(l, 2);
+            float inverse = l == 0.f ? 0.f : 1.f / l, base2 = l == 0.f ? -infinity() : top[m][h] + log2f(l);
+            if (i < n && (lane() & 3) == 0) {
+                u32 time, g;
+                p.group.divmod(r0 + i, time, g);
+                if (p.splits > 1) p.partial[(u64)p.splits * p.total * p.dv_cols + (u64)block_y() * p.total + (u64)bh * p.R + r0 + i] = base2;
+                else p.lse[((u64)b * p.queries + time) * p.H + hk * p.group.divisor + g] = base2 * LN2;
             }
-    }
+            TG_UNROLL for (int j = 0; j < NO; j++) store_pair(out.at(i, 8 * j + frag_col(0)), o[m][j].v[2 * h] * inverse, o[m][j].v[2 * h + 1] * inverse);
+        }
     sync();
     if (p.splits > 1) {
         float* to = p.partial + ((u64)block_y() * p.total + (u64)bh * p.R + r0) * p.dv_cols;
-        for (int i = thread(); i < n * HD; i += THREADS)
+        TG_ROLLED for (int i = thread_anew(); i < n * HD; i += THREADS)
             if (i % HD < p.dv_cols) to[(u64)(i / HD) * p.dv_cols + i % HD] = *out.at(i / HD, i % HD);
         return;
     }
@@ -167,8 +176,8 @@ template <class T, int HD, int M, int WARPS, int KEYS> TG_DEVICE void sdpa_forwa
     Rows<const T> gates(p, p.gate, b, hk);
     if (p.vec & VEC_O) {
         typedef Shares<T, ROWS, HD, THREADS> S;
-        int c0 = thread() % S::WIDE * S::N;
-        for (int i = thread() / S::WIDE; i < n; i += S::TALL) {
+        int me = thread_anew(), c0 = me % S::WIDE * S::N;
+        TG_ROLLED for (int i = me / S::WIDE; i < n; i += S::TALL) {
             T *to = os.at(r0 + i), *ungated = us.at(r0 + i);
             const T* logits = gates.at(r0 + i);
             float headwise = p.gating == 1 ? load(logits[0]) : 0.f;
@@ -188,7 +197,7 @@ template <class T, int HD, int M, int WARPS, int KEYS> TG_DEVICE void sdpa_forwa
             }
         }
     } else {
-        for (int k = thread(); k < n * HD; k += THREADS) {
+        TG_ROLLED for (int k = thread_anew(); k < n * HD; k += THREADS) {
             int i = k / HD, c = k % HD;
             if (c >= p.dv_cols) continue;
             float x = *out.at(i, c);

@@ -7,7 +7,11 @@
 
 #ifdef TG_EMULATE
 #define TG_UNROLL_4
+#define TG_ROLLED
+#define TG_UNROLL_SOME
 #else
+#define TG_UNROLL_SOME _Pragma("unroll UNROLLED")
+#define TG_ROLLED _Pragma("unroll 1")
 #define TG_UNROLL_4 _Pragma("unroll 4")
 #endif
 
@@ -73,7 +77,7 @@ template <int THREADS, class T, int ROWS, int COLS, class F>
 TG_DEVICE void load_rows(const Tile<T, ROWS, COLS>& tile, const F& from, int first, int rows, int cols, bool vec) {
     typedef Shares<T, ROWS, COLS, THREADS> S;
     if (vec) {
-        int r = thread() / S::WIDE, c = thread() % S::WIDE * S::N;
+        int me = thread_anew(), r = me / S::WIDE, c = me % S::WIDE * S::N;
         auto x = from.at(first + r) + c;
         T* to = tile.at(r, c);
         TG_UNROLL_4 for (int i = 0; i < ROWS; i += S::TALL) {
@@ -84,7 +88,7 @@ TG_DEVICE void load_rows(const Tile<T, ROWS, COLS>& tile, const F& from, int fir
             to += S::TALL * tile.STRIDE;
         }
     } else {
-        for (int i = thread(); i < ROWS * COLS; i += THREADS) {
+        TG_ROLLED for (int i = thread_anew(); i < ROWS * COLS; i += THREADS) {
             int r = i / COLS, c = i % COLS;
             *tile.at(r, c) = r < rows && c < cols ? from.at(first + r)[c] : T{};
         }
@@ -95,14 +99,14 @@ template <int THREADS, class T, int ROWS, int COLS, class F>
 TG_DEVICE void store_rows(const Tile<T, ROWS, COLS>& tile, const F& to, int first, int rows, int cols, bool vec) {
     typedef Shares<T, ROWS, COLS, THREADS> S;
     if (vec) {
-        int c = thread() % S::WIDE * S::N;
-        for (int r = thread() / S::WIDE; r < rows; r += S::TALL) {
+        int me = thread_anew(), c = me % S::WIDE * S::N;
+        TG_ROLLED for (int r = me / S::WIDE; r < rows; r += S::TALL) {
             T* x = to.at(first + r) + c;
             TG_UNROLL for (int j = 0; j < COLS; j += S::WIDE * S::N)
                 if (c + j < cols) *(U4*)(x + j) = *(const U4*)tile.at(r, c + j);
         }
     } else {
-        for (int i = thread(); i < ROWS * COLS; i += THREADS) {
+        TG_ROLLED for (int i = thread_anew(); i < ROWS * COLS; i += THREADS) {
             int r = i / COLS, c = i % COLS;
             if (r < rows && c < cols) to.at(first + r)[c] = *tile.at(r, c);
         }
@@ -168,57 +172,92 @@ TG_DEVICE float gated(const SdpaParams& p, float u, float logit) {
 }
 
 // ---- products, each B fragment used for M fragments of A ----
-// Fragments of two neighbouring column blocks at once.
-TG_DEVICE void load_b2(FragB<bf16> (&f)[2], const bf16* tile, int stride, int col, int k) {
-    int l = lane();
-    u32 r[4];
-    ldmatrix4(r, tile + (col + (l & 7) + (l >> 4) * 8) * stride + k + ((l >> 3) & 1) * 8);
-    f[0].r[0][0] = r[0]; f[0].r[0][1] = r[1]; f[1].r[0][0] = r[2]; f[1].r[0][1] = r[3];
-}
-TG_DEVICE void load_b2(FragB<float> (&f)[2], const float* tile, int stride, int col, int k) {
-    load_b(f[0], tile, stride, col, k);
-    load_b(f[1], tile, stride, col + 8, k);
-}
-TG_DEVICE void load_b2_trans(FragB<bf16> (&f)[2], const bf16* tile, int stride, int col, int k) {
-    int l = lane();
-    u32 r[4];
-    ldmatrix4_trans(r, tile + (k + (l & 15)) * stride + col + (l >> 4) * 8);
-    f[0].r[0][0] = r[0]; f[0].r[0][1] = r[1]; f[1].r[0][0] = r[2]; f[1].r[0][1] = r[3];
-}
-TG_DEVICE void load_b2_trans(FragB<float> (&f)[2], const float* tile, int stride, int col, int k) {
-    load_b_trans(f[0], tile, stride, col, k);
-    load_b_trans(f[1], tile, stride, col + 8, k);
-}
-// c[m][n] += A fragment m · column block n of Bᵀ, at depth k of tiles with rows of A's and B's
-template <class T, int M, int N> TG_DEVICE void step_abt(FragC (&c)[M][N], const FragA<T> (&a)[M], const T* b, int stride, int col, int k) {
-    TG_UNROLL for (int n = 0; n < N; n += 2) {
-        if (n + 1 < N) {
-            FragB<T> fb[2];
-            load_b2(fb, b, stride, col + 8 * n, k);
-            TG_UNROLL for (int m = 0; m < M; m++) { mma(c[m][n], a[m], fb[0]); mma(c[m][n + 1 < N ? n + 1 : n], a[m], fb[1]); }
-        } else {
-            FragB<T> fb;
-            load_b(fb, b, stride, col + 8 * n, k);
-            TG_UNROLL for (int m = 0; m < M; m++) mma(c[m][n], a[m], fb);
+// A tile as a lane reads fragments of it: one address, to which places known at compile time are added. STRIDE is the tile's.
+template <class T, int STRIDE> struct OfA; // rows are A's rows
+template <class T, int STRIDE> struct OfB; // rows are B's columns, as K's in Q Kᵀ; two neighbouring column blocks at once
+template <class T, int STRIDE> struct OfBTrans; // rows are B's rows, as V's in P V; likewise
+template <int STRIDE> struct OfA<bf16, STRIDE> {
+    u32 at;
+    TG_DEVICE OfA(const bf16* tile, int row) : at(shared_address(tile) + 2 * ((row + (lane() & 15)) * STRIDE + (lane() >> 4) * 8)) {}
+    TG_DEVICE void get(FragA<bf16>& f, int row, int k) const { ldmatrix4(f.r[0], at + (u32)(2 * (row * STRIDE + k))); }
+};
+template <int STRIDE> struct OfA<float, STRIDE> {
+    const float* at;
+    TG_DEVICE OfA(const float* tile, int row) : at(tile + (row + (lane() >> 2)) * STRIDE + 2 * (lane() & 3)) {}
+    TG_DEVICE void get(FragA<float>& f, int row, int k) const {
+        TG_UNROLL for (int i = 0; i < 4; i++) {
+            const float* x = at + (row + (i & 1) * 8) * STRIDE + k + (i >> 1) * 8;
+            split_pair(x[0], x[1], f.r[0][i], f.r[1][i], f.r[2][i]);
         }
     }
+};
+TG_DEVICE void two_b(FragB<bf16> (&f)[2], const u32 (&r)[4]) {
+    f[0].r[0][0] = r[0]; f[0].r[0][1] = r[1]; f[1].r[0][0] = r[2]; f[1].r[0][1] = r[3];
 }
-// The same with a tile whose rows are B's rows.
-template <class T, int M, int N> TG_DEVICE void step_ab(FragC (&c)[M][N], const FragA<T> (&a)[M], const T* b, int stride, int col, int k) {
-    static_assert(N % 2 == 0, "column blocks come in pairs");
-    TG_UNROLL for (int n = 0; n < N; n += 2) {
+template <int STRIDE> struct OfB<bf16, STRIDE> {
+    u32 at;
+    TG_DEVICE OfB(const bf16* tile, int col) : at(shared_address(tile) + 2 * ((col + (lane() & 7) + (lane() >> 4) * 8) * STRIDE + (lane() >> 3 & 1) * 8)) {}
+    TG_DEVICE void get(FragB<bf16> (&f)[2], int col, int k) const {
+        u32 r[4];
+        ldmatrix4(r, at + (u32)(2 * (col * STRIDE + k)));
+        two_b(f, r);
+    }
+};
+template <int STRIDE> struct OfB<float, STRIDE> {
+    const float* at;
+    TG_DEVICE OfB(const float* tile, int col) : at(tile + (col + (lane() >> 2)) * STRIDE + 2 * (lane() & 3)) {}
+    TG_DEVICE void one(FragB<float>& f, int col, int k) const {
+        TG_UNROLL for (int i = 0; i < 2; i++) {
+            const float* x = at + col * STRIDE + k + i * 8;
+            split_pair(x[0], x[1], f.r[0][i], f.r[1][i], f.r[2][i]);
+        }
+    }
+    TG_DEVICE void get(FragB<float> (&f)[2], int col, int k) const { one(f[0], col, k); one(f[1], col + 8, k); }
+};
+template <int STRIDE> struct OfBTrans<bf16, STRIDE> {
+    u32 at;
+    TG_DEVICE OfBTrans(const bf16* tile, int col) : at(shared_address(tile) + 2 * ((lane() & 15) * STRIDE + col + (lane() >> 4) * 8)) {}
+    TG_DEVICE void get(FragB<bf16> (&f)[2], int col, int k) const {
+        u32 r[4];
+        ldmatrix4_trans(r, at + (u32)(2 * (k * STRIDE + col)));
+        two_b(f, r);
+    }
+};
+template <int STRIDE> struct OfBTrans<float, STRIDE> {
+    const float* at;
+    TG_DEVICE OfBTrans(const float* tile, int col) : at(tile + 2 * (lane() & 3) * STRIDE + col + (lane() >> 2)) {}
+    TG_DEVICE void get(FragB<float> (&f)[2], int col, int k) const {
+        TG_UNROLL for (int n = 0; n < 2; n++)
+            TG_UNROLL for (int i = 0; i < 2; i++) {
+                const float* x = at + (k + i * 8) * STRIDE + col + 8 * n;
+                split_pair(x[0], x[STRIDE], f[n].r[0][i], f[n].r[1][i], f[n].r[2][i]);
+            }
+    }
+};
+// c[m][n] += A fragment m · column block n, at depth k of B
+template <class T, int M, int N, class B> TG_DEVICE void step(FragC (&c)[M][N], const FragA<T> (&a)[M], const B& b, int k) {
+    TG_UNROLL for (int n = 0; n + 1 < N; n += 2) {
         FragB<T> fb[2];
-        load_b2_trans(fb, b, stride, col + 8 * n, k);
+        b.get(fb, 8 * n, k);
         TG_UNROLL for (int m = 0; m < M; m++) { mma(c[m][n], a[m], fb[0]); mma(c[m][n + 1], a[m], fb[1]); }
     }
 }
+template <int STRIDE> TG_DEVICE void step(FragC (&c)[1][1], const FragA<float> (&a)[1], const OfB<float, STRIDE>& b, int k) {
+    FragB<float> fb;
+    b.one(fb, 0, k);
+    mma(c[0][0], a[0], fb);
+}
 // c = A Bᵀ of row-major tiles with COLS columns: rows row.. + 16 M of A, rows col.. + 8 N of B.
-template <class T, int COLS, int M, int N> TG_DEVICE void product_abt(FragC (&c)[M][N], const T* a, int row, const T* b, int col, int stride) {
+template <class T, int COLS, int STRIDE, int M, int N> TG_DEVICE void product_abt(FragC (&c)[M][N], const T* a, int row, const T* b, int col) {
+    static_assert(N % 2 == 0 || (N == 1 && M == 1 && sizeof(T) == 4), "column blocks come in pairs");
+    OfA<T, STRIDE> from(a, row);
+    OfB<T, STRIDE> with(b, col);
     TG_UNROLL for (int m = 0; m < M; m++)
         TG_UNROLL for (int n = 0; n < N; n++) c[m][n].zero();
-    TG_UNROLL for (int k = 0; k < COLS; k += 16) {
+    constexpr int UNROLLED = sizeof(T) == 4 ? 2 : COLS / 16; // f32 has enough to do in a step, and takes many registers for it
+    TG_UNROLL_SOME for (int k = 0; k < COLS; k += 16) {
         FragA<T> fa[M];
-        TG_UNROLL for (int m = 0; m < M; m++) load_a(fa[m], a, stride, row + 16 * m, k);
-        step_abt<T, M, N>(c, fa, b, stride, col, k);
+        TG_UNROLL for (int m = 0; m < M; m++) from.get(fa[m], 16 * m, k);
+        step(c, fa, with, k);
     }
 }

@@ -163,8 +163,8 @@ template <class T, int HD, bool OF_KEYS, int M, int W, int WARPS, int STEP, int 
         const T* x = shared<T>(AT_X + buffer * X_BYTES);
         const float* column = shared<float>(AT_X + buffer * X_BYTES + Stream::BYTES);
         FragC s[M][NS], dp[M][NS];
-        product_abt<T, HD, M, NS>(s, stay1.data, row0, x, s0, STRIDE);
-        product_abt<T, HD, M, NS>(dp, stay2.data, row0, y.data, s0, STRIDE);
+        product_abt<T, HD, STRIDE>(s, stay1.data, row0, x, s0);
+        product_abt<T, HD, STRIDE>(dp, stay2.data, row0, y.data, s0);
 
         bool cut = lo_last > j0 || hi_first < j0 + STEP;
         TG_UNROLL for (int i = 0; i < NS; i++) {
@@ -206,10 +206,10 @@ template <class T, int HD, bool OF_KEYS, int M, int W, int WARPS, int STEP, int 
             TG_UNROLL for (int k = 0; k < STEP; k += 16) {
                 FragA<T> fa[M];
                 TG_UNROLL for (int m = 0; m < M; m++) {
-                    if constexpr (W > 1) load_a(fa[m], probs.data, Scores::STRIDE, row0 + 16 * m, k);
+                    if constexpr (W > 1) OfA<T, Scores::STRIDE>(probs.data, row0).get(fa[m], 16 * m, k);
                     else to_a(fa[m], s[m][k / 8], s[m][k / 8 + 1]);
                 }
-                step_ab<T, M, NO>(out2, fa, y.data, STRIDE, c0, k);
+                step(out2, fa, OfBTrans<T, STRIDE>(y.data, c0), k);
             }
         }
         sync(); // y is done with; where queries stay, dS is there
@@ -218,10 +218,10 @@ template <class T, int HD, bool OF_KEYS, int M, int W, int WARPS, int STEP, int 
         TG_UNROLL for (int k = 0; k < STEP; k += 16) {
             FragA<T> fa[M];
             TG_UNROLL for (int m = 0; m < M; m++) {
-                if constexpr (W > 1) load_a(fa[m], ds.data, Scores::STRIDE, row0 + 16 * m, k);
+                if constexpr (W > 1) OfA<T, Scores::STRIDE>(ds.data, row0).get(fa[m], 16 * m, k);
                 else to_a(fa[m], dp[m][k / 8], dp[m][k / 8 + 1]);
             }
-            step_ab<T, M, NO>(out, fa, x, STRIDE, c0, k);
+            step(out, fa, OfBTrans<T, STRIDE>(x, c0), k);
         }
         if (BUFFERS == 2) {
             buffer ^= 1;
