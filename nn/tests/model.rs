@@ -1,7 +1,7 @@
 //! The whole model: gradients by central differences, decoding, packing, files.
 
 use engine::{DType, Tensor, no_grad, rng};
-use nn::{AttentionGate, Decoder, GateGranularity, Generator, LayerType, ModelConfig, Sampler};
+use nn::{AttentionGate, Decoder, GateGranularity, Generator, LayerType, ModelConfig, Placement, Sampler};
 
 fn tiny() -> ModelConfig {
     ModelConfig {
@@ -240,6 +240,37 @@ fn draws_follow_temperature_top_k_and_top_p() {
     let squared = 0.1f64.powi(2) + 0.5f64.powi(2) + 0.15f64.powi(2) + 0.25f64.powi(2);
     near(shares(0.5, 0, 1.0), [0.01 / squared, 0.25 / squared, 0.0225 / squared, 0.0625 / squared]);
     assert_eq!(Sampler { temperature: 1.0, top_k: 9, top_p: 1.0, seed: 1 }.draw(&[2.5], 3), 0);
+}
+
+#[test]
+fn halves_compute_what_f32_does_within_their_digits() {
+    let c = ModelConfig { initializer_range: 0.2, ..tiny() };
+    let wide = Decoder::new(&c, 3, DType::F32).unwrap();
+    let (x, y) = (tokens(2, 40), targets(80));
+    let full = wide.loss(&x, &y, None, None).unwrap().objective;
+    let want = full.backward().unwrap();
+    let mut errors: Vec<f64> = vec![];
+    for compute in [DType::BF16, DType::F16] {
+        let half = Decoder::on(&c, 3, &Placement { compute, ..Placement::cpu(DType::F32) }).unwrap();
+        let loss = half.loss(&x, &y, None, None).unwrap().objective;
+        assert_eq!(loss.dtype(), DType::F32);
+        let off = loss.item().unwrap() - full.item().unwrap();
+        assert!(off != 0.0 && off.abs() < 0.01, "{compute}: {off}");
+        let grads = loss.backward().unwrap();
+        let (mut d, mut n) = (0.0, 0.0);
+        for (p, q) in half.params().iter().zip(wide.params()) {
+            let g = grads.get(&p.tensor).unwrap_or_else(|| panic!("{} got no gradient", p.name));
+            assert_eq!((p.tensor.dtype(), g.dtype()), (DType::F32, DType::F32), "{}", p.name);
+            for (a, b) in g.to_vec::<f32>().unwrap().iter().zip(want.get(&q.tensor).unwrap().to_vec::<f32>().unwrap()) {
+                (d, n) = (d + f64::from(a - b).powi(2), n + f64::from(b).powi(2));
+            }
+        }
+        println!("{compute}: loss off by {off:.1e}, gradient by {:.1e}", (d / n).sqrt());
+    }
+    for (params, compute) in [(DType::BF16, DType::BF16), (DType::F64, DType::F32), (DType::F32, DType::F64)] {
+        let e = Decoder::on(&c, 3, &Placement { params, compute, ..Placement::cpu(DType::F32) }).err().unwrap().to_string();
+        assert!(e.contains(&format!("found {}", if params == DType::BF16 { params } else { compute })), "{e}");
+    }
 }
 
 #[test]

@@ -5,8 +5,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use ops as _;
 
 /// Self-tests whose ops have no complete set of CUDA kernels yet. Such a test must fail, so that its name is taken off this list when it no longer does.
-const PENDING: &[&str] =
-    &["delta_rule", "delta_rule of one token", "delta_rule packed", "gated_sdpa", "gated_sdpa of one token", "gated_sdpa packed"];
+const PENDING: &[&str] = &["delta_rule", "delta_rule of one token", "delta_rule packed"];
 
 /// RMS ratio that is allowed.
 fn bound(dtype: DType) -> f64 {

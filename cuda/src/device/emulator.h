@@ -221,6 +221,7 @@ inline int launch(void (*body)(const void*), const void* params, const u32* grid
 
 TG_DEVICE u32 thread() { return tg::block->now->id; }
 TG_DEVICE u32 threads() { return tg::block->n; }
+TG_DEVICE u32 thread_anew() { return thread(); }
 TG_DEVICE u32 lane() { return thread() & 31; }
 TG_DEVICE u32 warp() { return thread() >> 5; }
 TG_DEVICE u32 block_x() { return tg::block->bx; }
@@ -325,6 +326,9 @@ template <bool TRANS> inline void ldmatrix(const char* what, u32* r, const void*
 } // namespace tg
 TG_DEVICE void ldmatrix4(u32 (&r)[4], const void* row) { tg::ldmatrix<false>("ldmatrix4", r, row, 4); }
 TG_DEVICE void ldmatrix4_trans(u32 (&r)[4], const void* row) { tg::ldmatrix<true>("ldmatrix4_trans", r, row, 4); }
+TG_DEVICE u32 shared_address(const void* p) { return (u32)((u8*)p - tg::block->shared); }
+TG_DEVICE void ldmatrix4(u32 (&r)[4], u32 row) { tg::ldmatrix<false>("ldmatrix4", r, tg::block->shared + row, 4); }
+TG_DEVICE void ldmatrix4_trans(u32 (&r)[4], u32 row) { tg::ldmatrix<true>("ldmatrix4_trans", r, tg::block->shared + row, 4); }
 TG_DEVICE void ldmatrix2(u32 (&r)[2], const void* row) { tg::ldmatrix<false>("ldmatrix2", r, row, 2); }
 TG_DEVICE void ldmatrix2_trans(u32 (&r)[2], const void* row) { tg::ldmatrix<true>("ldmatrix2_trans", r, row, 2); }
 

@@ -35,6 +35,12 @@ extern __shared__ __align__(1024) u8 tg_dynamic_shared[];
 // ---- indices ----
 TG_DEVICE u32 thread() { return threadIdx.x; }
 TG_DEVICE u32 threads() { return blockDim.x; }
+// thread(), read anew where it is called: what is computed from it isn't kept in registers from outside a loop.
+TG_DEVICE u32 thread_anew() {
+    u32 r;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
+    return r;
+}
 TG_DEVICE u32 lane() { return threadIdx.x & 31; }
 TG_DEVICE u32 warp() { return threadIdx.x >> 5; }
 TG_DEVICE u32 block_x() { return blockIdx.x; }
@@ -94,6 +100,13 @@ TG_DEVICE void ldmatrix4(u32 (&r)[4], const void* row) {
 }
 TG_DEVICE void ldmatrix4_trans(u32 (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+// The same by address in shared memory: with one address and constants added to it, the constants become part of the instruction.
+TG_DEVICE void ldmatrix4(u32 (&r)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
+}
+TG_DEVICE void ldmatrix4_trans(u32 (&r)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 // The same for two matrices, whose rows lanes 0..15 name.
 TG_DEVICE void ldmatrix2(u32 (&r)[2], const void* row) {

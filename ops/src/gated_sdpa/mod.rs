@@ -21,6 +21,7 @@
 
 mod attention_pattern;
 mod cpu;
+mod cuda;
 pub mod reference;
 #[cfg(test)]
 mod tests;

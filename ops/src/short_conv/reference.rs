@@ -1,6 +1,6 @@
 //! The definition, composed of primitive ops: shifted copies of a padded input.
 
-use engine::{Result, Tensor};
+use engine::{DType, Result, Tensor};
 
 /// As [`super::short_conv`] for x `[B, T, C]` and weight `[C, K]`, from a state to the next.
 pub fn short_conv_from(x: &Tensor, weight: &Tensor, silu: bool, state: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -34,7 +34,9 @@ engine::self_test!("short_conv", [[2, 77, 40], [40, 4]],
 engine::self_test!("short_conv packed", [[1, 77, 40], [40, 4]],
     |x| Ok(vec![super::short_conv(&x[0], &x[1], true, None, Some(&cu(&x[0])?))?.0]) => |x| Ok(vec![short_conv(&x[0], &x[1], true, Some(&cu(&x[0])?))?]));
 engine::self_test!("short_conv with state", [[2, 77, 40], [40, 4], [2, 3, 40]], |x| {
-    let (y, last) = super::short_conv(&x[0], &x[1], true, Some(&x[2]), None)?;
+    // the state is wide whatever x is
+    let state = x[2].cast(if x[2].dtype() == DType::F64 { DType::F64 } else { DType::F32 })?;
+    let (y, last) = super::short_conv(&x[0], &x[1], true, Some(&state), None)?;
     Ok(vec![y, last])
 } => |x| {
     let (y, last) = short_conv_from(&x[0], &x[1], true, &x[2])?;
