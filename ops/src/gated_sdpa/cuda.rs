@@ -55,7 +55,7 @@ const VEC_PREPARE: u32 = 512;
 fn stride(dtype: DType, cols: usize) -> usize {
     match dtype {
         DType::F32 => cols + (40 - cols % 32) % 32,
-        _ => cols + if (cols / 8) % 2 == 0 { 8 } else { 0 },
+        _ => cols + if (cols / 8).is_multiple_of(2) { 8 } else { 0 },
     }
 }
 fn tile(dtype: DType, rows: usize, cols: usize) -> usize {
@@ -176,8 +176,8 @@ fn strided(x: &View) -> Result<Strided> {
 fn aligned(x: &View, cols: usize, bytes: usize) -> Result<bool> {
     let size = x.dtype.size();
     let Layout { shape, strides, .. } = x.layout;
-    let steps = shape.iter().zip(strides).take(3).all(|(n, s)| *n <= 1 || *s as usize * size % bytes == 0);
-    Ok(steps && cols * size % bytes == 0 && Ptr::of(x)?.0 as usize % bytes == 0)
+    let steps = shape.iter().zip(strides).take(3).all(|(n, s)| *n <= 1 || (*s as usize * size).is_multiple_of(bytes));
+    Ok(steps && (cols * size).is_multiple_of(bytes) && (Ptr::of(x)?.0 as usize).is_multiple_of(bytes))
 }
 fn flag(bit: u32, x: &View, cols: usize) -> Result<u32> {
     Ok(if aligned(x, cols, 16)? { bit } else { 0 })
@@ -349,7 +349,7 @@ fn backward(op: &GatedSdpaBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
     if let Some((_, at)) = &du {
         let h = p.h as i64;
         p.du = [at.0 as i64, p.queries as i64 * h * dv as i64, h * dv as i64, dv as i64];
-        let scratch_aligned = dv * dtype.size() % 16 == 0;
+        let scratch_aligned = (dv * dtype.size()).is_multiple_of(16);
         whole &= scratch_aligned;
         p.vec |= if scratch_aligned { VEC_DU } else { 0 };
     } else {
