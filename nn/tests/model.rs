@@ -266,10 +266,32 @@ fn halves_compute_what_f32_does_within_their_digits() {
             }
         }
         println!("{compute}: loss off by {off:.1e}, gradient by {:.1e}", (d / n).sqrt());
+        errors.push((d / n).sqrt());
     }
+    // f16 keeps three bits more: if rounding is all that there is, its error is an eighth
+    assert!(errors[1] < 0.01 && (4.0..16.0).contains(&(errors[0] / errors[1])), "{errors:?}");
     for (params, compute) in [(DType::BF16, DType::BF16), (DType::F64, DType::F32), (DType::F32, DType::F64)] {
         let e = Decoder::on(&c, 3, &Placement { params, compute, ..Placement::cpu(DType::F32) }).err().unwrap().to_string();
         assert!(e.contains(&format!("found {}", if params == DType::BF16 { params } else { compute })), "{e}");
+    }
+}
+
+#[test]
+fn a_step_on_the_emulated_gpu_is_the_cpus() {
+    let Ok(device) = cuda::emulator() else { return println!("SKIPPED: the emulator needs a host C++ compiler") };
+    let c = ModelConfig { head_dim: 32, num_attention_heads: 2, num_key_value_heads: 1, hidden_size: 16, ..tiny() };
+    let (x, y) = (tokens(1, 9), targets(9));
+    let cpu = Decoder::new(&c, 3, DType::F32).unwrap();
+    let full = cpu.loss(&x, &y, None, None).unwrap().objective;
+    let want = full.backward().unwrap();
+    let gpu = Decoder::on(&c, 3, &Placement { device: device.clone(), ..Placement::cpu(DType::F32) }).unwrap();
+    let loss = gpu.loss(&x.to_device(&device).unwrap(), &y.to_device(&device).unwrap(), None, None).unwrap().objective;
+    assert!((loss.item().unwrap() - full.item().unwrap()).abs() < 1e-5);
+    let grads = loss.backward().unwrap();
+    for (p, q) in gpu.params().iter().zip(cpu.params()) {
+        let (a, b) = (grads.get(&p.tensor).unwrap().to_vec::<f64>().unwrap(), want.get(&q.tensor).unwrap().to_vec::<f64>().unwrap());
+        let (d, n) = a.iter().zip(&b).fold((0.0, 0.0), |(d, n), (a, b)| (d + (a - b).powi(2), n + b * b));
+        assert!((d / n).sqrt() < 1e-4, "{}: {:.1e}", p.name, (d / n).sqrt());
     }
 }
 

@@ -4,25 +4,15 @@ use engine::{DType, Device, Result, SelfTest, self_tests};
 use libtest_mimic::{Arguments, Failed, Trial};
 use ops as _;
 
-/// Self-tests whose ops have no complete set of CUDA kernels yet. Such a test must fail, so that its name is taken off this list when it no longer does.
-const PENDING: &[&str] = &["delta_rule", "delta_rule of one token", "delta_rule packed"];
-
 /// RMS ratio that is allowed.
 fn bound(dtype: DType) -> f64 {
     if dtype == DType::F32 { 1e-5 } else { 0.02 }
 }
 
 fn check(t: &'static SelfTest, device: fn() -> Result<Device>, dtype: DType) -> Result<(), Failed> {
-    let run = || -> Result<(), Failed> {
-        let e = t.run(&device()?, dtype)?;
-        println!("{}: {e:.1e}", t.name);
-        if e <= bound(dtype) { Ok(()) } else { Err(format!("{}: RMS ratio {e:e} > {}", t.name, bound(dtype)).into()) }
-    };
-    match (PENDING.contains(&t.name), run()) {
-        (false, r) => r,
-        (true, Err(_)) => Ok(()),
-        (true, Ok(())) => Err(format!("`{}` works on CUDA now: take it off PENDING", t.name).into()),
-    }
+    let e = t.run(&device()?, dtype)?;
+    println!("{}: {e:.1e}", t.name);
+    if e <= bound(dtype) { Ok(()) } else { Err(format!("{}: RMS ratio {e:e} > {}", t.name, bound(dtype)).into()) }
 }
 
 fn main() {
@@ -36,15 +26,11 @@ fn main() {
         Ok(_) => devices.push(("gpu", || cuda::device(0))),
         Err(e) => eprintln!("SKIPPED: nothing runs on a GPU: {e}"),
     }
-    let names: Vec<&str> = self_tests().iter().map(|t| t.name).collect();
-    let unknown: Vec<_> = PENDING.iter().filter(|n| !names.contains(n)).collect();
-    assert!(unknown.is_empty(), "PENDING names no self-test: {unknown:?}");
     let mut trials = vec![];
     for (device, open) in devices {
         for t in self_tests() {
             for dtype in [DType::F32, DType::BF16] {
-                let pending = if PENDING.contains(&t.name) { " (pending)" } else { "" };
-                trials.push(Trial::test(format!("{device}::{dtype}::{}{pending}", t.name), move || check(t, open, dtype)));
+                trials.push(Trial::test(format!("{device}::{dtype}::{}", t.name), move || check(t, open, dtype)));
             }
         }
     }

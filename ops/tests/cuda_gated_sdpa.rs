@@ -72,7 +72,7 @@ impl Case {
     /// The output, and the gradients of all leaves, back on the CPU in f64.
     fn both(&self, x: &[Tensor], device: &Device) -> Result<Vec<Tensor>> {
         let x: Vec<Tensor> = x.iter().map(|x| x.to_device(device).map(|x| x.requires_grad())).collect::<Result<_>>()?;
-        let cu = self.cu(self.t[0] % 2 == 0).map(|c| c.to_device(device)).transpose()?;
+        let cu = self.cu(self.t[0].is_multiple_of(2)).map(|c| c.to_device(device)).transpose()?;
         let y = gated_sdpa(&x[0], &x[1], &x[2], self.gate.map(|g| (&x[3], g.0)), cu.as_ref(), self.a)?;
         let dy = Tensor::randn(y.shape(), DType::F64, &Device::cpu(), 8, 0)?.cast(DType::BF16)?.cast(y.dtype())?.to_device(device)?;
         let grads = y.backward_with(&dy)?;

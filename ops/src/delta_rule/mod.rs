@@ -13,6 +13,7 @@
 //! Only ratios of decays that are at most 1 are formed. The backward keeps the inputs and V', and computes A and the states again.
 
 mod cpu;
+mod cuda;
 mod kernel;
 pub mod reference;
 #[cfg(test)]

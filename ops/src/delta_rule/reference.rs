@@ -1,7 +1,7 @@
 //! The definition, token by token, composed of primitive ops.
 
 use super::{DeltaRule, DeltaRuleInputs, L2_EPS};
-use engine::{Result, Tensor};
+use engine::{DType, Result, Tensor};
 
 /// As [`super::delta_rule`]: o and the final states. Slow, differentiable, in the dtype of its inputs.
 pub fn delta_rule(op: DeltaRule, q: &Tensor, k: &Tensor, v: &Tensor, x: DeltaRuleInputs) -> Result<(Tensor, Tensor)> {
@@ -48,9 +48,11 @@ type Rule = fn(DeltaRule, &Tensor, &Tensor, &Tensor, DeltaRuleInputs) -> Result<
 
 /// q, k, v and the logits of decay and β, then perhaps the initial states.
 fn case(rule: Rule, x: &[Tensor], cu_seqlens: Option<&Tensor>) -> Result<Vec<Tensor>> {
-    let (log_decay, beta) = (x[3].softplus()?.neg()?, x[4].sigmoid()?);
+    let wide = |x: &Tensor| x.cast(if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 });
+    let (log_decay, beta) = (wide(&x[3].softplus()?.neg()?)?, x[4].sigmoid()?);
     let op = DeltaRule::gated_delta_net();
-    let ins = DeltaRuleInputs { log_decay: Some(&log_decay), beta: Some(&beta), initial_state: x.get(5), cu_seqlens };
+    let state = x.get(5).map(wide).transpose()?;
+    let ins = DeltaRuleInputs { log_decay: Some(&log_decay), beta: Some(&beta), initial_state: state.as_ref(), cu_seqlens };
     let (o, state) = rule(op, &x[0], &x[1], &x[2], ins)?;
     Ok(vec![o, state])
 }

@@ -1,0 +1,428 @@
+// The delta rule's forward, in chunks of C steps (64 in bf16, 32 in f32); formulas in mod.rs.
+//
+// delta_places   (packed only, one block) reads cu_seqlens and lists the chunks of all documents.
+// delta_prepare  a block of 4 warps per (chunk, value head), all at once: norms, decay sums, G = K K^T and S = Q K^T over slabs of 64 columns, P = scale
+//                tril(S D), A = (I + M)^-1, W = A (beta e^g K) and U^T = (A beta V)^T. q and k are never normalised as matrices: their norms are factors
+//                of rows and columns of the squares. The inverse is f32: diagonal blocks of 16 by substitution, one warp each; then each warp goes down
+//                one column of blocks, A_bc = -A_bb sum_k M_bk A_kc, on tensor cores with split f32.
+// delta_scan     the sequential part: a block per (sequence, value head, 16 WARPS columns of the value dimension), which walks the chunks:
+//                V'^T = U^T - h^T W^T, O^T = (h^T Q^T) diag(scale e^g) + V'^T P^T, h^T = e^{g_last} h^T + V'^T (e^{g_last - g} K).
+//                Everything is transposed, so that the accumulators of one product are the A operand of the next: the state (f32) and V' never leave
+//                a warp's registers, and warps, which own 16 values each, share nothing but the tiles: W, U, Q for the first half of a chunk (both
+//                products with h^T), P, K for the second. Each has one buffer: while one half is computed, the other's tiles are on their way.
+//
+// d = 128, bf16, per chunk and value head. prepare: G 1.05, S 1.05 (lower blocks only: 0.66 each), W, U 1.05 each (0.66): 2.6 MFLOP; reads q, k, v 48 KB (two
+// value heads share q and k in L2), writes W, U 32 KB, P 8 KB, factors 2.3 KB. 58 KB shared: 3 blocks a multiprocessor.
+// scan: W h 2.1, Q h 2.1, P V' 0.66, K V' 2.1: 7 MFLOP; reads W, Q, K 48 KB (for each of 2 value blocks), U 16 KB, P 8 KB; writes V' 32 KB, O 16 KB.
+// 71 KB shared, 4 warps: 3 blocks a multiprocessor. With 32768 tokens and 32 value heads that is 157 GFLOP and 2.9 GB: 0.7 ms at 4.3 TB/s, of which the
+// V' that the backward needs (f32, 537 MB) are 0.13; a chain of 128 chunks at about 3 µs each takes 0.4 ms.
+#include "delta_rule.cuh"
+
+// One block of 8 warps. What is wrong with cu_seqlens is told and kept within bounds.
+TG_DEVICE i64 bound_at(const DeltaParams& p, u32 i) { return p.cu_wide ? ((const i64*)p.cu)[i] : ((const i32*)p.cu)[i]; }
+template <int C> TG_DEVICE void delta_places(const DeltaParams& p) {
+    TG_SHARED(u32, carry, [8]);
+    u32 base = 0;
+    auto clamped = [&](u32 i) { return (u32)min_of(max_of(bound_at(p, i), 0ll), (i64)p.t); };
+    for (u32 d0 = 0; d0 < p.seqs; d0 += threads()) {
+        u32 d = d0 + thread(), n = 0;
+        if (d < p.seqs) {
+            i64 from = bound_at(p, d), to = bound_at(p, d + 1);
+            if (from > to || from < 0 || to > (i64)p.t || (d == 0 && from != 0)) p.fault.tell(from);
+            if (d + 1 == p.seqs && to != (i64)p.t) p.fault.tell(to);
+            u32 a = clamped(d), b = clamped(d + 1);
+            n = b > a ? div_up(b - a, C) : 0;
+        }
+        u32 before = n;
+        for (u32 m = 1; m < 32; m <<= 1) {
+            u32 x = shuffle_up(before, m);
+            if (lane() >= m) before += x;
+        }
+        sync();
+        if (lane() == 31) carry[warp()] = before;
+        sync();
+        u32 total = 0, mine = 0;
+        for (u32 w = 0; w < threads() / 32; w++) {
+            if (w < warp()) mine += carry[w];
+            total += carry[w];
+        }
+        // falling bounds could ask for more chunks than there is room for
+        if (d < p.seqs) p.bases[d] = min_of(base + mine + before - n, p.chunks);
+        base += total;
+    }
+    if (thread() == 0) p.bases[p.seqs] = min_of(base, p.chunks);
+    fence();
+    sync();
+    for (u32 d = warp(); d < p.seqs; d += threads() / 32) {
+        u32 first = p.bases[d], count = p.bases[d + 1] - first, from = clamped(d), to = clamped(d + 1);
+        for (u32 i = lane(); i < count; i += 32) {
+            p.places[2 * (first + i)] = from + i * C;
+            p.places[2 * (first + i) + 1] = min_of(to - from - i * C, (u32)C);
+        }
+    }
+}
+
+// Running sums of log-decay times log2(e), by one warp.
+template <int C> TG_DEVICE void decay_sums(const DeltaParams& p, const Place& at, u32 head, float* high, float* low) {
+    constexpr int E = C / 32;
+    double x[E], sum = 0;
+    TG_UNROLL for (int e = 0; e < E; e++) {
+        u32 r = lane() * E + e;
+        float g = p.log_decay && r < at.len ? p.log_decay[(u64)(at.row + r) * p.hv + head] : 0.f;
+        // -inf forgets everything; from -10^4 on a ratio is 0, and a difference of sums stays a number
+        sum += (g < -1e4f ? -1e4f : g) * 1.4426950408889634;
+        x[e] = sum;
+    }
+    double before = sum;
+    for (u32 m = 1; m < 32; m <<= 1) {
+        double y = shuffle_up(before, m);
+        if (lane() >= m) before += y;
+    }
+    before = shuffle_up(before, 1);
+    TG_UNROLL for (int e = 0; e < E; e++) {
+        double g = lane() ? before + x[e] : x[e];
+        high[lane() * E + e] = (float)g;
+        low[lane() * E + e] = (float)(g - (float)g);
+    }
+}
+
+// inv = (I + m)^-1 for a strictly lower m; every block below the diagonal blocks that is not written stays as it is.
+template <int C> TG_DEVICE void invert(const Tile<float, C, C>& m, const Tile<float, C, C>& inv, const Tile<float, 16, 16>& mine) {
+    constexpr int NB = C / 16;
+    int w = warp();
+    if (w < NB) {
+        int col = lane() & 15, at = 16 * w;
+        float a[16];
+        TG_UNROLL for (int i = 0; i < 16; i++) {
+            float x = i == col ? 1.f : 0.f;
+            TG_UNROLL for (int j = 0; j < i; j++) x -= *m.at(at + i, at + j) * a[j];
+            a[i] = x;
+            *inv.at(at + i, at + col) = x;
+        }
+    }
+    sync();
+    if (w >= NB) return;
+    for (int b = w + 1; b < NB; b++) {
+        FragC c[2];
+        zero(c);
+        for (int k = w; k < b; k++) {
+            FragA<float> fa;
+            load_a(fa, m.data, m.STRIDE, 16 * b, 16 * k);
+            step_rows(c, fa, inv.data, inv.STRIDE, 16 * w, 16 * k);
+        }
+        put_frag(mine.data, mine.STRIDE, 0, 0, c[0]);
+        put_frag(mine.data, mine.STRIDE, 0, 8, c[1]);
+        sync_warp();
+        zero(c);
+        FragA<float> fa;
+        load_a(fa, inv.data, inv.STRIDE, 16 * b, 16 * b);
+        step_rows(c, fa, mine.data, mine.STRIDE, 0, 0);
+        TG_UNROLL for (int i = 0; i < 2; i++) {
+            TG_UNROLL for (int j = 0; j < 4; j++) c[i].v[j] = -c[i].v[j];
+            put_frag(inv.data, inv.STRIDE, 16 * b, 16 * w + 8 * i, c[i]);
+        }
+        sync_warp();
+    }
+}
+
+// Shared memory of delta_prepare, in bytes.
+template <class T> struct Prepare {
+    static constexpr int C = Chunk<T>::N;
+    static constexpr int SLABS = Tile<T, C, SLAB>::BYTES, TURNED = Tile<T, SLAB, C>::BYTES, SQUARE = Tile<T, C, C>::BYTES;
+    static constexpr int STAGE = SLABS > TURNED ? (SLABS > SQUARE ? SLABS : SQUARE) : (TURNED > SQUARE ? TURNED : SQUARE);
+    static constexpr int M = Tile<float, C, C>::BYTES > 2 * SQUARE ? Tile<float, C, C>::BYTES : 2 * SQUARE;
+    // slab; slab or what goes out; M, later A's two products; A; a block for each warp; factors
+    static constexpr int AT_B = SLABS, AT_M = AT_B + STAGE, AT_INV = AT_M + M, AT_OWN = AT_INV + Tile<float, C, C>::BYTES,
+                         AT_F = AT_OWN + C / 16 * Tile<float, 16, 16>::BYTES, BYTES = AT_F + FACTORS * C * 4;
+};
+
+// `BACK`: for the backward, which wants A and M instead of U.
+template <class T, bool BACK> TG_DEVICE void delta_prepare(const DeltaParams& p) {
+    typedef Prepare<T> S;
+    constexpr int C = S::C, NB = C / 16, WC = 4 / NB, NC = C / 8 / WC, NS = SLAB / 8 / WC, THREADS = 128;
+    u32 chunk = block_x() / p.hv, head = block_x() % p.hv, key_head = head / (p.hv / p.hk);
+    Place at;
+    if (!place<C>(p, chunk, at)) return;
+    const int me = thread(), row = 16 * (warp() % NB), c_col = warp() / NB * NC * 8, s_col = warp() / NB * NS * 8;
+    const T* q = head_rows<T>(p.q, p.q_stride, at, key_head);
+    const T* k = head_rows<T>(p.k, p.k_stride, at, key_head);
+    const T* v = head_rows<T>(p.v, p.v_stride, at, head);
+    const u64 slot = block_x();
+    Tile<T, C, SLAB> ta{shared<T>()}, tb{shared<T>(S::AT_B)};
+    Tile<T, C, C> square{shared<T>(S::AT_B)}, aw{shared<T>(S::AT_M)}, au{shared<T>(S::AT_M + S::SQUARE)};
+    Tile<T, SLAB, C> turned{shared<T>(S::AT_B)};
+    Tile<float, C, C> m{shared<float>(S::AT_M)}, inv{shared<float>(S::AT_INV)};
+    float* f = shared<float>(S::AT_F);
+    auto factor = [&](int which) { return f + which * C; };
+    if (warp() == 0) decay_sums<C>(p, at, head, factor(G_HIGH), factor(G_LOW));
+
+    // G, S, |q|^2; |k|^2 is G's diagonal
+    FragC g[NC], s[NC];
+    zero(g);
+    zero(s);
+    constexpr int PER_ROW = THREADS / C, PART = SLAB / PER_ROW;
+    float qq = 0.f;
+    for (u32 d = 0; d < p.dk; d += SLAB) {
+        sync();
+        bring(ta, k + d, p.k_stride[1], at.len, p.dk - d, me, THREADS);
+        bring(tb, q + d, p.q_stride[1], at.len, p.dk - d, me, THREADS);
+        copy_commit();
+        copy_wait<0>();
+        sync();
+        TG_UNROLL for (int i = 0; i < PART; i += Vec<T>::N) {
+            float x[Vec<T>::N];
+            load16(x, (const T*)tb.at(me / PER_ROW, me % PER_ROW * PART + i));
+            TG_UNROLL for (int j = 0; j < Vec<T>::N; j++) qq += x[j] * x[j];
+        }
+        TG_UNROLL for (int i = 0; i < SLAB; i += 16) {
+            FragA<T> fk, fq;
+            load_a(fk, ta.data, ta.STRIDE, row, i);
+            load_a(fq, tb.data, tb.STRIDE, row, i);
+            TG_UNROLL for (int j = 0; j < NC; j += 2) {
+                if (c_col + 8 * j > row) continue;
+                FragB<T> fb[2];
+                load_b2(fb, ta.data, ta.STRIDE, c_col + 8 * j, i);
+                mma(g[j], fk, fb[0]);
+                mma(g[j + 1], fk, fb[1]);
+                mma(s[j], fq, fb[0]);
+                mma(s[j + 1], fq, fb[1]);
+            }
+        }
+    }
+    TG_UNROLL for (int i = 1; i < PER_ROW; i <<= 1) qq += shuffle_xor(qq, i);
+    if (me % PER_ROW == 0) factor(R_Q)[me / PER_ROW] = qq;
+    TG_UNROLL for (int j = 0; j < NC; j++)
+        TG_UNROLL for (int e = 0; e < 4; e++)
+            if (row + frag_row(e) == c_col + 8 * j + frag_col(e)) factor(R_K)[row + frag_row(e)] = g[j].v[e];
+    sync();
+    if (me < C) {
+        float rq = p.l2 ? 1.f / sqrtf(factor(R_Q)[me] + 1e-6f) : 1.f, rk = p.l2 ? 1.f / sqrtf(factor(R_K)[me] + 1e-6f) : 1.f;
+        float beta = (u32)me < at.len ? beta_at<T>(p, (u64)(at.row + me) * p.hv + head) : 0.f;
+        float eg = fast_exp2(factor(G_HIGH)[me] + factor(G_LOW)[me]);
+        factor(TO_Q)[me] = p.scale * eg * rq;
+        factor(TO_LAST)[me] = ratio(factor(G_HIGH), factor(G_LOW), C - 1, me) * rk;
+        factor(TO_W)[me] = beta * eg * rk;
+        factor(R_Q)[me] = rq;
+        factor(R_K)[me] = rk;
+        factor(BETA)[me] = beta;
+        factor(E_G)[me] = eg;
+    }
+    sync();
+    for (int i = me; i < FACTORS * C; i += THREADS) p.factors[slot * FACTORS * C + i] = f[i];
+    TG_UNROLL for (int j = 0; j < NC; j++)
+        TG_UNROLL for (int e = 0; e < 4; e++) {
+            int r = row + frag_row(e), c = c_col + 8 * j + frag_col(e);
+            float d = c <= r ? ratio(factor(G_HIGH), factor(G_LOW), r, c) * factor(R_K)[c] : 0.f;
+            s[j].v[e] = c <= r ? p.scale * d * factor(R_Q)[r] * s[j].v[e] : 0.f;
+            g[j].v[e] = c < r ? d * factor(R_K)[r] * g[j].v[e] : 0.f;
+        }
+    // square lies where q's slab was, which all have read
+    auto put_square = [&](void* to) {
+        sync();
+        put_tile((T*)to + slot * C * C, C, square, C, C, me, THREADS);
+        sync();
+    };
+    TG_UNROLL for (int j = 0; j < NC; j++) put_frag(square.data, square.STRIDE, row, c_col + 8 * j, s[j]);
+    put_square(p.p);
+    if (p.erase) {
+        if (BACK) {
+            TG_UNROLL for (int j = 0; j < NC; j++) put_frag(square.data, square.STRIDE, row, c_col + 8 * j, g[j]);
+            put_square(p.m);
+        }
+        TG_UNROLL for (int j = 0; j < NC; j++) {
+            TG_UNROLL for (int e = 0; e < 4; e++) g[j].v[e] *= factor(BETA)[row + frag_row(e)];
+            put_frag(m.data, m.STRIDE, row, c_col + 8 * j, g[j]);
+        }
+        sync();
+        invert<C>(m, inv, {shared<float>(S::AT_OWN) + (warp() % NB) * 16 * Tile<float, 16, 16>::STRIDE});
+        sync();
+    }
+    // A with its columns scaled, in M's place
+    for (int i = me; i < C * C / 2; i += THREADS) {
+        int r = i / (C / 2), c = i % (C / 2) * 2;
+        float x = p.erase ? (c <= r ? *inv.at(r, c) : 0.f) : c == r, y = p.erase ? (c < r ? *inv.at(r, c + 1) : 0.f) : c + 1 == r;
+        store_pair(aw.at(r, c), x * factor(TO_W)[c], y * factor(TO_W)[c + 1]);
+        store_pair(au.at(r, c), x * factor(BETA)[c], y * factor(BETA)[c + 1]);
+        if (BACK && p.erase) store_pair(square.at(r, c), x, y);
+    }
+    if (BACK && p.erase) put_square(p.a);
+    sync();
+    if (p.erase) {
+        const u32 wide = whole_slabs(p.dk);
+        for (u32 d = 0; d < p.dk; d += SLAB) {
+            bring(ta, k + d, p.k_stride[1], at.len, p.dk - d, me, THREADS);
+            copy_commit();
+            copy_wait<0>();
+            sync();
+            FragC c[NS];
+            zero(c);
+            TG_UNROLL for (int i = 0; i < C; i += 16) {
+                if (i > row) continue;
+                FragA<T> fa;
+                load_a(fa, aw.data, aw.STRIDE, row, i);
+                step_rows(c, fa, ta.data, ta.STRIDE, s_col, i);
+            }
+            TG_UNROLL for (int j = 0; j < NS; j++) put_frag(tb.data, tb.STRIDE, row, s_col + 8 * j, c[j]);
+            sync();
+            put_tile((T*)p.w + slot * C * wide + d, wide, tb, C, SLAB, me, THREADS);
+        }
+    }
+    if (BACK && p.erase) return;
+    const u32 wide = whole_slabs(p.dv);
+    for (u32 d = 0; d < p.dv; d += SLAB) {
+        if (BACK) { // V' = beta V, as the forward keeps it where there is erasure
+            for (u32 i = me; i < at.len * SLAB; i += THREADS) {
+                u32 r = i / SLAB, c = d + i % SLAB;
+                if (c < p.dv) p.v_new[((u64)(at.row + r) * p.hv + head) * p.dv + c] = factor(BETA)[r] * load(v[r * p.v_stride[1] + c]);
+            }
+            continue;
+        }
+        bring(ta, v + d, p.v_stride[1], at.len, p.dv - d, me, THREADS);
+        copy_commit();
+        copy_wait<0>();
+        sync();
+        FragC c[C / 8];
+        zero(c);
+        TG_UNROLL for (int i = 0; i < C; i += 16) {
+            FragA<T> fa;
+            load_a_trans(fa, ta.data, ta.STRIDE, 16 * warp(), i);
+            step_columns(c, fa, au.data, au.STRIDE, 0, i, i);
+        }
+        TG_UNROLL for (int j = 0; j < C / 8; j++) put_frag(turned.data, turned.STRIDE, 16 * warp(), 8 * j, c[j]);
+        sync();
+        put_tile((T*)p.u + (slot * wide + d) * C, C, turned, SLAB, C, me, THREADS);
+    }
+}
+
+template <class T, int DK, int WARPS> TG_DEVICE void delta_scan(const DeltaParams& p) {
+    constexpr int C = Chunk<T>::N, NC = C / 8, KEYS = DK / key_parts(DK), NK = KEYS / 8, VALUES = 16 * WARPS, THREADS = 32 * WARPS * key_parts(DK);
+    constexpr bool HALVES = key_parts(DK) == 2;
+    constexpr int NO = HALVES ? NC / 2 : NC; // of O, each half of the keys ends up with half of the steps
+    typedef Tile<T, C, DK> Wide;
+    typedef Tile<T, C, C> Square;
+    typedef Tile<T, VALUES, C> Turned;
+    const u32 parts = div_up(p.dv, VALUES), part = block_x() % parts, head = block_x() / parts % p.hv, seq = block_x() / parts / p.hv;
+    const u32 key_head = head / (p.hv / p.hk), wide_v = whole_slabs(p.dv), value = part * VALUES + 16 * (warp() % WARPS);
+    const int me = thread(), half = warp() / WARPS, key = half * KEYS, row = 16 * (warp() % WARPS);
+    const bool live = value < p.dv, pairs = p.dv % 2 == 0;
+    u32 first, count;
+    chunks_of(p, seq, first, count);
+    Wide w{shared<T>()}, q{shared<T>(Wide::BYTES)}, k{shared<T>(2 * Wide::BYTES)};
+    Square pt{shared<T>(3 * Wide::BYTES)};
+    Turned u{shared<T>(3 * Wide::BYTES + Square::BYTES)};
+    float* to_q = shared<float>(3 * Wide::BYTES + Square::BYTES + Turned::BYTES);
+    float* to_last = to_q + C;
+    float* e_g = to_last + C;
+    float* mine = shared<float>() + warp() * (NC + NO) * FRAG_FLOATS;
+    const float* theirs = shared<float>() + (warp() + WARPS) % (2 * WARPS) * (NC + NO) * FRAG_FLOATS;
+    static_assert(!HALVES || 2 * WARPS * (NC + NO) * FRAG_FLOATS * 4 <= 2 * Wide::BYTES, "what is traded fits W and Q");
+    const int o_col = HALVES ? half * C / 2 : 0;
+
+    FragC h[NK];
+    const u64 state = ((u64)seq * p.hv + head) * p.dk * p.dv;
+    load_state(h, p.h0 ? p.h0 + state : nullptr, p.dk, p.dv, key, value);
+    auto slot = [&](u32 i) { return (u64)(first + i) * p.hv + head; };
+    auto copy_floats = [&](float* to, u64 slot, int which) {
+        if (me < C / 4) copy16_async(to + 4 * me, p.factors + (slot * FACTORS + which) * C + 4 * me);
+    };
+    // what the two halves of a chunk read
+    auto load_0 = [&](u32 i) {
+        Place at;
+        if (i < count && place<C>(p, first + i, at)) {
+            if (p.erase) bring(w, (const T*)p.w + slot(i) * C * DK, DK, C, DK, me, THREADS);
+            bring(u, (const T*)p.u + (slot(i) * wide_v + part * VALUES) * C, C, VALUES, C, me, THREADS);
+            bring(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk, me, THREADS);
+            copy_floats(to_q, slot(i), TO_Q);
+        }
+        copy_commit();
+    };
+    auto load_1 = [&](u32 i) {
+        Place at;
+        if (place<C>(p, first + i, at)) {
+            bring(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk, me, THREADS);
+            bring(pt, (const T*)p.p + slot(i) * C * C, C, C, C, me, THREADS);
+            copy_floats(to_last, slot(i), TO_LAST);
+            copy_floats(e_g, slot(i), E_G);
+        }
+        copy_commit();
+    };
+    auto turn = [] {
+        copy_wait<0>();
+        sync();
+    };
+    load_0(0);
+    for (u32 i = 0; i < count; i++) {
+        Place at;
+        place<C>(p, first + i, at);
+        const i64 across = (i64)p.hv * p.dv;
+        const u64 out = ((u64)at.row * p.hv + head) * p.dv + value;
+        turn();
+        load_1(i);
+        FragC v[NC], o[NO];
+        if (live) {
+            FragC all[NC];
+            zero(v);
+            zero(all);
+            auto read_state = [&](auto erase) {
+                TG_UNROLL for (int j = 0; j < NK; j += 2) {
+                    FragA<T> fa;
+                    to_a(fa, h[j], h[j + 1]);
+                    if (erase) step_columns(v, fa, w.data, w.STRIDE, 0, key + 8 * j);
+                    step_columns(all, fa, q.data, q.STRIDE, 0, key + 8 * j);
+                }
+            };
+            if (p.erase) read_state(Flag<true>()); else read_state(Flag<false>());
+            TG_UNROLL for (int j = 0; j < NO; j++) o[j] = HALVES && half ? all[NC - NO + j] : all[j];
+            if (HALVES) {
+                sync(); // W and Q have been read: what is traded goes there
+                TG_UNROLL for (int j = 0; j < NC; j++) give(mine + j * FRAG_FLOATS, v[j]);
+                TG_UNROLL for (int j = 0; j < NO; j++) give(mine + (NC + j) * FRAG_FLOATS, half ? all[j] : all[NC - NO + j]);
+            }
+        } else if (HALVES) {
+            sync();
+        }
+        if (HALVES) sync();
+        if (live) {
+            if (HALVES) {
+                TG_UNROLL for (int j = 0; j < NC; j++) take(theirs + j * FRAG_FLOATS, v[j]);
+                TG_UNROLL for (int j = 0; j < NO; j++) take(theirs + (NC + j) * FRAG_FLOATS, o[j]);
+            }
+            TG_UNROLL for (int j = 0; j < NC; j++) {
+                const T* from = u.at(row + frag_row(0), 8 * j + frag_col(0));
+                float x[4];
+                load_pair(from, x[0], x[1]);
+                load_pair(from + 8 * u.STRIDE, x[2], x[3]);
+                TG_UNROLL for (int e = 0; e < 4; e++) v[j].v[e] = x[e] - v[j].v[e];
+                if (p.erase && (!HALVES || (j >= NC / 2) == half))
+                    store_transposed(p.v_new + out + 8 * j * across, across, v[j], (int)at.len - 8 * j, p.dv - value, pairs);
+            }
+            TG_UNROLL for (int j = 0; j < NO; j++)
+                TG_UNROLL for (int e = 0; e < 4; e++) o[j].v[e] *= to_q[o_col + 8 * j + frag_col(e)];
+        }
+        turn();
+        load_0(i + 1);
+        if (live) {
+            TG_UNROLL for (int j = 0; j < NC; j += 2) { // P's column reaches rows from its own
+                FragA<T> fa;
+                to_a(fa, v[j], v[j + 1]);
+                step_columns(o, fa, pt.data, pt.STRIDE, o_col, 8 * j, 8 * j);
+            }
+            TG_UNROLL for (int j = 0; j < NO; j++)
+                store_transposed((T*)p.o + out + (o_col + 8 * j) * across, across, o[j], (int)at.len - o_col - 8 * j, p.dv - value, pairs);
+            float keep = e_g[C - 1];
+            TG_UNROLL for (int j = 0; j < NK; j++)
+                TG_UNROLL for (int e = 0; e < 4; e++) h[j].v[e] *= keep;
+            TG_UNROLL for (int j = 0; j < NC; j += 2) {
+                TG_UNROLL for (int e = 0; e < 4; e++) {
+                    v[j].v[e] *= to_last[8 * j + frag_col(e)];
+                    v[j + 1].v[e] *= to_last[8 * j + 8 + frag_col(e)];
+                }
+                FragA<T> fa;
+                to_a(fa, v[j], v[j + 1]);
+                step_rows(h, fa, k.data, k.STRIDE, key, 8 * j);
+            }
+        }
+    }
+    copy_wait<0>();
+    store_state(h, p.last + state, p.dk, p.dv, key, value);
+}

@@ -1,0 +1,542 @@
+// The delta rule's backward, in the same chunks of C steps as the forward (delta_rule.cu), from the inputs and V' (f32).
+//
+// delta_prepare<BACK>     (in delta_rule.cu) again gives the factors, P, A, M / beta and W.
+// delta_states            sequential: h^T += V'^T K as in the forward's scan, with V' at hand; keeps the state before each chunk, in T.
+// delta_scan_back         sequential, from the last chunk to the first, the gradient of the state (transposed, f32) in registers, 16 values a warp:
+//                         dV'^T = (dh^T K^T) diag(e^{g_last - g}) + dO^T P;  dh^T = e^{g_last} dh^T + (dO^T diag(scale e^g)) Q - dV'^T W.
+//                         Keeps dV'^T and the gradient of the state after each chunk, in T.
+// delta_grad_squares      a block per (chunk, value head): over slabs of the value dimension, dR = A^T dV', dV = beta dR, the squares dO V'^T and
+//                         dM = -dR V'^T (warps own 16 rows), then what they give to g and beta, and the squares that dq and dk need.
+// delta_grad_rows         a block per (chunk, value head): over slabs of the key dimension, with the norms folded into factors,
+//                         r_q dq = X k + scale e^g r_q (dO h^T),  r_k dk = X^T q + (Z + Z^T) k + e^{g_last - g} r_k (V' dh^T) - beta e^g r_k (dR h^T),
+//                         where X_ij = r_i r_j scale D_ij (dO V'^T)_ij and Z_ij = r_i r_j beta_i D_ij dM_ij; the rest of the gradients of g and beta.
+// delta_grad_finish       a warp per (step, key head): sums over the value heads of a key head, and through the norm: dx = y - r^2 x (x . y).
+//
+// g's gradient through D is row sums minus column sums below the diagonal; what cancels is never added. Orders of all sums follow from shapes.
+//
+// d = 128, bf16, per chunk and value head: prepare 2.6 MFLOP less U; states 2.1; scan_back 2.1 + 0.66 + 2.1 + 2.1; squares 3 × 0.66; rows 3 × 2.1 + 4 × 1.05
+// (two triangular): about 21 MFLOP. Reads and writes: h and dh 32 KB each, twice; V' 32 KB twice; W, dR, dV', y 16 KB each, twice; squares 40 KB twice;
+// q, k, v, dO and gradients 130 KB: 0.5 MB. 32768 tokens, 32 heads: 340 GFLOP, 8 GB or 1.9 ms at 4.3 TB/s. Shared memory: states 71 KB (two stages),
+// scan_back 70 KB, squares 55 KB, rows 65 KB: 3 blocks a multiprocessor each.
+#include "delta_rule.cuh"
+
+template <class T, int DK, int WARPS> TG_DEVICE void delta_states(const DeltaParams& p) {
+    constexpr int C = Chunk<T>::N, KEYS = DK / key_parts(DK), NK = KEYS / 8, VALUES = 16 * WARPS, THREADS = 32 * WARPS * key_parts(DK);
+    typedef Tile<T, C, DK> Wide;
+    typedef Tile<float, C, VALUES> Values;
+    constexpr int STAGE = Wide::BYTES + Values::BYTES + 2 * C * 4;
+    const u32 parts = whole_slabs(p.dv) / VALUES, part = block_x() % parts, head = block_x() / parts % p.hv, seq = block_x() / parts / p.hv;
+    const u32 key_head = head / (p.hv / p.hk), wide_v = whole_slabs(p.dv), value = part * VALUES + 16 * (warp() % WARPS);
+    const int me = thread(), half = warp() / WARPS, key = half * KEYS, row = 16 * (warp() % WARPS);
+    u32 first, count;
+    chunks_of(p, seq, first, count);
+    FragC h[NK];
+    load_state(h, p.h0 ? p.h0 + ((u64)seq * p.hv + head) * p.dk * p.dv : nullptr, p.dk, p.dv, key, value);
+    auto fetch = [&](u32 i) {
+        Place at;
+        if (i + 1 < count && place<C>(p, first + i, at)) { // nothing follows the last chunk
+            u32 stage = i % 2 * STAGE;
+            Wide k{shared<T>(stage)};
+            Values v{shared<float>(stage + Wide::BYTES)};
+            float* f = shared<float>(stage + Wide::BYTES + Values::BYTES);
+            u64 slot = (u64)(first + i) * p.hv + head;
+            bring(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk, me, THREADS);
+            bring(v, p.v_new + ((u64)at.row * p.hv + head) * p.dv + part * VALUES, (i64)p.hv * p.dv, at.len, p.dv - part * VALUES, me, THREADS);
+            if (me < C / 2) copy16_async(f + 4 * me, p.factors + (slot * FACTORS + (me < C / 4 ? TO_LAST : E_G)) * C + 4 * (me % (C / 4)));
+        }
+        copy_commit();
+    };
+    fetch(0);
+    for (u32 i = 0; i < count; i++) {
+        fetch(i + 1);
+        copy_wait<1>();
+        sync();
+        T* to = (T*)p.states + (((u64)(first + i) * p.hv + head) * wide_v + value) * DK;
+        TG_UNROLL for (int j = 0; j < NK; j++) put_frag(to, DK, 0, key + 8 * j, h[j]);
+        if (i + 1 < count && value < p.dv) {
+            u32 stage = i % 2 * STAGE;
+            Wide k{shared<T>(stage)};
+            Values v{shared<float>(stage + Wide::BYTES)};
+            float* f = shared<float>(stage + Wide::BYTES + Values::BYTES);
+            float keep = f[2 * C - 1];
+            TG_UNROLL for (int j = 0; j < NK; j++)
+                TG_UNROLL for (int e = 0; e < 4; e++) h[j].v[e] *= keep;
+            _Pragma("unroll 1") for (int j = 0; j < C; j += 16) {
+                FragA<T> fa;
+                load_a_trans_scaled(fa, v.data, v.STRIDE, row, j, f);
+                step_rows(h, fa, k.data, k.STRIDE, key, j);
+            }
+        }
+        sync();
+    }
+    copy_wait<0>();
+}
+
+template <class T, int DK, int WARPS> TG_DEVICE void delta_scan_back(const DeltaParams& p) {
+    constexpr int C = Chunk<T>::N, NC = C / 8, KEYS = DK / key_parts(DK), NK = KEYS / 8, VALUES = 16 * WARPS, THREADS = 32 * WARPS * key_parts(DK);
+    typedef Tile<T, C, DK> Wide;
+    typedef Tile<T, C, C> Square;
+    typedef Tile<T, C, VALUES> Values;
+    const u32 parts = whole_slabs(p.dv) / VALUES, part = block_x() % parts, head = block_x() / parts % p.hv, seq = block_x() / parts / p.hv;
+    const u32 key_head = head / (p.hv / p.hk), wide_v = whole_slabs(p.dv), value = part * VALUES + 16 * (warp() % WARPS);
+    const int me = thread(), half = warp() / WARPS, key = half * KEYS, row = 16 * (warp() % WARPS);
+    const bool live = value < p.dv;
+    u32 first, count;
+    chunks_of(p, seq, first, count);
+    Wide k{shared<T>()}, q{shared<T>(Wide::BYTES + Square::BYTES)}, w{shared<T>(2 * Wide::BYTES + Square::BYTES)};
+    Square pt{shared<T>(Wide::BYTES)};
+    constexpr bool HALVES = key_parts(DK) == 2;
+    float* mine = shared<float>() + warp() * NC * FRAG_FLOATS;
+    const float* theirs = shared<float>() + (warp() + WARPS) % (2 * WARPS) * NC * FRAG_FLOATS;
+    static_assert(!HALVES || 2 * WARPS * NC * FRAG_FLOATS * 4 <= Wide::BYTES + Square::BYTES, "what is traded fits K and P");
+    // dO and the factors are read by both products, so there are two of each
+    constexpr int AT_O = 3 * Wide::BYTES + Square::BYTES, STAGE = Values::BYTES + 3 * C * 4;
+    auto d_o_of = [&](u32 i) { return Values{shared<T>(AT_O + i % 2 * STAGE)}; };
+    auto factors_of = [&](u32 i) { return shared<float>(AT_O + i % 2 * STAGE + Values::BYTES); };
+    const u64 state = ((u64)seq * p.hv + head) * p.dk * p.dv;
+    FragC h[NK];
+    load_state(h, p.d_last ? p.d_last + state : nullptr, p.dk, p.dv, key, value);
+    auto slot = [&](u32 i) { return (u64)(first + i) * p.hv + head; };
+    auto copy_floats = [&](float* to, u64 slot, int which) {
+        if (me < C / 4) copy16_async(to + 4 * me, p.factors + (slot * FACTORS + which) * C + 4 * me);
+    };
+    auto load_0 = [&](u32 i) {
+        Place at;
+        if (place<C>(p, first + i, at)) {
+            bring(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk, me, THREADS);
+            bring(pt, (const T*)p.p + slot(i) * C * C, C, C, C, me, THREADS);
+            bring(d_o_of(i), (const T*)p.d_o + ((u64)at.row * p.hv + head) * p.dv + part * VALUES, (i64)p.hv * p.dv, at.len, p.dv - part * VALUES, me, THREADS);
+            copy_floats(factors_of(i), slot(i), TO_Q);
+            copy_floats(factors_of(i) + C, slot(i), TO_LAST);
+            copy_floats(factors_of(i) + 2 * C, slot(i), E_G);
+        }
+        copy_commit();
+    };
+    auto load_1 = [&](u32 i) {
+        Place at;
+        if (place<C>(p, first + i, at)) {
+            bring(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk, me, THREADS);
+            if (p.erase) bring(w, (const T*)p.w + slot(i) * C * DK, DK, C, DK, me, THREADS);
+        }
+        copy_commit();
+    };
+    if (count) load_0(count - 1);
+    for (u32 i = count; i-- > 0;) {
+        copy_wait<0>();
+        sync();
+        load_1(i);
+        const Values d_o = d_o_of(i);
+        const float *to_q = factors_of(i), *to_last = to_q + C, *e_g = to_last + C;
+        FragC v[NC];
+        T* after = (T*)p.d_states + (slot(i) * wide_v + value) * DK;
+        TG_UNROLL for (int j = 0; j < NK; j++) put_frag(after, DK, 0, key + 8 * j, h[j]);
+        zero(v);
+        if (live) {
+            TG_UNROLL for (int j = 0; j < NK; j += 2) {
+                FragA<T> fa;
+                to_a(fa, h[j], h[j + 1]);
+                step_columns(v, fa, k.data, k.STRIDE, 0, key + 8 * j);
+            }
+            TG_UNROLL for (int j = 0; j < NC; j++)
+                TG_UNROLL for (int e = 0; e < 4; e++) v[j].v[e] *= to_last[8 * j + frag_col(e)];
+            // P's row j reaches columns up to j; halves of the keys take turns
+            _Pragma("unroll 1") for (int j = 16 * half; j < C; j += HALVES ? 32 : 16) {
+                FragA<T> fa;
+                load_a_trans(fa, d_o.data, d_o.STRIDE, row, j);
+                step_rows(v, fa, pt.data, pt.STRIDE, 0, j, 0, j + 16);
+            }
+        }
+        if (HALVES) {
+            sync(); // K and P have been read: what is traded goes there
+            TG_UNROLL for (int j = 0; j < NC; j++) give(mine + j * FRAG_FLOATS, v[j]);
+            sync();
+            TG_UNROLL for (int j = 0; j < NC; j++) take(theirs + j * FRAG_FLOATS, v[j]);
+        }
+        T* d_new = (T*)p.d_new + (slot(i) * wide_v + value) * C;
+        TG_UNROLL for (int j = 0; j < NC; j++)
+            if (!HALVES || (j >= NC / 2) == half) put_frag(d_new, C, 0, 8 * j, v[j]);
+        copy_wait<0>();
+        sync();
+        if (i) load_0(i - 1);
+        if (live) {
+            TG_UNROLL for (int j = 0; j < NK; j++)
+                TG_UNROLL for (int e = 0; e < 4; e++) h[j].v[e] *= e_g[C - 1];
+            _Pragma("unroll 1") for (int j = 0; j < C; j += 16) {
+                FragA<T> fa;
+                load_a_trans_scaled(fa, d_o.data, d_o.STRIDE, row, j, to_q);
+                step_rows(h, fa, q.data, q.STRIDE, key, j);
+            }
+            if (p.erase) {
+                TG_UNROLL for (int j = 0; j < NC; j += 2) {
+                    TG_UNROLL for (int e = 0; e < 4; e++) {
+                        v[j].v[e] = -v[j].v[e];
+                        v[j + 1].v[e] = -v[j + 1].v[e];
+                    }
+                    FragA<T> fa;
+                    to_a(fa, v[j], v[j + 1]);
+                    step_rows(h, fa, w.data, w.STRIDE, key, 8 * j);
+                }
+            }
+        }
+    }
+    copy_wait<0>();
+    if (p.d_h0) store_state(h, p.d_h0 + state, p.dk, p.dv, key, value);
+}
+
+// Sums of each row over the four lanes that share it, into sums[row] of this group of columns; and of each column over the eight lanes.
+TG_DEVICE void row_sums(float low, float high, float* to, int row) {
+    TG_UNROLL for (int m = 1; m < 4; m <<= 1) {
+        low += shuffle_xor(low, m);
+        high += shuffle_xor(high, m);
+    }
+    if ((lane() & 3) == 0) {
+        to[row + (lane() >> 2)] = low;
+        to[row + (lane() >> 2) + 8] = high;
+    }
+}
+
+template <class T> struct GradSquares {
+    static constexpr int C = Chunk<T>::N, NB = C / 16, WC = 2, THREADS = 32 * NB * WC; // warps own 16 rows and half of the columns
+    typedef Tile<T, C, SLAB> Slab;
+    typedef Tile<T, SLAB, C> Turned;
+    typedef Tile<T, C, C> Square;
+    static constexpr int AT_V = Slab::BYTES, AT_R = 2 * Slab::BYTES, AT_X = 3 * Slab::BYTES, AT_DV = 4 * Slab::BYTES, AT_A = AT_DV + Turned::BYTES,
+                         AT_F = AT_A + Square::BYTES, AT_SUMS = AT_F + FACTORS * C * 4, BYTES = AT_SUMS + (2 * WC + NB) * C * 4;
+};
+
+template <class T> TG_DEVICE void delta_grad_squares(const DeltaParams& p) {
+    typedef GradSquares<T> S;
+    constexpr int C = S::C, NB = S::NB, WC = S::WC, NC = C / 8 / WC, NS = SLAB / 8 / WC, THREADS = S::THREADS;
+    u32 chunk = block_x() / p.hv, head = block_x() % p.hv;
+    Place at;
+    if (!place<C>(p, chunk, at)) return;
+    const int me = thread(), wr = warp() % NB, wc = warp() / NB, row = 16 * wr, c_col = wc * NC * 8, s_col = wc * NS * 8;
+    const u64 slot = block_x(), first = ((u64)at.row * p.hv + head) * p.dv;
+    const i64 across = (i64)p.hv * p.dv;
+    const u32 wide = whole_slabs(p.dv);
+    typename S::Slab d_o{shared<T>()}, vn{shared<T>(S::AT_V)}, dr{shared<T>(S::AT_R)}, x{shared<T>(S::AT_X)};
+    typename S::Turned dv{shared<T>(S::AT_DV)};
+    typename S::Square a{shared<T>(S::AT_A)};
+    float* f = shared<float>(S::AT_F);
+    float* g_rows = shared<float>(S::AT_SUMS); // [WC][C]
+    float* b_rows = g_rows + WC * C;           // [WC][C]
+    float* g_cols = b_rows + WC * C;           // [NB][C]
+    auto factor = [&](int which) { return f + which * C; };
+    _Pragma("unroll 1") for (int i = me; i < FACTORS * C; i += THREADS) f[i] = p.factors[slot * FACTORS * C + i];
+    if (p.erase) bring(a, (const T*)p.a + slot * C * C, C, C, C, me, THREADS);
+
+    FragC dp[NC], dm[NC];
+    zero(dp);
+    zero(dm);
+    float b_low = 0.f, b_high = 0.f;
+    for (u32 d = 0; d < p.dv; d += SLAB) {
+        bring(d_o, (const T*)p.d_o + first + d, across, at.len, p.dv - d, me, THREADS);
+        bring(x, head_rows<T>(p.v, p.v_stride, at, head) + d, p.v_stride[1], at.len, p.dv - d, me, THREADS);
+        bring(dv, (const T*)p.d_new + (slot * wide + d) * C, C, SLAB, C, me, THREADS);
+        copy_commit();
+        load_wide(vn, p.v_new + first + d, across, at.len, p.dv - d, me, THREADS);
+        copy_commit();
+        copy_wait<0>();
+        sync();
+        // dR = A^T dV', from steps at and after each row's
+        FragC r[NS];
+        zero(r);
+        if (p.erase) {
+            _Pragma("unroll 1") for (int i = row; i < C; i += 16) {
+                FragA<T> fa;
+                load_a_trans(fa, a.data, a.STRIDE, row, i);
+                step_columns(r, fa, dv.data, dv.STRIDE, s_col, i);
+            }
+        } else {
+            TG_UNROLL for (int j = 0; j < NS; j++)
+                TG_UNROLL for (int e = 0; e < 4; e++) r[j].v[e] = load(*dv.at(s_col + 8 * j + frag_col(e), row + frag_row(e)));
+        }
+        TG_UNROLL for (int j = 0; j < NS; j++) {
+            put_frag(dr.data, dr.STRIDE, row, s_col + 8 * j, r[j]);
+            T* v = x.at(row + frag_row(0), s_col + 8 * j + frag_col(0));
+            float y[4];
+            load_pair(v, y[0], y[1]);
+            load_pair(v + 8 * x.STRIDE, y[2], y[3]);
+            b_low += r[j].v[0] * y[0] + r[j].v[1] * y[1];
+            b_high += r[j].v[2] * y[2] + r[j].v[3] * y[3];
+            // dV takes v's place
+            float b0 = factor(BETA)[row + frag_row(0)], b1 = factor(BETA)[row + frag_row(2)];
+            store_pair(v, b0 * r[j].v[0], b0 * r[j].v[1]);
+            store_pair(v + 8 * x.STRIDE, b1 * r[j].v[2], b1 * r[j].v[3]);
+        }
+        _Pragma("unroll 2") for (int i = 0; i < SLAB; i += 16) {
+            FragA<T> fa;
+            load_a(fa, d_o.data, d_o.STRIDE, row, i);
+            step_columns(dp, fa, vn.data, vn.STRIDE, c_col, i, 0, row + 16);
+        }
+        sync();
+        put_tile((T*)p.d_value + first + d, across, x, at.len, p.dv - d, me, THREADS);
+        put_tile((T*)p.d_r + slot * C * wide + d, wide, dr, C, SLAB, me, THREADS);
+        if (p.erase) {
+            _Pragma("unroll 2") for (int i = 0; i < SLAB; i += 16) {
+                FragA<T> fa;
+                load_a(fa, dr.data, dr.STRIDE, row, i);
+                step_columns(dm, fa, vn.data, vn.STRIDE, c_col, i, 0, row + 16);
+            }
+        }
+        sync();
+    }
+    // the squares: what goes to g and beta, then X in A's place and Z + Z^T in dO's
+    typename S::Square sym{shared<T>()};
+    const T* pg = (const T*)p.p + slot * C * C;
+    const T* mg = (const T*)p.m + slot * C * C;
+    float g_low = 0.f, g_high = 0.f;
+    TG_UNROLL for (int j = 0; j < NC; j++) {
+        int c0 = c_col + 8 * j + frag_col(0);
+        float col[2] = {};
+        TG_UNROLL for (int half = 0; half < 2; half++) {
+            int r = row + frag_row(2 * half);
+            float pv[2] = {}, mv[2] = {}, beta = factor(BETA)[r];
+            if (c_col + 8 * j <= row + 15) {
+                load_pair(pg + r * C + c0, pv[0], pv[1]);
+                if (p.erase) load_pair(mg + r * C + c0, mv[0], mv[1]);
+            }
+            TG_UNROLL for (int e = 0; e < 2; e++) {
+                int c = c0 + e;
+                float d = c <= r ? ratio(factor(G_HIGH), factor(G_LOW), r, c) * factor(R_K)[c] : 0.f;
+                float xp = dp[j].v[2 * half + e], xm = -dm[j].v[2 * half + e];
+                float to_g = c < r ? xp * pv[e] + xm * beta * mv[e] : 0.f;
+                (half ? g_high : g_low) += to_g;
+                (half ? b_high : b_low) += c < r ? xm * mv[e] : 0.f;
+                col[e] += to_g;
+                dp[j].v[2 * half + e] = c <= r ? p.scale * d * factor(R_Q)[r] * xp : 0.f;
+                dm[j].v[2 * half + e] = c < r ? beta * factor(R_K)[r] * d * xm : 0.f;
+            }
+        }
+        TG_UNROLL for (int e = 0; e < 2; e++) {
+            TG_UNROLL for (int m = 4; m < 32; m <<= 1) col[e] += shuffle_xor(col[e], m);
+            if (lane() < 4) g_cols[wr * C + c0 + e] = col[e];
+        }
+    }
+    row_sums(g_low, g_high, g_rows + wc * C, row);
+    row_sums(b_low, b_high, b_rows + wc * C, row);
+    TG_UNROLL for (int j = 0; j < NC; j++) {
+        put_frag(a.data, a.STRIDE, row, c_col + 8 * j, dp[j]);
+        if (!p.erase) continue;
+        TG_UNROLL for (int e = 0; e < 4; e++) {
+            int r = row + frag_row(e), c = c_col + 8 * j + frag_col(e);
+            if (c < r) *sym.at(c, r) = store<T>(dm[j].v[e]);
+            if (c <= r) *sym.at(r, c) = store<T>(dm[j].v[e]);
+        }
+    }
+    sync();
+    put_tile((T*)p.x + slot * C * C, C, a, C, C, me, THREADS);
+    if (p.erase) put_tile((T*)p.s + slot * C * C, C, sym, C, C, me, THREADS);
+    if (me < C) {
+        float g = 0.f, b = 0.f;
+        for (int i = 0; i < WC; i++) {
+            g += g_rows[i * C + me];
+            b += b_rows[i * C + me];
+        }
+        float cols = 0.f;
+        for (int i = 0; i < NB; i++) cols += g_cols[i * C + me];
+        p.sums[slot * 2 * C + me] = g - cols;
+        p.sums[slot * 2 * C + C + me] = b;
+    }
+}
+
+template <class T> struct GradRows {
+    static constexpr int C = Chunk<T>::N, NB = C / 16, WC = 2, THREADS = 32 * NB * WC;
+    typedef Tile<T, C, SLAB> Slab;
+    typedef Tile<T, SLAB, SLAB> State;
+    typedef Tile<T, C, C> Square;
+    // dO, later q; V', later k; dR; h; dh; X; Z + Z^T; factors; three sums a row for each group of columns; scratch of a sum over the block
+    static constexpr int AT_V = Slab::BYTES, AT_R = 2 * Slab::BYTES, AT_H = 3 * Slab::BYTES, AT_DH = AT_H + State::BYTES, AT_X = AT_DH + State::BYTES,
+                         AT_S = AT_X + Square::BYTES, AT_F = AT_S + Square::BYTES, AT_SUMS = AT_F + FACTORS * C * 4,
+                         AT_SCRATCH = AT_SUMS + 3 * WC * C * 4, BYTES = AT_SCRATCH + 4 * NB * WC;
+};
+
+template <class T> TG_DEVICE void delta_grad_rows(const DeltaParams& p) {
+    typedef GradRows<T> S;
+    constexpr int C = S::C, NB = S::NB, WC = S::WC, NS = SLAB / 8 / WC, THREADS = S::THREADS;
+    u32 chunk = block_x() / p.hv, head = block_x() % p.hv, key_head = head / (p.hv / p.hk);
+    Place at;
+    if (!place<C>(p, chunk, at)) return;
+    const int me = thread(), row = 16 * (warp() % NB), wc = warp() / NB, col = wc * NS * 8;
+    const u64 slot = block_x(), first = ((u64)at.row * p.hv + head) * p.dv;
+    const i64 across = (i64)p.hv * p.dv;
+    const u32 wide_v = whole_slabs(p.dv), wide_k = whole_slabs(p.dk);
+    typename S::Slab d_o{shared<T>()}, vn{shared<T>(S::AT_V)}, dr{shared<T>(S::AT_R)}, q = d_o, k = vn;
+    typename S::State h{shared<T>(S::AT_H)}, dh{shared<T>(S::AT_DH)};
+    typename S::Square x{shared<T>(S::AT_X)}, s{shared<T>(S::AT_S)};
+    float* f = shared<float>(S::AT_F);
+    float* sums = shared<float>(S::AT_SUMS);
+    float* scratch = shared<float>(S::AT_SCRATCH);
+    auto factor = [&](int which) { return f + which * C; };
+    for (int i = me; i < FACTORS * C; i += THREADS) f[i] = p.factors[slot * FACTORS * C + i];
+    bring(x, (const T*)p.x + slot * C * C, C, C, C, me, THREADS);
+    if (p.erase) bring(s, (const T*)p.s + slot * C * C, C, C, C, me, THREADS);
+
+    float dots[3][2] = {}, states = 0.f; // rows of dO h^T . q, V' dh^T . k, dR h^T . k; h . dh
+    for (u32 dk = 0; dk < p.dk; dk += SLAB) {
+        FragC yq[NS], yk[NS], yr[NS];
+        zero(yq);
+        zero(yk);
+        zero(yr);
+        for (u32 dv = 0; dv < p.dv; dv += SLAB) {
+            bring(d_o, (const T*)p.d_o + first + dv, across, at.len, p.dv - dv, me, THREADS);
+            bring(h, (const T*)p.states + (slot * wide_v + dv) * wide_k + dk, wide_k, SLAB, SLAB, me, THREADS);
+            bring(dh, (const T*)p.d_states + (slot * wide_v + dv) * wide_k + dk, wide_k, SLAB, SLAB, me, THREADS);
+            if (p.erase) bring(dr, (const T*)p.d_r + slot * C * wide_v + dv, wide_v, C, SLAB, me, THREADS);
+            copy_commit();
+            load_wide(vn, p.v_new + first + dv, across, at.len, p.dv - dv, me, THREADS);
+            copy_commit();
+            copy_wait<0>();
+            sync();
+            TG_UNROLL for (int i = 0; i < SLAB; i += 16) {
+                FragA<T> fo, fv, fr;
+                load_a(fo, d_o.data, d_o.STRIDE, row, i);
+                load_a(fv, vn.data, vn.STRIDE, row, i);
+                if (p.erase) load_a(fr, dr.data, dr.STRIDE, row, i);
+                TG_UNROLL for (int j = 0; j < NS; j += 2) {
+                    FragB<T> fb[2];
+                    load_b2_trans(fb, h.data, h.STRIDE, col + 8 * j, i);
+                    mma(yq[j], fo, fb[0]);
+                    mma(yq[j + 1], fo, fb[1]);
+                    if (p.erase) {
+                        mma(yr[j], fr, fb[0]);
+                        mma(yr[j + 1], fr, fb[1]);
+                    }
+                    load_b2_trans(fb, dh.data, dh.STRIDE, col + 8 * j, i);
+                    mma(yk[j], fv, fb[0]);
+                    mma(yk[j + 1], fv, fb[1]);
+                }
+            }
+            if (p.d_decay) {
+                for (int i = me; i < SLAB * SLAB / 2; i += THREADS) {
+                    float a0, a1, b0, b1;
+                    load_pair(h.at(i / (SLAB / 2), i % (SLAB / 2) * 2), a0, a1);
+                    load_pair(dh.at(i / (SLAB / 2), i % (SLAB / 2) * 2), b0, b1);
+                    states += a0 * b0 + a1 * b1;
+                }
+            }
+            sync();
+        }
+        bring(q, head_rows<T>(p.q, p.q_stride, at, key_head) + dk, p.q_stride[1], at.len, p.dk - dk, me, THREADS);
+        bring(k, head_rows<T>(p.k, p.k_stride, at, key_head) + dk, p.k_stride[1], at.len, p.dk - dk, me, THREADS);
+        copy_commit();
+        copy_wait<0>();
+        sync();
+        TG_UNROLL for (int j = 0; j < NS; j++)
+            TG_UNROLL for (int e = 0; e < 4; e++) {
+                int r = row + frag_row(e), c = col + 8 * j + frag_col(e);
+                float kv = load(*k.at(r, c)), y0 = yq[j].v[e] * factor(TO_Q)[r], y1 = yk[j].v[e] * factor(TO_LAST)[r];
+                dots[0][e / 2] += y0 * load(*q.at(r, c));
+                dots[1][e / 2] += y1 * kv;
+                dots[2][e / 2] += yr[j].v[e] * kv;
+                yq[j].v[e] = y0;
+                yk[j].v[e] = y1 - yr[j].v[e] * factor(TO_W)[r];
+            }
+        TG_UNROLL for (int i = 0; i < C; i += 16) {
+            FragA<T> fx, ft, fs;
+            bool before = i <= row, after = i >= row;
+            if (before) load_a(fx, x.data, x.STRIDE, row, i);
+            if (after) load_a_trans(ft, x.data, x.STRIDE, row, i);
+            if (p.erase) load_a(fs, s.data, s.STRIDE, row, i);
+            TG_UNROLL for (int j = 0; j < NS; j += 2) {
+                FragB<T> fb[2];
+                if (before || p.erase) load_b2_trans(fb, k.data, k.STRIDE, col + 8 * j, i);
+                if (before) {
+                    mma(yq[j], fx, fb[0]);
+                    mma(yq[j + 1], fx, fb[1]);
+                }
+                if (p.erase) {
+                    mma(yk[j], fs, fb[0]);
+                    mma(yk[j + 1], fs, fb[1]);
+                }
+                if (after) {
+                    load_b2_trans(fb, q.data, q.STRIDE, col + 8 * j, i);
+                    mma(yk[j], ft, fb[0]);
+                    mma(yk[j + 1], ft, fb[1]);
+                }
+            }
+        }
+        sync();
+        TG_UNROLL for (int j = 0; j < NS; j++) {
+            put_frag(q.data, q.STRIDE, row, col + 8 * j, yq[j]);
+            put_frag(k.data, k.STRIDE, row, col + 8 * j, yk[j]);
+        }
+        sync();
+        const u64 to = ((u64)at.row * p.hv + head) * p.dk + dk;
+        put_tile((T*)p.yq + to, (i64)p.hv * p.dk, q, at.len, p.dk - dk, me, THREADS);
+        put_tile((T*)p.yk + to, (i64)p.hv * p.dk, k, at.len, p.dk - dk, me, THREADS);
+        sync();
+    }
+    TG_UNROLL for (int i = 0; i < 3; i++) row_sums(dots[i][0], dots[i][1], sums + (i * WC + wc) * C, row);
+    if (p.d_decay) states = block_sum(states, scratch);
+    sync();
+    // one warp finishes: C / 32 steps a lane
+    if (warp() != 0) return;
+    constexpr int E = C / 32;
+    float g[E], tail[E], into_last = 0.f;
+    TG_UNROLL for (int e = 0; e < E; e++) {
+        int r = lane() * E + e;
+        float d[3];
+        TG_UNROLL for (int i = 0; i < 3; i++) {
+            d[i] = 0.f;
+            for (int j = 0; j < WC; j++) d[i] += sums[(i * WC + j) * C + r];
+        }
+        tail[e] = r + 1 < (int)at.len ? d[1] : 0.f; // the last step's own share cancels
+        into_last += tail[e];
+        g[e] = p.sums[slot * 2 * C + r] + d[0] - tail[e] - (p.erase ? factor(TO_W)[r] * d[2] : 0.f);
+        u64 to = (u64)(at.row + r) * p.hv + head;
+        if (p.d_beta && r < (int)at.len) {
+            float b = p.sums[slot * 2 * C + C + r] - (p.erase ? factor(E_G)[r] * factor(R_K)[r] * d[2] : 0.f);
+            if (p.beta_wide) ((float*)p.d_beta)[to] = b;
+            else ((T*)p.d_beta)[to] = store<T>(b);
+        }
+    }
+    if (!p.d_decay) return;
+    into_last = warp_sum(into_last) + factor(E_G)[C - 1] * states;
+    // g_i is the sum of log-decays up to i, so theirs are sums backwards
+    float sum = 0.f;
+    TG_UNROLL for (int e = E - 1; e >= 0; e--) {
+        int r = lane() * E + e;
+        sum += r < (int)at.len ? g[e] + (r + 1 == (int)at.len ? into_last : 0.f) : 0.f;
+        g[e] = sum;
+    }
+    float after = sum;
+    for (u32 m = 1; m < 32; m <<= 1) {
+        float y = shuffle_down(after, m);
+        if (lane() + m < 32) after += y;
+    }
+    after = shuffle_down(after, 1);
+    TG_UNROLL for (int e = 0; e < E; e++) {
+        int r = lane() * E + e;
+        if (r < (int)at.len) p.d_decay[(u64)(at.row + r) * p.hv + head] = g[e] + (lane() < 31 ? after : 0.f);
+    }
+}
+
+// Rows of [B T, Hk], 4 warps a block; y = 0 for q, 1 for k.
+template <class T> TG_DEVICE void delta_grad_finish(const DeltaParams& p) {
+    const u64 i = (u64)block_x() * (threads() / 32) + warp();
+    const u32 group = p.hv / p.hk, head = i % p.hk;
+    if (i >= (u64)p.rows * p.hk) return;
+    const u32 r = i / p.hk;
+    const Place at{r, 1, r / p.t, r % p.t};
+    const T* x = block_y() ? head_rows<T>(p.k, p.k_stride, at, head) : head_rows<T>(p.q, p.q_stride, at, head);
+    const T* y = (const T*)(block_y() ? p.yk : p.yq) + ((u64)r * p.hv + head * group) * p.dk;
+    T* to = (T*)(block_y() ? p.d_k : p.d_q) + i * p.dk;
+    float xs[8], ys[8], xx = 0.f, xy = 0.f;
+    TG_UNROLL for (int e = 0; e < 8; e++) {
+        u32 d = lane() + 32 * e;
+        xs[e] = ys[e] = 0.f;
+        if (d >= p.dk) continue;
+        xs[e] = load(x[d]);
+        for (u32 j = 0; j < group; j++) ys[e] += load(y[(u64)j * p.dk + d]);
+        xx += xs[e] * xs[e];
+        xy += xs[e] * ys[e];
+    }
+    xx = warp_sum(xx);
+    xy = warp_sum(xy);
+    const float f = p.l2 ? xy / (xx + 1e-6f) : 0.f;
+    TG_UNROLL for (int e = 0; e < 8; e++) {
+        u32 d = lane() + 32 * e;
+        if (d < p.dk) to[d] = store<T>(ys[e] - f * xs[e]);
+    }
+}
