@@ -110,8 +110,15 @@ impl Case {
 }
 const BOTH: [DType; 2] = [DType::F32, DType::BF16];
 
+/// One test at a time: the emulator is shared, and a fault that one test provokes is reported at the next download, whoever makes it.
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    ONE.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 #[test]
 fn the_whole_family() {
+    let _alone = alone();
     for (erase, decay, qk_l2norm) in [(true, true, true), (true, false, false), (false, true, false), (false, false, true)] {
         let mut c = case([1, 70, 1, 2, 20, 12], 0.3);
         if !qk_l2norm {
@@ -125,6 +132,7 @@ fn the_whole_family() {
 
 #[test]
 fn head_dims_up_to_256() {
+    let _alone = alone();
     for (dk, dv) in [(60, 100), (128, 192), (192, 36), (256, 256)] {
         case([1, 67, 1, 1, dk, dv], 0.1).agrees(&format!("Dk {dk}, Dv {dv}"), &BOTH);
     }
@@ -136,6 +144,7 @@ fn head_dims_up_to_256() {
 
 #[test]
 fn plain_calls_of_batches_and_views() {
+    let _alone = alone();
     for (t, strided, beta) in [(33, true, false), (130, false, true)] {
         let c = case([2, t, 2, 2, 17, 24], 0.2);
         Case { strided, beta, beta_in_f32: true, state: false, last: false, ..c }.agrees(&format!("T {t}"), &BOTH);
@@ -148,6 +157,7 @@ fn plain_calls_of_batches_and_views() {
 
 #[test]
 fn packed_documents() {
+    let _alone = alone();
     for (i, bounds) in [vec![0i32, 0, 9, 74, 74, 75, 150, 150], vec![0, 150]].into_iter().enumerate() {
         let mut c = case([1, 150, 1, 2, 24, 20], 0.3);
         c.x[5] = randn(&[bounds.len() - 1, 2, 24, 20], 9);
@@ -171,6 +181,7 @@ fn packed_documents() {
 
 #[test]
 fn f32_keeps_its_digits_after_a_strong_decay() {
+    let _alone = alone();
     let t = 75;
     let weak_after_strong = |i: usize| if i % 32 < 16 { -20.0 } else { -0.01 };
     let one_reset = |i: usize| if i % 32 == 1 { f64::NEG_INFINITY } else { -0.1 };
@@ -187,6 +198,7 @@ fn f32_keeps_its_digits_after_a_strong_decay() {
 
 #[test]
 fn a_zero_key_has_a_gradient_through_its_norm() {
+    let _alone = alone();
     let mut c = case([1, 5, 1, 1, 8, 4], 0.5);
     let keep = Tensor::from_vec([1.0, 0.0, 1.0, 0.0, 1.0], &[1, 5, 1, 1]).unwrap();
     c.x[0] = c.x[0].mul(&keep).unwrap();
@@ -196,6 +208,7 @@ fn a_zero_key_has_a_gradient_through_its_norm() {
 
 #[test]
 fn one_token_and_none() {
+    let _alone = alone();
     let Some(device) = emulator() else { return };
     for (dk, dv, erase) in [(24, 40, true), (100, 33, false), (192, 8, true), (256, 64, true)] {
         let mut c = case([2, 1, 1, 2, dk, dv], 0.4);
@@ -219,6 +232,7 @@ fn one_token_and_none() {
 
 #[test]
 fn the_same_bits_each_time() {
+    let _alone = alone();
     let Some(device) = emulator() else { return };
     let c = case([1, 66, 1, 2, 16, 16], 0.4);
     let bits = || c.run(c.rounded(DType::BF16), &device).into_iter().map(|(_, x)| x.to_vec::<f64>().unwrap()).collect::<Vec<_>>();
