@@ -286,9 +286,11 @@ fn what_is_not_supported_is_an_error() {
         fails(c.both(&c.leaves(DType::F32), &device), "at most 256");
         let c = case(1, [4, 4], [1, 1], [8, 8], CAUSAL, None);
         fails(c.both(&c.leaves(DType::F64), &device), "bf16 or f32");
-        for cu in [vec![0, 3], vec![1, 4], vec![0, 3, 2, 4], vec![-1, 4], vec![0, 9, 4], vec![4]] {
+        for cu in [vec![0, 3], vec![1, 4], vec![0, 3, 2, 4], vec![-1, 4], vec![0, 9, 4]] {
             let c = Case { cu: Some(cu), ..c.clone() };
             fails(c.both(&c.leaves(DType::F32), &device), "cu_seqlens must rise");
         }
+        let c = Case { cu: Some(vec![4]), ..c };
+        fails(c.both(&c.leaves(DType::F32), &device), "cu_seqlens must have shape [documents + 1], found [1]");
     }
 }

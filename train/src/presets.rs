@@ -1,10 +1,11 @@
 //! Typed presets: functions that return the whole configuration.
 
-use crate::config::{Checkpoint, Data, Eval, Optim, RunConfig, Sample, Train, nearest};
+use crate::config::{Checkpoint, Data, Eval, Optim, RunConfig, Sample, Train};
 use crate::data::{MOBY_DICK_PATH, Packing};
 use crate::schedule::Shape;
 use crate::{Error, Result};
 use nn::ModelConfig;
+use nn::nearest;
 
 /// The names of all presets.
 pub const NAMES: &[&str] = &["quickstart", "smoke"];

@@ -3,6 +3,7 @@
 use super::ModelConfig;
 use crate::{Error, Result};
 use serde_json::Value;
+use strsim::osa_distance;
 
 /// What transformers writes beside the model's fields; read past.
 const BOOKKEEPING: &[&str] = &[
@@ -89,17 +90,19 @@ impl ModelConfig {
     }
 }
 
-/// The candidate with the smallest edit distance to `key`, if it is near enough to be meant. A dotted candidate's last part alone counts too.
+/// The candidate with the smallest edit distance to `key`, if it is near enough to be meant: at most a third of the letters differ, or one is the
+/// other's beginning. A candidate's last part alone counts too.
 pub fn nearest<'a>(key: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let last = |s: &'a str| s.rsplit('.').next().unwrap_or(s);
-    let key_last = key.rsplit('.').next().unwrap_or(key);
-    candidates
-        .map(|c| {
-            let whole = strsim::osa_distance(key, c);
-            let part = strsim::osa_distance(key_last, last(c)) + usize::from(key.contains('.'));
-            (whole.min(part), whole, c)
-        })
-        .min()
-        .filter(|&(d, _, _)| d <= 2.max(key_last.len() / 3))
-        .map(|(_, _, c)| c)
+    fn last(key: &str) -> (&str, &str) {
+        key.rsplit_once('.').unwrap_or(("", key))
+    }
+    let (table, name) = last(key);
+    let near = |c: &'a str| {
+        let (whole, (its_table, its_name)) = (osa_distance(key, c), last(c));
+        let begins = table == its_table && name.len().min(its_name.len()) > 1 && (name.starts_with(its_name) || its_name.starts_with(name));
+        let part = if begins { 1 } else { osa_distance(name, its_name) } + usize::from(!table.is_empty() && table != its_table);
+        let meant = begins || whole.min(part) <= (name.chars().count() / 3).max(1).min(name.chars().count().saturating_sub(1));
+        meant.then_some((whole.min(part), whole, c))
+    };
+    candidates.filter_map(near).min().map(|(_, _, c)| c)
 }

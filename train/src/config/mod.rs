@@ -4,7 +4,7 @@ mod overlay;
 #[cfg(test)]
 mod tests;
 
-pub use overlay::{Change, Layers, Origins, Resolved, nearest};
+pub use overlay::{Change, Layers, Origins, Resolved};
 
 use crate::data::Packing;
 use crate::schedule::{Schedule, Shape};

@@ -2,6 +2,7 @@
 
 use super::RunConfig;
 use crate::{Error, Result};
+use nn::nearest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -260,42 +261,4 @@ fn plain(message: &str) -> String {
         m = m.replace(&format!("expected {rust}"), &format!("expected {words}"));
     }
     m.replace("expected f64", "expected a number").replace("expected a sequence", "expected a list, as [1, 2]")
-}
-
-/// The candidate with the smallest edit distance to `key`, if it is near enough to be meant: at most a third of the letters differ, or one is the
-/// other's beginning. A candidate's last part alone counts too.
-pub fn nearest<'a>(key: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    fn last(key: &str) -> (&str, &str) {
-        key.rsplit_once('.').unwrap_or(("", key))
-    }
-    let (table, name) = last(key);
-    let near = |c: &'a str| {
-        let (whole, (its_table, its_name)) = (distance(key, c), last(c));
-        let begins = table == its_table && name.len().min(its_name.len()) > 1 && (name.starts_with(its_name) || its_name.starts_with(name));
-        let part = if begins { 1 } else { distance(name, its_name) } + usize::from(!table.is_empty() && table != its_table);
-        let meant = begins || whole.min(part) <= (name.chars().count() / 3).max(1).min(name.chars().count().saturating_sub(1));
-        meant.then_some((whole.min(part), whole, c))
-    };
-    candidates.filter_map(near).min().map(|(_, _, c)| c)
-}
-
-/// Optimal string alignment: insertions, deletions, substitutions, and swaps of neighbours.
-fn distance(a: &str, b: &str) -> usize {
-    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
-    let mut d = vec![vec![0; b.len() + 1]; a.len() + 1];
-    for i in 0..=a.len() {
-        for j in 0..=b.len() {
-            d[i][j] = if i == 0 || j == 0 {
-                i + j
-            } else {
-                let replaced = d[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
-                let mut best = replaced.min(d[i - 1][j] + 1).min(d[i][j - 1] + 1);
-                if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
-                    best = best.min(d[i - 2][j - 2] + 1);
-                }
-                best
-            };
-        }
-    }
-    d[a.len()][b.len()]
 }
