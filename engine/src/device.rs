@@ -19,6 +19,8 @@ pub trait Backend: Any + Send + Sync {
     fn upload(&self, src: &[u8], dst: &dyn Buffer) -> Result<()>;
     /// Device to host, from the block's start.
     fn download(&self, src: &dyn Buffer, dst: &mut [u8]) -> Result<()>;
+    /// Writes `element` (1, 2, 4 or 8 bytes) over and over into the whole block.
+    fn fill(&self, element: &[u8], dst: &dyn Buffer) -> Result<()>;
     /// Waits for all work submitted so far.
     fn synchronize(&self) -> Result<()>;
 }

@@ -87,9 +87,9 @@ impl Tensor {
     }
     /// All elements `value`.
     pub fn full(value: f64, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
-        let n = checked_numel(shape, dtype.size())?.min(PART);
-        let part = crate::dispatch!(dtype, |T| Self::from_slice(&vec![T::from_f64(value); n], &[n], device))?;
-        Self::from_parts(shape, dtype, device, |r| part.narrow(0, 0, r.len()))
+        let t = Self::empty(shape, dtype, device)?;
+        crate::dispatch!(dtype, |T| device.0.fill(dtype::bytes(&[T::from_f64(value)]), &**t.buffer()))?;
+        Ok(t)
     }
     /// From parts of the flat tensor. The memory comes first: a size that cannot be had is an error before anything is made.
     fn from_parts(shape: &[usize], dtype: DType, device: &Device, part: impl Fn(Range<usize>) -> Result<Tensor>) -> Result<Tensor> {

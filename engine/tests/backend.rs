@@ -32,6 +32,10 @@ impl Backend for Toy {
         dst.copy_from_slice(&memory(src).lock().unwrap()[..dst.len()]);
         Ok(())
     }
+    fn fill(&self, element: &[u8], dst: &dyn Buffer) -> Result<()> {
+        memory(dst).lock().unwrap().chunks_mut(element.len()).for_each(|c| c.copy_from_slice(&element[..c.len()]));
+        Ok(())
+    }
     fn synchronize(&self) -> Result<()> {
         Ok(())
     }

@@ -240,13 +240,14 @@ fn add_norm(delta: Option<Tensor>, stream: Tensor, weight: &Tensor, c: &ModelCon
     })
 }
 
-/// Positions `[1, T]` that restart at each document.
+/// Positions `[1, T]` (i64) that restart at each document, computed where the bounds are.
 fn restarted(cu: &Tensor, t: usize) -> Result<Tensor> {
-    let mut p = vec![0i64; t];
-    for w in cu.to_vec::<i64>()?.windows(2) {
-        if let (Ok(a), Ok(b)) = (usize::try_from(w[0]), usize::try_from(w[1])) {
-            p.get_mut(a..b.min(t)).into_iter().flatten().enumerate().for_each(|(i, x)| *x = i as i64);
-        }
+    if cu.numel() < 2 {
+        return Err(engine::Error::shape("decoder", "cu_seqlens", "[documents + 1]", cu.shape()).into());
     }
-    Ok(Tensor::from_vec(p, &[1, t])?.to_device(cu.device())?)
+    let at = Tensor::ones(&[t, 1], DType::F64, cu.device())?.cumsum(0)?.affine(1.0, -1.0)?;
+    let begins = cu.reshape(&[1, cu.numel()])?.cast(DType::F64)?;
+    // the last bound that is not behind a position: where its document begins
+    let begin = at.ge(&begins)?.select(&begins, &Tensor::zeros(&[], DType::F64, cu.device())?)?.max(&[1], true)?;
+    Ok(at.sub(&begin)?.cast(DType::I64)?.reshape(&[1, t])?)
 }

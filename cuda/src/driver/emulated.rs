@@ -30,7 +30,7 @@ enum Command {
     Launch(Kernel, Loaded, Shape, Vec<u8>),
     Gemm(Gemm),
     Upload(Vec<u8>, u64),
-    Fill(u64, u8, usize),
+    Fill(u64, Vec<u8>, usize),
     Copy(u64, u64, usize),
 }
 
@@ -96,8 +96,9 @@ fn run(state: &Mutex<State>, c: &Command) -> Result<()> {
             unsafe { std::ptr::copy_nonoverlapping(v.as_ptr(), *dst as *mut u8, v.len()) };
             Ok(())
         }
-        Command::Fill(dst, b, n) => {
-            unsafe { std::ptr::write_bytes(*dst as *mut u8, *b, *n) };
+        Command::Fill(dst, element, n) => {
+            let block = unsafe { std::slice::from_raw_parts_mut(*dst as *mut u8, *n) };
+            block.chunks_mut(element.len()).for_each(|c| c.copy_from_slice(&element[..c.len()]));
             Ok(())
         }
         Command::Copy(src, dst, n) => {
@@ -173,8 +174,8 @@ impl Driver for Emulated {
         unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst.as_mut_ptr(), dst.len()) };
         Ok(())
     }
-    fn fill(&self, dst: u64, byte: u8, bytes: usize) -> Result<()> {
-        self.submit(Command::Fill(dst, byte, bytes))
+    fn fill(&self, dst: u64, element: &[u8], bytes: usize) -> Result<()> {
+        self.submit(Command::Fill(dst, element.to_vec(), bytes))
     }
     fn copy(&self, src: u64, dst: u64, bytes: usize) -> Result<()> {
         self.submit(Command::Copy(src, dst, bytes))

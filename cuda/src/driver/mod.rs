@@ -46,7 +46,8 @@ pub(crate) trait Driver: Send + Sync {
     fn trim(&self);
     fn upload(&self, src: &[u8], dst: u64) -> Result<()>;
     fn download(&self, src: u64, dst: &mut [u8]) -> Result<()>;
-    fn fill(&self, dst: u64, byte: u8, bytes: usize) -> Result<()>;
+    /// Writes `element` (1, 2, 4 or 8 bytes) over and over; `bytes` is a multiple of its size.
+    fn fill(&self, dst: u64, element: &[u8], bytes: usize) -> Result<()>;
     fn copy(&self, src: u64, dst: u64, bytes: usize) -> Result<()>;
     /// Loads code, which also lies in a file if there is a cache; checks that the kernel takes `params` bytes.
     fn load(&self, k: &Kernel, code: &Binary, file: Option<&Path>, params: usize) -> Result<Function>;

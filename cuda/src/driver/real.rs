@@ -238,9 +238,20 @@ impl Driver for Real {
         call!(cuMemcpyDtoHAsync_v2(dst.as_mut_ptr().cast(), src, dst.len(), s.stream))?;
         s.wait()
     }
-    fn fill(&self, dst: u64, byte: u8, bytes: usize) -> Result<()> {
+    fn fill(&self, dst: u64, element: &[u8], bytes: usize) -> Result<()> {
         self.0.bind()?;
-        call!(cuMemsetD8Async(dst, byte, bytes, self.0.stream))
+        let (stream, n) = (self.0.stream, bytes / element.len());
+        match *element {
+            [a, ref rest @ ..] if rest.iter().all(|b| *b == a) => call!(cuMemsetD8Async(dst, a, bytes, stream)),
+            [a, b] => call!(cuMemsetD16Async(dst, u16::from_ne_bytes([a, b]), n, stream)),
+            [a, b, c, d] => call!(cuMemsetD32Async(dst, u32::from_ne_bytes([a, b, c, d]), n, stream)),
+            [a, b, c, d, e, f, g, h] => {
+                // columns of a matrix of two words a row
+                call!(cuMemsetD2D32Async(dst, 8, u32::from_ne_bytes([a, b, c, d]), 1, n, stream))?;
+                call!(cuMemsetD2D32Async(dst + 4, 8, u32::from_ne_bytes([e, f, g, h]), 1, n, stream))
+            }
+            _ => Err(Error::invalid("cuda", format!("fill with an element of {} bytes", element.len()))),
+        }
     }
     fn copy(&self, src: u64, dst: u64, bytes: usize) -> Result<()> {
         self.0.bind()?;

@@ -224,6 +224,18 @@ impl Backend for Cpu {
         bytes_mut(&mut g, dst.bytes())[..src.len()].copy_from_slice(src);
         Ok(())
     }
+    fn fill(&self, element: &[u8], dst: &dyn Buffer) -> Result<()> {
+        let mut g = write(dst, "fill")?;
+        let all = bytes_mut(&mut g, dst.bytes());
+        let mut done = element.len().min(all.len());
+        all[..done].copy_from_slice(&element[..done]);
+        while done < all.len() {
+            let n = done.min(all.len() - done);
+            all.copy_within(..n, done);
+            done += n;
+        }
+        Ok(())
+    }
     fn download(&self, src: &dyn Buffer, dst: &mut [u8]) -> Result<()> {
         let g = read(src, "download")?;
         // SAFETY: reading as bytes; `upload` or a kernel has written them before a tensor is handed out.
