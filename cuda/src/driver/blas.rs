@@ -12,6 +12,9 @@ fn check(r: cublasStatus_t, what: &str, g: &dyn std::fmt::Debug) -> Result<()> {
     if r == cublasStatus_t::CUBLAS_STATUS_SUCCESS { Ok(()) } else { Err(Error::invalid("matmul", format!("{what} failed for {g:?}: {r:?}"))) }
 }
 
+pub(crate) const MISSING: &str =
+    "libcublasLt is not found: install the CUDA toolkit or `pip install nvidia-cublas`, and name its lib folder in TIDEGATE_CUDA_LIBS";
+
 /// All of a product that a plan depends on: not the addresses, but how they are aligned.
 type Key = (Gemm, [u32; 3]);
 
@@ -39,9 +42,7 @@ impl Blas {
 
     pub fn new(workspace: u64) -> Result<Blas> {
         if !present(lt::is_culib_present) {
-            let how =
-                "libcublasLt is not found: install the CUDA toolkit or `pip install nvidia-cublas`, and name its lib folder in TIDEGATE_CUDA_LIBS";
-            return Err(Error::invalid("matmul", how));
+            return Err(Error::invalid("matmul", MISSING));
         }
         let mut handle = null_mut();
         // SAFETY: the library is there.

@@ -2,6 +2,7 @@
 //!
 //! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed at run time, 2 wrong usage.
 
+mod device;
 mod doctor;
 mod train;
 
