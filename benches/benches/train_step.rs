@@ -5,10 +5,10 @@ use tidegate_benches::{peak_memory, qwen3_next_10m};
 use train::data::Batch;
 use train::learner::Hybrid;
 use train::presets;
-use train::trainer::Learner;
+use train::trainer::{Learner, Step};
 
 fn step(c: &mut Criterion) {
-    let mut model = Hybrid::create(&qwen3_next_10m(), 0).unwrap();
+    let mut model = Hybrid::create(&qwen3_next_10m(), 0, &nn::Placement::cpu(engine::DType::F32)).unwrap();
     let tokens: Vec<u32> = engine::rng::uniform(0, 0, 4 * 513).iter().map(|x| (x * 4096.0) as u32).collect();
     let rows = || tokens.chunks_exact(513);
     let batch = Batch {
@@ -21,9 +21,8 @@ fn step(c: &mut Criterion) {
     let optim = presets::quickstart().optim;
     let mut n = 0;
     let mut step = || {
-        model.step(1, &|_| Ok(batch.clone()), None).unwrap();
         n += 1;
-        model.update(n, 1e-3, &optim, None).unwrap()
+        model.step(&Step { step: n, micro: 1, lr: 1e-3, optim: &optim }, &|_| Ok(batch.clone()), None).unwrap()
     };
     let mut group = c.benchmark_group("train_step");
     group.sample_size(10).bench_function("qwen3_next 10.06 M, 4 x 512", |b| b.iter(&mut step));

@@ -12,7 +12,7 @@ pub struct Graph<R> {
     cuda: Cuda,
     /// What the function returned when it was captured; tensors in it hold values once [`Graph::replay`] has run.
     pub output: R,
-    _arena: Arena,
+    arena: Arena,
 }
 
 impl<R> Graph<R> {
@@ -43,11 +43,24 @@ impl<R> Graph<R> {
         let r = run(&cuda, &mut step);
         let arena = cuda.memory().end_arena();
         let (output, recorded) = r?;
-        Ok(Graph { recorded, cuda, output, _arena: arena })
+        Ok(Graph { recorded, cuda, output, arena })
     }
     /// Submits the captured work once more.
     pub fn replay(&self) -> Result<()> {
         self.recorded.replay()
+    }
+    /// Runs `f`, not recorded, in the graph's memory, which lies idle between replays: a step that is not like the captured one needs no room of its own.
+    /// The next replay overwrites what `f` allocates.
+    pub fn beside<T>(&self, f: impl FnOnce() -> T) -> T {
+        struct Leave<'a>(&'a Cuda);
+        impl Drop for Leave<'_> {
+            fn drop(&mut self) {
+                self.0.memory().leave();
+            }
+        }
+        self.cuda.memory().enter(&self.arena);
+        let _leave = Leave(&self.cuda);
+        f()
     }
     /// How many kernels and copies it holds.
     pub fn nodes(&self) -> usize {

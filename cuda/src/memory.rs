@@ -135,6 +135,13 @@ impl Memory {
     pub fn begin_arena(&self) {
         lock(&self.state).arena = Some(Default::default());
     }
+    /// Until [`Memory::leave`], blocks come from this arena, as when it was made.
+    pub fn enter(&self, arena: &Arena) {
+        lock(&self.state).arena = Some((arena.pool.clone(), None));
+    }
+    pub fn leave(&self) {
+        lock(&self.state).arena = None;
+    }
     /// From now on, blocks of other pools that are dropped are kept.
     pub fn keep_dropped(&self) {
         if let Some(a) = &mut lock(&self.state).arena {

@@ -27,11 +27,11 @@ impl Network for Tiny {
     fn params(&self) -> Vec<(&str, &Tensor)> {
         self.params.iter().map(|(n, t)| (*n, t)).collect()
     }
-    fn loss(&self, batch: &Batch, mut tap: Option<Tap>) -> Result<Loss> {
+    fn loss(&self, batch: &Feed, mut tap: Option<Tap>) -> Result<Loss> {
         let mut run = || -> engine::Result<Loss> {
-            let ids = |v: &[u32]| Tensor::from_vec(v.iter().map(|&t| i64::from(t)).collect::<Vec<_>>(), &[v.len()]);
+            let tokens = batch.tokens.reshape(&[batch.targets.numel()])?.cast(DType::I64)?;
             engine::watch::place(|| "layer 1".into());
-            let mut h = self.params[0].1.embedding(&ids(&batch.tokens)?)?;
+            let mut h = self.params[0].1.embedding(&tokens)?;
             if let Some(at) = self.break_at {
                 h = h.affine(f64::from(at), 0.0)?;
             }
@@ -39,7 +39,7 @@ impl Network for Tiny {
                 tap("blocks.0.hook_resid_post", &h);
             }
             let logits = h.silu()?.linear(&self.params[1].1)?.log_softmax(1)?;
-            let picked = logits.gather(1, &ids(&batch.targets)?.reshape(&[batch.targets.len(), 1])?)?;
+            let picked = logits.gather(1, &batch.targets.reshape(&[batch.targets.numel(), 1])?)?;
             let nll = picked.mean(&[0, 1], false)?.neg()?;
             Ok(Loss { objective: nll.clone(), auxiliary: vec![("loss_other", nll.detach())], nll })
         };
@@ -65,6 +65,9 @@ impl Network for Tiny {
     fn vocab_size(&self) -> usize {
         128
     }
+}
+fn here() -> nn::Placement {
+    nn::Placement::cpu(DType::F32)
 }
 fn setup(steps: u64) -> (Corpus, RunConfig) {
     let mut c = presets::smoke();
@@ -108,9 +111,9 @@ fn accumulation_is_one_large_batch() {
     let sampler = |rows, micro| crate::data::Sampler::new(&corpus, 0..3000, 1, rows, 32, micro, Default::default()).unwrap();
     let (small, large) = (sampler(2, 3), sampler(6, 1));
     let (mut a, mut b) = (Trained::new(tiny()), Trained::new(tiny()));
-    a.step(3, &|m| Ok(small.batch(&corpus, 0, m as u64)), None).unwrap();
-    b.step(1, &|_| Ok(large.batch(&corpus, 0, 0)), None).unwrap();
-    let (na, nb) = (a.update(1, 0.01, &config.optim, None).unwrap(), b.update(1, 0.01, &config.optim, None).unwrap());
+    let step = |micro| Step { step: 1, micro, lr: 0.01, optim: &config.optim };
+    let na = a.step(&step(3), &|m| Ok(small.batch(&corpus, 0, m as u64)), None).unwrap().grad_norm.unwrap();
+    let nb = b.step(&step(1), &|_| Ok(large.batch(&corpus, 0, 0)), None).unwrap().grad_norm.unwrap();
     assert!((na - nb).abs() < 1e-5 * nb, "{na} {nb}");
     // and the update is the same, but for rounding
     for (x, y) in a.net().params.iter().zip(&b.net().params) {
@@ -132,8 +135,8 @@ fn micro_batches_are_taken_up_as_many_at_a_time_as_there_are_threads() {
             Ok(sampler.batch(&corpus, 0, m as u64))
         };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        assert_eq!(pool.install(|| a.step(11, &batch, None)).unwrap().len(), 11);
-        a.update(1, 0.01, &config.optim, None).unwrap();
+        let step = Step { step: 1, micro: 11, lr: 0.01, optim: &config.optim };
+        assert_eq!(pool.install(|| a.step(&step, &batch, None)).unwrap().losses.len(), 11);
         a.net().params.iter().flat_map(|p| p.1.to_vec::<f32>().unwrap()).map(f32::to_bits).collect::<Vec<_>>()
     });
     assert!(weights[0] == weights[1] && weights[0] == weights[2]);
@@ -165,7 +168,7 @@ fn the_op_where_numbers_stop_being_finite_is_named() {
 
 /// The hybrid, with some parameters set to a number.
 fn planted(values: &[(&str, f64)]) -> Trained<Hybrid> {
-    let model = Hybrid::create(&presets::smoke().model, 1).unwrap();
+    let model = Hybrid::create(&presets::smoke().model, 1, &here()).unwrap();
     for (name, value) in values {
         let p = &model.net().model().params().iter().find(|p| p.name == *name).unwrap_or_else(|| panic!("no {name}")).tensor;
         p.assign(&Tensor::full(*value, p.shape(), DType::F32, p.device()).unwrap()).unwrap();
@@ -189,7 +192,7 @@ fn a_layer_of_the_hybrid_is_named_in_the_forward_and_in_the_backward() {
 #[test]
 fn norms_biases_and_decay_rates_do_not_decay_and_matrices_do() {
     let o = presets::quickstart().optim;
-    let model = Hybrid::create(&presets::smoke().model, 1).unwrap();
+    let model = Hybrid::create(&presets::smoke().model, 1, &here()).unwrap();
     let (mut kept, mut decayed) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
     for (name, t) in model.net().params() {
         let kind = name.split('.').filter(|w| w.parse::<u32>().is_err() && *w != "model" && *w != "layers").collect::<Vec<_>>().join(".");
@@ -259,13 +262,13 @@ fn packed_documents_do_not_see_each_other() {
                 vec![nn::LayerType::LinearAttention, nn::LayerType::SlidingAttention, nn::LayerType::FullAttention, nn::LayerType::LinearAttention];
             config.sliding_window = 5;
         }
-        let model = Hybrid::create(&config, 1).unwrap();
+        let model = Hybrid::create(&config, 1, &here()).unwrap();
         let corpus =
             Corpus::from_documents(&["It was the whiteness of the whale ", "that above all things appalled me.", "Call me Ishmael. Some years ago"]);
         let sampler = crate::data::Sampler::new(&corpus, 0..corpus.len(), 1, 2, 45, 1, crate::data::Packing::Documents).unwrap();
         let packed = (0..).map(|step| sampler.batch(&corpus, step, 0)).find(|b| b.cu_seqlens.as_ref().unwrap().len() > 4).unwrap();
         let cu = packed.cu_seqlens.clone().unwrap();
-        let nll = |b: &Batch| model.net().loss(b, None).unwrap().nll.item().unwrap() * b.targets.len() as f64;
+        let nll = |b: &Batch| model.net().loss(&model.feed(b).unwrap(), None).unwrap().nll.item().unwrap() * b.targets.len() as f64;
         let apart: f64 = cu
             .windows(2)
             .map(|w| {

@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod error;
+pub mod feed;
 pub mod groups;
 pub mod learner;
 pub mod metrics;

@@ -3,9 +3,9 @@
 use crate::config::Optim;
 use crate::metrics::Scalars;
 use crate::{Error, Result, groups};
-use engine::{DType, Grads, Tensor};
+use engine::{DType, Device, Grads, Tensor};
 use nn::tensor_file::{self, TensorFile, fill};
-use ops::adamw::{adamw, sum_of_squares};
+use ops::adamw::{AdamWMany, GlobalNorm, adamw_many, global_norm, sum_of_squares};
 use safetensors::Dtype as Stored;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -26,44 +26,27 @@ impl AdamW {
         Ok(AdamW { names: params.iter().map(|(n, _)| n.to_string()).collect(), m: zeros()?, v: zeros()? })
     }
 
-    /// The sum of squares of each parameter's gradient (0 where there is none), in f64. Gradients that aren't finite are an error.
-    fn squares(params: &[(&str, &Tensor)], grads: &Grads) -> Result<Vec<f64>> {
-        let square = |(_, t): &(&str, &Tensor)| grads.get(t).map_or(Ok(0.0), |g| sum_of_squares(g)?.item());
-        let sums = params.iter().map(square).collect::<engine::Result<Vec<f64>>>()?;
-        let bad: Vec<&str> = params.iter().zip(&sums).filter(|(_, s)| !s.is_finite()).map(|((name, _), _)| *name).collect();
-        match bad[..] {
-            [] => Ok(sums),
-            [name] => Err(Error::NonFinite(format!("the gradient of `{name}` is not finite"))),
-            [name, ..] => Err(Error::NonFinite(format!("the gradients of {} of {} parameters, as `{name}`, are not finite", bad.len(), sums.len()))),
-        }
+    /// What step number `step` (from 1) reads of the schedule, on the parameters' device; see [`AdamWMany::schedule`].
+    pub fn schedule(o: &Optim, step: u64, lr: f64, device: &Device) -> Result<Tensor> {
+        many(o, vec![]).schedule(lr, step, device).map_err(Error::from)
     }
 
-    /// Clips, and takes step number `step` (from 1). Returns the gradients' global norm before clipping. Parameters without a gradient stay as they are.
-    ///
-    /// `observed` gets, for each [part](groups::part) of the model, `…grad_norm` (before clipping) and `…update_norm` (of what was added to the parameters).
-    pub fn step(&mut self, params: &[(&str, &Tensor)], grads: &Grads, step: u64, lr: f64, o: &Optim, observed: Option<&mut Scalars>) -> Result<f64> {
-        let squares = Self::squares(params, grads)?;
-        let norm = squares.iter().sum::<f64>().sqrt();
-        let scale = if o.clip > 0.0 && norm > o.clip { o.clip / (norm + 1e-6) } else { 1.0 };
-        let mut parts: BTreeMap<String, (f64, f64)> = BTreeMap::new();
-        for (i, (name, p)) in params.iter().enumerate() {
-            let Some(g) = grads.get(p) else { continue };
-            let decay = if groups::decays(name, p.shape(), &o.no_decay) { o.weight_decay } else { 0.0 };
-            let op = ops::adamw::AdamW { lr, beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: decay, step, grad_scale: scale };
-            let before = if observed.is_some() { Some(p.detach().neg()?) } else { None };
-            adamw(op, p, &self.m[i], &self.v[i], g)?;
-            if let Some(before) = before {
-                let part = parts.entry(groups::part(name)).or_default();
-                part.0 += squares[i];
-                part.1 += sum_of_squares(&p.detach().add(&before)?)?.item()?;
-            }
+    /// Clips, and takes a step. Returns the gradients' global norm before clipping, an f64 scalar that the host need not wait for. Parameters without a
+    /// gradient stay as they are; all do, if a gradient or one of the scalars `guard` isn't finite, and then the norm isn't.
+    pub fn step(&self, params: &[(&str, &Tensor)], grads: &Grads, schedule: &Tensor, guard: &[&Tensor], o: &Optim) -> Result<Tensor> {
+        let with: Vec<(usize, &Tensor)> = params.iter().enumerate().filter_map(|(i, (_, p))| Some((i, grads.get(p)?))).collect();
+        let decay = |&(i, _): &(usize, &Tensor)| if groups::decays(params[i].0, params[i].1.shape(), &o.no_decay) { o.weight_decay } else { 0.0 };
+        let [m, v] = [&self.m, &self.v].map(|all| with.iter().map(|(i, _)| &all[*i]).collect::<Vec<_>>());
+        let g: Vec<&Tensor> = with.iter().map(|(_, g)| *g).collect();
+        let p: Vec<&Tensor> = with.iter().map(|(i, _)| params[*i].1).collect();
+        let guard = guard.iter().map(|t| t.affine(0.0, 0.0)).collect::<engine::Result<Vec<_>>>()?;
+        let summed: Vec<&Tensor> = g.iter().copied().chain(&guard).collect();
+        if summed.is_empty() {
+            return Ok(Tensor::zeros(&[], DType::F64, schedule.device())?);
         }
-        if let Some(out) = observed {
-            for (part, (gradient, update)) in parts {
-                out.insert(format!("{part}.grad_norm"), gradient.sqrt());
-                out.insert(format!("{part}.update_norm"), update.sqrt());
-            }
-        }
+        let (norm, coefficient) = global_norm(GlobalNorm { max_norm: o.clip, scale: 1.0 }, &summed)?;
+        let op = many(o, with.iter().map(decay).collect());
+        adamw_many(op, &p, &m, &v, &[], schedule, &coefficient, &g)?;
         Ok(norm)
     }
 
@@ -95,6 +78,61 @@ impl AdamW {
     }
 }
 
+fn many(o: &Optim, weight_decay: Vec<f64>) -> AdamWMany {
+    AdamWMany { beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay, shadows: false }
+}
+
+/// The sum of squares of each tensor in f64, in one piece from the device (0 where there is none).
+fn squares(tensors: impl Iterator<Item = engine::Result<Option<Tensor>>>) -> Result<Vec<f64>> {
+    let sum = |t: engine::Result<Option<Tensor>>| t?.map(|t| sum_of_squares(&t)?.reshape(&[1])).transpose();
+    let sums = tensors.map(sum).collect::<engine::Result<Vec<Option<Tensor>>>>()?;
+    let some: Vec<&Tensor> = sums.iter().flatten().collect();
+    let mut found = if some.is_empty() { vec![] } else { Tensor::cat(&some, 0)?.to_vec::<f64>()? }.into_iter();
+    Ok(sums.iter().map(|t| t.as_ref().and_then(|_| found.next()).unwrap_or(0.0)).collect())
+}
+
+/// Which gradients aren't finite, in words; none if all are.
+pub fn not_finite(params: &[(&str, &Tensor)], grads: &Grads) -> Result<Option<String>> {
+    let sums = squares(params.iter().map(|(_, p)| Ok(grads.get(p).cloned())))?;
+    let bad: Vec<&str> = params.iter().zip(&sums).filter(|(_, s)| !s.is_finite()).map(|((name, _), _)| *name).collect();
+    Ok(match bad[..] {
+        [] => None,
+        [name] => Some(format!("the gradient of `{name}` is not finite")),
+        [name, ..] => Some(format!("the gradients of {} of {} parameters, as `{name}`, are not finite", bad.len(), sums.len())),
+    })
+}
+
+/// What there is to see of a step: for each [part](groups::part) of the model `…grad_norm` (before clipping) and `…update_norm` (of what is added to the
+/// parameters).
+pub struct Watch {
+    gradients: Vec<f64>,
+    /// The parameters before the step, negated.
+    before: Vec<Tensor>,
+}
+
+impl Watch {
+    /// Looks at gradients and parameters before the step.
+    pub fn before(params: &[(&str, &Tensor)], grads: &Grads) -> Result<Watch> {
+        let gradients = squares(params.iter().map(|(_, p)| Ok(grads.get(p).cloned())))?;
+        let before = params.iter().map(|(_, p)| p.detach().neg()).collect::<engine::Result<Vec<_>>>()?;
+        Ok(Watch { gradients, before })
+    }
+    /// Looks at the parameters after it.
+    pub fn after(self, params: &[(&str, &Tensor)], out: &mut Scalars) -> Result<()> {
+        let moved = squares(params.iter().zip(&self.before).map(|((_, p), b)| p.detach().add(b).map(Some)))?;
+        let mut parts: BTreeMap<String, (f64, f64)> = BTreeMap::new();
+        for (((name, _), g), u) in params.iter().zip(self.gradients).zip(moved) {
+            let part = parts.entry(groups::part(name)).or_default();
+            *part = (part.0 + g, part.1 + u);
+        }
+        for (part, (gradient, update)) in parts {
+            out.insert(format!("{part}.grad_norm"), gradient.sqrt());
+            out.insert(format!("{part}.update_norm"), update.sqrt());
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -109,14 +147,36 @@ mod tests {
         w.mul(w).unwrap().add(b).unwrap().sum(&[0, 1], false).unwrap().backward().unwrap()
     }
 
+    /// Step number `n`, with a learning rate of 0.1.
+    fn step(a: &AdamW, params: &[(&str, &Tensor)], grads: &Grads, n: u64, o: &Optim) -> f64 {
+        let schedule = AdamW::schedule(o, n, 0.1, &Device::cpu()).unwrap();
+        a.step(params, grads, &schedule, &[], o).unwrap().item().unwrap()
+    }
+
+    #[test]
+    fn a_guard_that_is_not_finite_keeps_everything_as_it_is() {
+        let (w, b) = setup();
+        let (params, o) = ([("w", &w), ("b", &b)], presets::quickstart().optim);
+        let a = AdamW::new(&params).unwrap();
+        let schedule = AdamW::schedule(&o, 1, 0.1, &Device::cpu()).unwrap();
+        for (guard, taken) in [(f64::NAN, false), (f64::INFINITY, false), (3.0, true)] {
+            let guard = Tensor::full(guard, &[], DType::F32, &Device::cpu()).unwrap();
+            let norm = a.step(&params, &grads(&w, &b), &schedule, &[&guard], &o).unwrap().item().unwrap();
+            assert_eq!(norm.is_finite(), taken);
+            assert_eq!(b.to_vec::<f32>().unwrap() != [0.25, -0.25], taken);
+        }
+    }
+
     #[test]
     fn groups_clipping_and_the_formula() {
         let (w, b) = setup();
         let params = [("w", &w), ("b", &b)];
-        let mut a = AdamW::new(&params).unwrap();
+        let a = AdamW::new(&params).unwrap();
         let o = presets::quickstart().optim;
         let mut seen = Scalars::new();
-        let norm = a.step(&params, &grads(&w, &b), 1, 0.1, &o, Some(&mut seen)).unwrap();
+        let watch = Watch::before(&params, &grads(&w, &b)).unwrap();
+        let norm = step(&a, &params, &grads(&w, &b), 1, &o);
+        watch.after(&params, &mut seen).unwrap();
         // g = 2w, and 2 for each of b.
         let expected = (4.0 * (1.0f64 + 4.0 + 9.0 + 0.25) + 8.0).sqrt();
         assert!((norm - expected).abs() < 1e-9, "{norm}");
@@ -144,9 +204,9 @@ mod tests {
         let params = [("w", &w), ("b", &b)];
         // with so large an eps the step is not the gradient's sign but grows with it
         let mut o = Optim { eps: 100.0, clip: 0.5, weight_decay: 0.0, ..presets::quickstart().optim };
-        let step = |o: &Optim| {
+        let take = |o: &Optim| {
             let before = [w.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap()].concat();
-            let norm = AdamW::new(&params).unwrap().step(&params, &grads(&w, &b), 1, 0.1, o, None).unwrap();
+            let norm = step(&AdamW::new(&params).unwrap(), &params, &grads(&w, &b), 1, o);
             let after = [w.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap()].concat();
             w.assign(&Tensor::from_slice(&before[..4], &[2, 2], w.device()).unwrap()).unwrap();
             b.assign(&Tensor::from_slice(&before[4..], &[2], b.device()).unwrap()).unwrap();
@@ -156,7 +216,7 @@ mod tests {
         let norm = g.iter().map(|g| g * g).sum::<f64>().sqrt();
         for (clip, scale) in [(0.5, 0.5 / norm), (0.0, 1.0), (norm * 1.01, 1.0)] {
             o.clip = clip;
-            let (found, moved) = step(&o);
+            let (found, moved) = take(&o);
             assert!((found - norm).abs() < 1e-9, "the norm is that before clipping");
             for (m, g) in moved.iter().zip(g) {
                 let expected = -0.1 * g * scale / (g.abs() * scale + 100.0);
@@ -171,16 +231,16 @@ mod tests {
         let path = tmp.path().join("o.safetensors");
         let o = presets::quickstart().optim;
         let (w, b) = setup();
-        let mut a = AdamW::new(&[("w", &w), ("b", &b)]).unwrap();
-        a.step(&[("w", &w), ("b", &b)], &grads(&w, &b), 1, 0.1, &o, None).unwrap();
+        let a = AdamW::new(&[("w", &w), ("b", &b)]).unwrap();
+        step(&a, &[("w", &w), ("b", &b)], &grads(&w, &b), 1, &o);
         a.save(&path).unwrap();
         let (w2, b2) = (w.detach().add(&w.detach()).unwrap(), b.detach());
         let w2 = Tensor::from_vec(w2.to_vec::<f32>().unwrap().iter().map(|x| x / 2.0).collect::<Vec<_>>(), &[2, 2]).unwrap().requires_grad();
         let b2 = Tensor::from_vec(b2.to_vec::<f32>().unwrap(), &[2]).unwrap().requires_grad();
         let mut c = AdamW::new(&[("w", &w2), ("b", &b2)]).unwrap();
         c.load(&path).unwrap();
-        a.step(&[("w", &w), ("b", &b)], &grads(&w, &b), 2, 0.1, &o, None).unwrap();
-        c.step(&[("w", &w2), ("b", &b2)], &grads(&w2, &b2), 2, 0.1, &o, None).unwrap();
+        step(&a, &[("w", &w), ("b", &b)], &grads(&w, &b), 2, &o);
+        step(&c, &[("w", &w2), ("b", &b2)], &grads(&w2, &b2), 2, &o);
         assert_eq!(w.to_vec::<f32>().unwrap(), w2.to_vec::<f32>().unwrap());
         assert_eq!(b.to_vec::<f32>().unwrap(), b2.to_vec::<f32>().unwrap());
         // Damage is an error.
@@ -196,11 +256,12 @@ mod tests {
     fn a_gradient_that_is_not_finite_is_named() {
         let (w, b) = setup();
         let params = [("layers.0.w", &w), ("layers.0.b", &b)];
-        let mut a = AdamW::new(&params).unwrap();
+        let a = AdamW::new(&params).unwrap();
         let bad = Tensor::from_vec([f32::INFINITY, 1.0], &[2]).unwrap();
         let g = b.mul(&bad).unwrap().sum(&[0], false).unwrap().backward().unwrap();
-        let e = a.step(&params, &g, 1, 0.1, &presets::quickstart().optim, None).unwrap_err();
-        assert!(matches!(&e, Error::NonFinite(m) if m.contains("`layers.0.b`")), "{e}");
+        assert!(!step(&a, &params, &g, 1, &presets::quickstart().optim).is_finite());
+        let named = not_finite(&params, &g).unwrap().unwrap();
+        assert!(named.contains("`layers.0.b`"), "{named}");
         assert_eq!(b.to_vec::<f32>().unwrap(), [0.25, -0.25]);
     }
 }

@@ -29,15 +29,33 @@ pub struct Sampling {
 /// Makes micro-batch `i` of a step; each is asked for when its turn comes.
 pub type Batches<'a> = &'a (dyn Fn(usize) -> Result<Batch> + Sync);
 
+/// A step to take.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// Its number, from 1.
+    pub step: u64,
+    /// Of how many micro-batches.
+    pub micro: usize,
+    /// Learning rate.
+    pub lr: f64,
+    /// The optimizer.
+    pub optim: &'a Optim,
+}
+
+/// A step that was taken, or not.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stepped {
+    /// Each micro-batch's mean loss in nats a token.
+    pub losses: Vec<f64>,
+    /// The gradients' global norm before clipping; or, in words, what was not finite, for which no step was taken.
+    pub grad_norm: std::result::Result<f64, String>,
+}
+
 /// What the loop asks of a model with its optimizer. All that decides its results is in its parameters, its optimizer's state, and the arguments.
 pub trait Learner {
-    /// Forward and backward of a step's `micro` batches, side by side where there are threads: adds the gradient of the mean of their mean losses to
-    /// the gradients held, in the order of the micro-batches, puts what the observer saw of the first into `observed`, and returns each mean loss in
-    /// nats a token.
-    fn step(&mut self, micro: usize, batch: Batches, observed: Option<&mut Scalars>) -> Result<Vec<f64>>;
-    /// Clips the gradients held, takes optimizer step number `step` (from 1), drops the gradients. Returns the gradients' global norm before
-    /// clipping, and adds what there is to see of gradients and updates to `observed`. Gradients that are not finite are an error, and nothing is changed.
-    fn update(&mut self, step: u64, lr: f64, optim: &Optim, observed: Option<&mut Scalars>) -> Result<f64>;
+    /// Takes a step along the gradient of the mean of the micro-batches' mean losses, clipped; puts what the observer saw of the first micro-batch, of
+    /// gradients and of updates into `observed`. Where a loss or the gradients are not finite, nothing is changed.
+    fn step(&mut self, work: &Step, batch: Batches, observed: Option<&mut Scalars>) -> Result<Stepped>;
     /// The sums of negative log-likelihoods over batches, in nats, without gradients.
     fn nll(&mut self, batches: &[Batch]) -> Result<Vec<f64>>;
     /// Continues `prompt`; returns the new tokens.
@@ -214,14 +232,12 @@ impl Loop<'_> {
             check_tokens(&batch, vocab, corpus)?;
             Ok(batch)
         };
-        let losses = self.learner.step(t.accumulate, &batch, observe.then_some(&mut scalars))?;
+        let work = Step { step, micro: t.accumulate, lr, optim: &self.config.optim };
+        let Stepped { losses, grad_norm } = self.learner.step(&work, &batch, observe.then_some(&mut scalars))?;
         let loss = losses.iter().sum::<f64>() / losses.len() as f64;
         let updated = match losses.iter().position(|l| !l.is_finite()) {
             Some(micro) => Err((format!("the loss is {}", losses[micro]), micro)),
-            None => match self.learner.update(step, lr, &self.config.optim, observe.then_some(&mut scalars)) {
-                Err(Error::NonFinite(m)) => Err((m, 0)),
-                other => Ok(other?),
-            },
+            None => grad_norm.map_err(|m| (m, 0)),
         };
         let grad_norm = match updated {
             Ok(norm) => norm,

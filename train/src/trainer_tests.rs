@@ -41,18 +41,20 @@ impl Bigram {
 }
 
 impl Learner for Bigram {
-    fn step(&mut self, micro: usize, batch: Batches, observed: Option<&mut Scalars>) -> Result<Vec<f64>> {
+    fn step(&mut self, work: &Step, batch: Batches, observed: Option<&mut Scalars>) -> Result<Stepped> {
         if let Some(o) = observed {
             o.insert("blocks.0.mean".into(), f64::from(self.w[0]));
         }
+        let Step { step, micro, lr, optim: o } = *work;
         let one = |i: usize| {
             let b = batch(i)?;
             let sum = self.pass(&b, Some(1.0 / micro as f64));
             Ok(if self.poison == Some(self.updates) { f64::NAN } else { sum / b.tokens.len() as f64 })
         };
-        (0..micro).map(one).collect()
-    }
-    fn update(&mut self, step: u64, lr: f64, o: &Optim, _: Option<&mut Scalars>) -> Result<f64> {
+        let losses: Vec<f64> = (0..micro).map(one).collect::<Result<_>>()?;
+        if losses.iter().any(|l| !l.is_finite()) {
+            return Ok(Stepped { losses, grad_norm: Err("a loss is not finite".into()) });
+        }
         assert_eq!(step, self.updates + 1);
         if self.dies == Some(step) {
             return Err(Error::Model("killed".into()));
@@ -67,7 +69,7 @@ impl Learner for Bigram {
             self.w[i] -= (lr * f64::from(self.m[i]) / c1 / ((f64::from(self.v[i]) / c2).sqrt() + o.eps)) as f32;
         }
         self.g.fill(0.0);
-        Ok(norm)
+        Ok(Stepped { losses, grad_norm: Ok(norm) })
     }
     fn nll(&mut self, batches: &[Batch]) -> Result<Vec<f64>> {
         Ok(batches.iter().map(|b| self.pass(b, None)).collect())

@@ -1,5 +1,6 @@
 //! `--device` and `--dtype`: where a command computes, and in what precision.
 
+use crate::config::Precision;
 use crate::progress::say;
 use crate::{Error, Result};
 use engine::{DType, Device};
@@ -34,10 +35,10 @@ impl FromStr for Choice {
     }
 }
 
-fn dtype(s: &str) -> std::result::Result<DType, String> {
+fn dtype(s: &str) -> std::result::Result<Precision, String> {
     match s {
-        "f32" => Ok(DType::F32),
-        "bf16" => Ok(DType::BF16),
+        "f32" => Ok(Precision::F32),
+        "bf16" => Ok(Precision::BF16),
         _ => Err("expected f32 or bf16".into()),
     }
 }
@@ -57,7 +58,7 @@ pub(super) struct PlaceArgs {
     at: DeviceArg,
     /// Precision of activations and products, f32 or bf16; parameters are f32 always [default: f32 on the CPU, bf16 on a GPU]
     #[arg(long, value_name = "DTYPE", value_parser = dtype)]
-    dtype: Option<DType>,
+    pub dtype: Option<Precision>,
 }
 
 impl DeviceArg {
@@ -73,10 +74,11 @@ impl DeviceArg {
 }
 
 impl PlaceArgs {
-    /// Where a model is to live: parameters in f32, computation in `--dtype`.
-    pub fn open(&self) -> Result<Placement> {
+    /// Where a model is to live: parameters in f32, computation in `--dtype`, else in `otherwise`, else in what suits the device.
+    pub fn open(&self, otherwise: Option<Precision>) -> Result<Placement> {
         let device = self.at.open()?;
-        let compute = self.dtype.unwrap_or(if device == Device::cpu() { DType::F32 } else { DType::BF16 });
+        let suits = if device == Device::cpu() { Precision::F32 } else { Precision::BF16 };
+        let compute = self.dtype.or(otherwise).unwrap_or(suits).into();
         say(&format!("device {}, computing in {compute}", describe(&device)));
         Ok(Placement { device, params: DType::F32, compute })
     }
@@ -156,24 +158,24 @@ mod tests {
 
     #[test]
     fn precision_follows_the_device() {
-        let p = parse(&["--device", "cpu"]).unwrap().open().unwrap();
+        let p = parse(&["--device", "cpu"]).unwrap().open(None).unwrap();
         assert_eq!((p.device, p.params, p.compute), (Device::cpu(), DType::F32, DType::F32));
-        assert_eq!(parse(&["--device", "cpu", "--dtype", "bf16"]).unwrap().open().unwrap().compute, DType::BF16);
+        assert_eq!(parse(&["--device", "cpu", "--dtype", "bf16"]).unwrap().open(None).unwrap().compute, DType::BF16);
         if let Ok(emulator) = cuda::emulator() {
-            let p = parse(&["--device", "emulated"]).unwrap().open().unwrap();
+            let p = parse(&["--device", "emulated"]).unwrap().open(None).unwrap();
             assert_eq!((p.device, p.params, p.compute), (emulator, DType::F32, DType::BF16));
-            assert_eq!(parse(&["--device", "emulated", "--dtype", "f32"]).unwrap().open().unwrap().compute, DType::F32);
+            assert_eq!(parse(&["--device", "emulated", "--dtype", "f32"]).unwrap().open(None).unwrap().compute, DType::F32);
         }
     }
 
     #[test]
     fn gpus_that_are_not_there() {
-        let e = parse(&["--device", "cuda:99"]).unwrap().open().unwrap_err().to_string();
+        let e = parse(&["--device", "cuda:99"]).unwrap().open(None).unwrap_err().to_string();
         assert!(e.contains("cuda:99") && e.contains("cpu"), "{e}");
         if !cuda::present() {
-            let e = parse(&["--device", "cuda"]).unwrap().open().unwrap_err().to_string();
+            let e = parse(&["--device", "cuda"]).unwrap().open(None).unwrap_err().to_string();
             assert!(e.contains("no CUDA driver") && e.contains("cpu"), "{e}");
-            assert_eq!(parse(&[]).unwrap().open().unwrap().device, Device::cpu());
+            assert_eq!(parse(&[]).unwrap().open(None).unwrap().device, Device::cpu());
         }
     }
 }

@@ -14,6 +14,7 @@ use crate::text::{Decoder, harmless};
 use crate::trainer::{Learner, Sampling, evaluate};
 use crate::{Error, Result, checkpoint, presets};
 use clap::{Parser, Subcommand};
+use device::PlaceArgs;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -74,6 +75,8 @@ struct Generate {
     /// Seed of the draw: the same seed writes the same text
     #[arg(long, default_value_t = 0, value_parser = |t: &str| whole(t, u64::MAX))]
     seed: u64,
+    #[command(flatten)]
+    place: PlaceArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -83,6 +86,8 @@ struct Eval {
     /// Score all of this file or folder, instead of the held-out part of the run's own data
     #[arg(long)]
     data: Option<PathBuf>,
+    #[command(flatten)]
+    place: PlaceArgs,
 }
 
 /// Runs the command line of this process.
@@ -145,10 +150,12 @@ fn skip(path: &Path, e: &Error) {
 }
 
 /// The newest whole checkpoint that `path` means, and where it is.
-fn open(path: &Path) -> Result<(PathBuf, Trained<Hybrid>)> {
+fn open(path: &Path, place: &PlaceArgs) -> Result<(PathBuf, Trained<Hybrid>)> {
+    let trained_in = checkpoint::read_info(&run_of(path)).ok().and_then(|info| info.config.train.dtype);
+    let place = place.open(trained_in)?;
     checkpoint::first_whole(&checkpoint::candidates(path)?, skip, |dir| {
         checkpoint::verify(dir, &[checkpoint::MODEL])?;
-        Hybrid::open(dir)
+        Hybrid::open(dir, &place)
     })
 }
 
@@ -163,7 +170,7 @@ fn generate(args: &Generate) -> Result<()> {
     if args.prompt.is_empty() {
         return wrong("--prompt: expected at least one byte of text to continue".into());
     }
-    let (path, model) = open(&args.run)?;
+    let (path, model) = open(&args.run, &args.place)?;
     let vocab = model.vocab_size();
     // Where no state says what it was trained on, the size of a vocabulary of bytes tells.
     let trained_on = checkpoint::read_state(&path).ok().and_then(|s| s.corpus);
@@ -197,7 +204,7 @@ fn generate(args: &Generate) -> Result<()> {
 }
 
 fn eval(args: &Eval) -> Result<()> {
-    let (path, mut model) = open(&args.run)?;
+    let (path, mut model) = open(&args.run, &args.place)?;
     let config: RunConfig = match checkpoint::read_info(&run_of(&path)) {
         Ok(info) => info.config,
         // A checkpoint from elsewhere: only the windows' size is missing.

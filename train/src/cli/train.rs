@@ -1,12 +1,14 @@
 //! `tidegate train`.
 
+use super::device::PlaceArgs;
 use super::{out, quoted, result_line, run_of, skip};
 use crate::checkpoint::{self, RunDir, RunInfo, State};
-use crate::config::{Change, Layers, Resolved, RunConfig};
+use crate::config::{Change, Layers, Precision, Resolved, RunConfig};
 use crate::data::Corpus;
 use crate::learner::{Hybrid, Trained};
 use crate::progress::say;
 use crate::{Error, Result, presets, trainer};
+use engine::DType;
 use std::path::{Path, PathBuf};
 
 /// Keys that decide which text a step sees.
@@ -37,12 +39,25 @@ pub(super) struct Args {
     /// Go on with the run folder's newest checkpoint, or with the one named here
     #[arg(long, value_name = "auto|CHECKPOINT", num_args = 0..=1, default_missing_value = "auto")]
     resume: Option<String>,
+    #[command(flatten)]
+    place: PlaceArgs,
+    /// On a GPU, launch kernels one by one instead of replaying each step as a whole; for debugging
+    #[arg(long)]
+    no_replay: bool,
     /// Show every value and where it came from, and do nothing else
     #[arg(long)]
     print_config: bool,
     /// At the end, print how long each op's kernels ran
     #[arg(long)]
     profile: bool,
+}
+
+impl Args {
+    /// `--set`s, and `--dtype`, which is one too.
+    fn sets(&self) -> Vec<String> {
+        let dtype = self.place.dtype.map(|d| format!("train.dtype={}", DType::from(d)));
+        self.set.iter().cloned().chain(dtype).collect()
+    }
 }
 
 /// The TOML file that `what` means, unless it means a preset.
@@ -93,7 +108,7 @@ fn layers_of_run(dir: &Path, info: &RunInfo, args: &Args) -> Result<Layers> {
             layers.file(path)?;
         }
     }
-    layers.set(&args.set)?;
+    layers.set(&args.sets())?;
     Ok(layers)
 }
 
@@ -135,7 +150,7 @@ fn plan(args: &Args) -> Result<Plan> {
     let dir = match (&args.run_dir, &from, &args.what) {
         (Some(dir), _, _) => dir.clone(),
         (None, Some(from), _) => run_of(args.resume.as_deref().filter(|p| Path::new(p).join("run.json").is_file()).map_or(&from[0], Path::new)),
-        (None, None, Some(what)) => default_dir(&layers(what, &args.set)?.resolve()?.config.name, resuming),
+        (None, None, Some(what)) => default_dir(&layers(what, &args.sets())?.resolve()?.config.name, resuming),
         (None, None, None) => {
             return Err(Error::Usage("train what? Name a preset (quickstart, smoke) or a TOML file, as in `tidegate train quickstart`".into()));
         }
@@ -143,7 +158,7 @@ fn plan(args: &Args) -> Result<Plan> {
     let own = if resuming && dir.join("run.json").is_file() { Some(checkpoint::read_info(&dir)?) } else { None };
     let resolved = match (&own, &args.what) {
         (Some(info), _) => layers_of_run(&dir, info, args)?,
-        (None, Some(what)) => layers(what, &args.set)?,
+        (None, Some(what)) => layers(what, &args.sets())?,
         (None, None) => {
             let d = dir.display();
             return Err(Error::Usage(format!("train what? {d} holds no run yet; name a preset or a TOML file, as in `tidegate train quickstart`")));
@@ -156,7 +171,7 @@ fn plan(args: &Args) -> Result<Plan> {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let plan = plan(args)?;
+    let mut plan = plan(args)?;
     if args.print_config {
         let config = &plan.resolved.config;
         return out(&format!("# {}\n\n{}", size(config), plan.resolved.to_toml().trim_end()));
@@ -164,7 +179,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if args.profile {
         engine::profile::start();
     }
-    go(&plan)?;
+    let place = args.place.open(plan.resolved.config.train.dtype)?;
+    plan.resolved.config.train.dtype = Some(if place.compute == DType::BF16 { Precision::BF16 } else { Precision::F32 });
+    go(&plan, &place, !args.no_replay)?;
     if args.profile {
         out(engine::profile::stop().to_string().trim_end())?;
     }
@@ -179,7 +196,7 @@ fn size(config: &RunConfig) -> String {
 }
 
 /// Everything that can be wrong is found before the run folder is touched.
-fn go(plan: &Plan) -> Result<()> {
+fn go(plan: &Plan, place: &nn::Placement, replays: bool) -> Result<()> {
     let (config, dir) = (&plan.resolved.config, plan.dir.display());
     if let Some(c) = plan.changes.iter().find(|c| c.key.starts_with("model.")) {
         return Err(Error::Usage(format!("{c}: a run keeps its model; begin another in a folder of its own by --run-dir, without --resume")));
@@ -190,7 +207,7 @@ fn go(plan: &Plan) -> Result<()> {
         return Err(Error::Usage(format!("model.vocab_size: expected at least 256, as text is bytes, found {vocab}")));
     }
     trainer::sampler(&corpus, config)?;
-    let mut model = Hybrid::create(&config.model, config.seed)?;
+    let mut model = Hybrid::create(&config.model, config.seed, place)?.replays(replays);
     let run = RunDir::open(&plan.dir, plan.resuming)?;
     let from = restore(plan, &mut model, &corpus)?;
     let command: Vec<String> = std::env::args().collect();

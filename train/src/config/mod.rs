@@ -70,10 +70,32 @@ pub struct Train {
     pub steps: Option<u64>,
     /// Micro-batches whose gradients are added up for a step.
     pub accumulate: usize,
+    /// The precision of activations and products; parameters are f32 always. Where it is not set, the device decides at the start: f32 on the CPU,
+    /// bf16 on a GPU.
+    pub dtype: Option<Precision>,
     /// Steps between observations of gates, routers and states (0: never).
     pub observe_every: u64,
     /// Steps between lines on a terminal that is none.
     pub log_every: u64,
+}
+
+/// A precision to compute in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32 bits.
+    F32,
+    /// The upper half of those.
+    BF16,
+}
+
+impl From<Precision> for engine::DType {
+    fn from(p: Precision) -> Self {
+        match p {
+            Precision::F32 => engine::DType::F32,
+            Precision::BF16 => engine::DType::BF16,
+        }
+    }
 }
 
 /// AdamW (Loshchilov & Hutter 2019) and its schedule.
