@@ -6,7 +6,13 @@ use crate::config::RunConfig;
 use crate::data::{Corpus, Packing};
 use crate::presets;
 use crate::trainer;
+use std::sync::{Mutex, MutexGuard};
 
+/// One test at a time: while a step is captured, the device is one thread's.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(|e| e.into_inner())
+}
 /// The devices, and how many steps they have the time for.
 fn devices() -> Vec<(Device, u64)> {
     let said = |e: &engine::Error| eprintln!("SKIPPED: {e}");
@@ -47,6 +53,7 @@ fn losses(dir: &Path) -> Vec<f64> {
 
 #[test]
 fn a_run_follows_that_of_the_cpu_and_replayed_steps_have_the_bits_of_others() {
+    let _alone = alone();
     for (device, steps) in devices() {
         let f32 = on(&device, DType::F32);
         let cpu = run(&on(&Device::cpu(), DType::F32), steps, true);
@@ -64,6 +71,7 @@ fn a_run_follows_that_of_the_cpu_and_replayed_steps_have_the_bits_of_others() {
 
 #[test]
 fn bf16_follows_f32() {
+    let _alone = alone();
     for (device, steps) in devices() {
         let (wide, narrow) = (run(&on(&device, DType::F32), steps, true), run(&on(&device, DType::BF16), steps, true));
         for (step, (a, b)) in narrow.0.iter().zip(&wide.0).enumerate() {
@@ -74,6 +82,7 @@ fn bf16_follows_f32() {
 
 #[test]
 fn a_run_resumed_on_a_device_is_the_uninterrupted_one() {
+    let _alone = alone();
     for (device, steps) in devices() {
         let tmp = tempfile::tempdir().unwrap();
         let (corpus, mut config) = setup(steps);
@@ -98,6 +107,7 @@ fn a_run_resumed_on_a_device_is_the_uninterrupted_one() {
 
 #[test]
 fn what_is_not_finite_on_a_device_is_named_and_nothing_is_changed() {
+    let _alone = alone();
     for (device, _) in devices() {
         let (corpus, config) = setup(3);
         let model = Hybrid::create(&config.model, 3, &on(&device, DType::F32)).unwrap();
