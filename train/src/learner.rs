@@ -7,7 +7,7 @@ use crate::metrics::Scalars;
 use crate::optim::{self, AdamW};
 use crate::trainer::{Batches, Learner, Sampling, Step, Stepped};
 use crate::{Error, Result, checkpoint, observe};
-use cuda::Graph;
+use cuda::{Cuda, Graph};
 use engine::{DType, Device, Grads, Tensor};
 use ops::adamw::{GlobalNorm, global_norm, sum_of_squares};
 use rayon::prelude::*;
@@ -347,6 +347,11 @@ impl<N: Network> Learner for Trained<N> {
 
     fn vocab_size(&self) -> usize {
         self.net.vocab_size()
+    }
+
+    fn device_memory(&self) -> Option<(u64, u64)> {
+        let s = Cuda::of(&self.device).ok()?.stats();
+        Some((s.live as u64, s.peak as u64))
     }
 }
 

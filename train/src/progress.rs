@@ -19,7 +19,9 @@ pub struct Line {
     pub grad_norm: f64,
     /// Tokens a second.
     pub tokens_per_s: f64,
-    /// Resident memory, bytes.
+    /// Model-FLOP utilisation: the part of the device's peak that the model's own operations are, where the peak is known.
+    pub mfu: Option<f64>,
+    /// Memory, bytes: what is resident, or on a GPU the most that tensors held.
     pub memory: u64,
     /// Seconds left, by the budget used so far.
     pub eta: f64,
@@ -30,16 +32,20 @@ impl Line {
         let eta = self.eta.clamp(0.0, 1e9) as u64;
         format!("{}:{:02} left", eta / 60, eta % 60)
     }
+    fn rate(&self) -> String {
+        let mfu = self.mfu.map_or(String::new(), |m| format!(" ({:.1}% MFU)", 100.0 * m));
+        format!("{:.1}k tok/s{mfu}", self.tokens_per_s / 1e3)
+    }
     /// What changes most, first: a narrow terminal cuts off the rest.
     fn for_bar(&self) -> String {
-        let Line { step, loss, lr, grad_norm, tokens_per_s, memory, .. } = *self;
-        let (bits, k, mb, left) = (loss / std::f64::consts::LN_2, tokens_per_s / 1e3, memory >> 20, self.left());
-        format!("step {step}  loss {bits:.3} bits  {k:.1}k tok/s  {left}  lr {lr:.2e}  norm {grad_norm:.2}  {mb} MB")
+        let Line { step, loss, lr, grad_norm, memory, .. } = *self;
+        let (bits, rate, mb, left) = (loss / std::f64::consts::LN_2, self.rate(), memory >> 20, self.left());
+        format!("step {step}  loss {bits:.3} bits  {rate}  {left}  lr {lr:.2e}  norm {grad_norm:.2}  {mb} MB")
     }
     fn text(&self) -> String {
-        let Line { loss, lr, grad_norm, tokens_per_s, memory, .. } = *self;
-        let (bits, k, mb, left) = (loss / std::f64::consts::LN_2, tokens_per_s / 1e3, memory >> 20, self.left());
-        format!("loss {bits:.3} bits  lr {lr:.2e}  norm {grad_norm:.2}  {k:.1}k tok/s  {mb} MB  {left}")
+        let Line { loss, lr, grad_norm, memory, .. } = *self;
+        let (bits, rate, mb, left) = (loss / std::f64::consts::LN_2, self.rate(), memory >> 20, self.left());
+        format!("loss {bits:.3} bits  lr {lr:.2e}  norm {grad_norm:.2}  {rate}  {mb} MB  {left}")
     }
 }
 
@@ -159,7 +165,7 @@ mod tests {
     fn ten(mut p: Progress) {
         for step in 1..=10u64 {
             let part = step as f64 / 10.0;
-            p.step(&Line { step, progress: part, loss: 0.7, lr: 1e-3, grad_norm: 1.0, tokens_per_s: 2e3, memory: 5 << 20, eta: 61.0 });
+            p.step(&Line { step, progress: part, loss: 0.7, lr: 1e-3, grad_norm: 1.0, tokens_per_s: 2e3, mfu: None, memory: 5 << 20, eta: 61.0 });
             if step == 5 {
                 p.say("a sample");
             }

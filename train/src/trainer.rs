@@ -68,6 +68,14 @@ pub trait Learner {
     fn load(&mut self, dir: &Path) -> Result<()>;
     /// One past the largest token.
     fn vocab_size(&self) -> usize;
+    /// The device's memory, where it isn't the host's: bytes that tensors hold now, and the most that they held.
+    fn device_memory(&self) -> Option<(u64, u64)> {
+        None
+    }
+    /// The most operations a second that the device can do, where that is known.
+    fn peak_flops(&self) -> Option<f64> {
+        None
+    }
 }
 
 /// How a run ended.
@@ -260,7 +268,9 @@ impl Loop<'_> {
         s.ema += (1.0 / step as f64).max(0.02) * (loss - s.ema);
         let (memory, peak) = memory();
         let tokens_per_s = tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
-        let fields = [
+        let mfu = self.learner.peak_flops().map(|peak| tokens_per_s * self.config.model.flops_per_token(self.config.data.seq_len) / peak);
+        let on_device = self.learner.device_memory();
+        let mut fields = vec![
             ("loss", loss.into()),
             ("lr", lr.into()),
             ("grad_norm", grad_norm.into()),
@@ -270,10 +280,24 @@ impl Loop<'_> {
             ("memory", memory.into()),
             ("memory_peak", peak.into()),
         ];
+        fields.extend(mfu.map(|mfu| ("mfu", mfu.into())));
+        if let Some((now, peak)) = on_device {
+            fields.extend([("device_memory", now.into()), ("device_memory_peak", peak.into())]);
+        }
         self.metrics.write(step, &fields, &scalars)?;
         let used = self.used(&self.state);
         let eta = (self.state.seconds - self.first.seconds) / (used - self.used(&self.first)).max(1e-12) * (1.0 - used);
-        self.progress.step(&Line { step, progress: used, loss: self.state.ema, lr, grad_norm, tokens_per_s, memory, eta });
+        self.progress.step(&Line {
+            step,
+            progress: used,
+            loss: self.state.ema,
+            lr,
+            grad_norm,
+            tokens_per_s,
+            mfu,
+            memory: on_device.map_or(memory, |d| d.1),
+            eta,
+        });
         Ok(())
     }
 

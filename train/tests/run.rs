@@ -274,3 +274,28 @@ fn a_checkpoint_that_can_not_be_written_leaves_the_older_one_to_resume_from() {
     assert!(weights(&tmp.path().join("cut"), 20) == weights(&tmp.path().join("whole"), 20));
     assert_eq!(losses(&tmp.path().join("cut")), losses(&tmp.path().join("whole")));
 }
+
+/// Whole commands on a GPU's kernels, by their emulator.
+#[test]
+fn a_run_on_a_device_is_resumed_scored_and_written_with_anywhere() {
+    if let Err(e) = cuda::emulator() {
+        return eprintln!("SKIPPED: {e}");
+    }
+    let tmp = tempfile::tempdir().unwrap();
+    let sets = ["train.steps=2", "data.batch=1", "data.seq_len=16", "model.num_hidden_layers=4", "sample.count=0", "data.held_out=0.0002"];
+    let sets: Vec<&str> = sets.iter().flat_map(|s| ["--set", s]).collect();
+    let o = run(tmp.path(), &[&["train", "smoke", "--device", "emulated", "--run-dir", "r"], &sets[..]].concat());
+    let (stdout, stderr) = (String::from_utf8(o.stdout).unwrap(), String::from_utf8(o.stderr).unwrap());
+    assert!(stderr.contains("emulator, computing in bf16"), "{stderr}");
+    let held_out = stdout.lines().find(|l| l.starts_with("held out:")).unwrap_or_else(|| panic!("{stdout}")).to_string();
+    let metrics = std::fs::read_to_string(tmp.path().join("r/metrics.jsonl")).unwrap();
+    assert!(metrics.contains("\"device_memory\":"), "{metrics}");
+    // it goes on as it began, in bf16, and on the CPU too
+    let o = run(tmp.path(), &["train", "--run-dir", "r", "--resume", "--device", "cpu", "--set", "train.steps=3"]);
+    assert!(String::from_utf8_lossy(&o.stderr).contains("cpu, computing in bf16"));
+    assert_eq!(losses(&tmp.path().join("r")).len(), 3);
+    let e = run(tmp.path(), &["eval", "r/checkpoints/step-00000002", "--device", "emulated"]);
+    assert_eq!(String::from_utf8(e.stdout).unwrap().trim(), held_out.trim());
+    let write = |args: &[&str]| run(tmp.path(), &[&["generate", "r", "--prompt", "Call", "--tokens", "3"], args].concat()).stdout.len();
+    assert!(write(&["--device", "emulated"]) > 4 && write(&["--device", "cpu", "--dtype", "f32"]) > 4);
+}
