@@ -155,7 +155,7 @@ impl Cuda {
         let mut faults = self.0.faults.lock().unwrap_or_else(|e| e.into_inner());
         if faults.is_none() {
             let b = self.0.memory.alloc(FLAG)?;
-            self.0.driver.fill(b.address(), 0, FLAG)?;
+            self.0.driver.fill(b.address(), &[0], FLAG)?;
             *faults = Some(b);
         }
         let mut messages = self.0.messages.lock().unwrap_or_else(|e| e.into_inner());
@@ -176,13 +176,13 @@ impl Cuda {
         if code == 0 {
             return Ok(());
         }
-        self.0.driver.fill(b.address(), 0, FLAG)?;
+        self.0.driver.fill(b.address(), &[0], FLAG)?;
         let (op, what) = self.0.messages.lock().unwrap_or_else(|e| e.into_inner()).get(code - 1).copied().unwrap_or(("cuda", "unknown fault"));
         Err(Error::invalid(op, format!("{what}: {value}")))
     }
     /// Sets bytes.
     pub fn fill(&self, at: Ptr, byte: u8, bytes: usize) -> Result<()> {
-        if bytes == 0 { Ok(()) } else { self.0.driver.fill(at.0, byte, bytes) }
+        if bytes == 0 { Ok(()) } else { self.0.driver.fill(at.0, &[byte], bytes) }
     }
     /// Copies bytes within the device.
     pub fn copy(&self, from: Ptr, to: Ptr, bytes: usize) -> Result<()> {
@@ -287,11 +287,16 @@ impl Backend for Cuda {
     fn alloc(&self, bytes: usize) -> Result<Arc<dyn Buffer>> {
         Ok(Arc::new(self.0.memory.alloc(bytes)?))
     }
-    fn upload(&self, src: &[u8], dst: &dyn Buffer) -> Result<()> {
-        if src.len() > dst.bytes() {
-            return Err(Error::invalid("cuda", format!("upload of {} bytes into a block of {}", src.len(), dst.bytes())));
+    fn upload(&self, src: &[u8]) -> Result<Arc<dyn Buffer>> {
+        let dst = self.0.memory.alloc_for_upload(src.len())?;
+        if !src.is_empty() {
+            self.0.driver.upload(src, dst.address())?;
         }
-        if src.is_empty() { Ok(()) } else { self.0.driver.upload(src, Cuda::address(dst)?.0) }
+        Ok(Arc::new(dst))
+    }
+    fn fill(&self, dst: &dyn Buffer, element: &[u8]) -> Result<()> {
+        let count = dst.bytes() / element.len().max(1);
+        if count == 0 { Ok(()) } else { self.0.driver.fill(Cuda::address(dst)?.0, element, count) }
     }
     fn download(&self, src: &dyn Buffer, dst: &mut [u8]) -> Result<()> {
         if dst.len() > src.bytes() {

@@ -177,6 +177,98 @@ fn memory_is_reused_and_its_end_is_told() {
 }
 
 #[test]
+fn uploads_reuse_blocks_of_their_own() {
+    let d = cuda::emulator_with_memory(1 << 20).unwrap();
+    let c = Cuda::of(&d).unwrap();
+    let place = |t: &Tensor| {
+        #[derive(Debug)]
+        struct Where;
+        impl Op for Where {
+            fn name(&self) -> &'static str {
+                "where"
+            }
+            fn infer(&self, _: &[Meta]) -> Result<Vec<Meta>> {
+                Ok(vec![Meta::new(&[1], DType::I64)])
+            }
+        }
+        cuda_kernel!(Where => |_, cuda, x, y| {
+            let bytes = Ptr::of(&x[0])?.0.to_ne_bytes();
+            bytes.iter().enumerate().try_for_each(|(i, b)| cuda.fill(Ptr::of(&y[0])?.byte_add(i), *b, 1))
+        });
+        run1(Where, &[t]).unwrap().to_vec::<i64>().unwrap()[0]
+    };
+    let batch = |v: f32| Tensor::from_slice(&[v; 300], &[300], &d).unwrap();
+    let first = batch(1.0);
+    let at = place(&first);
+    drop(first);
+    // what is computed takes other blocks, though one of this size is free
+    let computed = Tensor::full(2.0, &[300], DType::F32, &d).unwrap();
+    assert_ne!(place(&computed), at);
+    let second = batch(3.0);
+    assert_eq!(place(&second), at);
+    assert_eq!(second.to_vec::<f32>().unwrap(), [3.0; 300]);
+    assert_eq!(computed.to_vec::<f32>().unwrap(), [2.0; 300]);
+    drop((second, computed));
+    assert!(c.stats().live == 0 && c.stats().cached >= 2400);
+    c.trim();
+    assert_eq!((c.stats().cached, c.device_memory().unwrap().0), (0, 1 << 20));
+}
+
+/// Of every element size, alone and under capture, where a constant is no upload.
+#[test]
+fn constants_are_filled_on_the_device() {
+    let d = emulator_alone();
+    for dtype in [DType::U8, DType::F16, DType::BF16, DType::U32, DType::F32, DType::I64, DType::F64] {
+        for value in [0.0, 1.0, 77.0] {
+            let g = Graph::capture(&d, 1, || Tensor::full(value, &[3, 5], dtype, &d)).unwrap();
+            g.replay().unwrap();
+            assert_eq!(g.output.to_vec::<f64>().unwrap(), [value; 15], "{dtype}");
+            assert_eq!(Tensor::full(value, &[3, 5], dtype, &d).unwrap().to_vec::<f64>().unwrap(), [value; 15], "{dtype}");
+        }
+    }
+    assert_eq!(Tensor::zeros(&[0, 3], DType::F32, &d).unwrap().to_vec::<f32>().unwrap(), []);
+    assert_eq!(Tensor::from_slice(&[0f32; 0], &[0], &d).unwrap().to_vec::<f32>().unwrap(), []);
+}
+
+#[test]
+fn an_upload_in_a_recording_is_an_error() {
+    let d = emulator_alone();
+    let a = randn(&[64], DType::F32, 1);
+    let on = a.to_device(&d).unwrap();
+    let mut calls = 0;
+    // in the warm-up it is none
+    let m = Graph::capture(&d, 2, || {
+        calls += 1;
+        let op = Run { kernel: axpy(DType::F32), out: on.meta(), grid: 1, shared: 0, n: 64 };
+        run1(op, &[&on, &on])?;
+        a.to_device(&d)
+    });
+    let m = m.err().unwrap().to_string();
+    assert!(calls == 3 && m.contains("upload of 256 bytes") && m.contains("test kernel") && m.contains("assign()"), "{m}");
+    assert_eq!(a.to_device(&d).unwrap().to_vec::<f32>().unwrap(), a.to_vec::<f32>().unwrap());
+}
+
+#[test]
+fn memory_of_a_graph_is_counted_and_given_back() {
+    let d = emulator_alone();
+    let c = Cuda::of(&d).unwrap();
+    let x = Tensor::full(1.5, &[1000], DType::F32, &d).unwrap();
+    let before = c.stats();
+    let g = Graph::capture(&d, 1, || x.mul(&x)?.add(&x)?.sum(&[0], false)).unwrap();
+    g.replay().unwrap();
+    assert!(c.stats().graphs >= 8000 && c.stats().peak > before.live, "{:?}", c.stats());
+    assert_eq!(c.stats().live - before.live, 256, "the result, {:?}", c.stats());
+    // a result that outlives its graph is memory like any other when it is dropped
+    let y = g.output.clone();
+    drop(g);
+    assert_eq!((c.stats().graphs, y.item().unwrap()), (0, 3750.0));
+    let cached = c.stats().cached;
+    drop(y);
+    assert_eq!(c.stats().cached, cached + 256);
+    assert_eq!(c.stats().live, before.live);
+}
+
+#[test]
 fn a_graph_repeats_what_it_captured() {
     let d = emulator_alone();
     let [a, b] = [1, 2].map(|s| randn(&[64], DType::F32, s).to_device(&d).unwrap());
