@@ -8,7 +8,7 @@ use engine::{Backend, Buffer, Device, Error, Result};
 use std::any::Any;
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::sync::{Arc, LazyLock, Mutex, RwLock};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, RwLock};
 use std::time::Duration;
 
 /// A GPU, or the emulator of one. Cloning shares it.
@@ -18,7 +18,7 @@ pub struct Cuda(Arc<Inner>);
 struct Inner {
     driver: Arc<dyn Driver>,
     memory: Arc<Memory>,
-    functions: RwLock<HashMap<Kernel, Function>>,
+    functions: RwLock<HashMap<Kernel, Arc<Slot>>>,
     /// Wait after each launch, so that an error names its kernel: `TIDEGATE_CUDA_SYNC=1`.
     synchronous: bool,
     /// Where kernels report wrong data, once one is launched that can; and the messages by code.
@@ -28,6 +28,13 @@ struct Inner {
 }
 
 /// Bytes of the place where kernels report.
+/// A kernel that was asked for: compiled and loaded by one thread, while other threads load others.
+#[derive(Default)]
+struct Slot {
+    function: OnceLock<Function>,
+    loading: Mutex<()>,
+}
+
 const FLAG: usize = 16;
 
 thread_local! { static OP: Cell<Option<&'static str>> = const { Cell::new(None) } }
@@ -242,8 +249,9 @@ impl Cuda {
         self.settle().map_err(|e| Error::invalid("cuda", format!("{k} with {shape:?}: {e}")))
     }
     fn load(&self, k: &Kernel, params: usize) -> Result<Function> {
-        let mut functions = self.0.functions.write().unwrap_or_else(|e| e.into_inner());
-        if let Some(f) = functions.get(k) {
+        let slot = self.0.functions.write().unwrap_or_else(|e| e.into_inner()).entry(k.clone()).or_default().clone();
+        let _one = slot.loading.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(f) = slot.function.get() {
             return Ok(*f);
         }
         if !k.is_listed() {
@@ -263,8 +271,7 @@ impl Cuda {
                 driver.load(k, &code, Some(&file), params)?
             }
         };
-        functions.insert(k.clone(), f);
-        Ok(f)
+        Ok(*slot.function.get_or_init(|| f))
     }
     /// Compiles kernels into the cache, several at a time, ahead of their first launch.
     pub fn prepare(&self, kernels: &[Kernel]) -> Result<()> {
