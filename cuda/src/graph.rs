@@ -24,6 +24,7 @@ impl<R> Graph<R> {
     /// (`item`, `to_vec`, a copy to the CPU), and an upload (`from_slice`, `to_device`), is an error that says which op ran last before it.
     pub fn capture(device: &Device, warm_up: usize, mut step: impl FnMut() -> Result<R>) -> Result<Graph<R>> {
         let cuda = Cuda::of(device)?.clone();
+        cuda.can_record()?;
         cuda.memory().begin_arena();
         let run = |cuda: &Cuda, step: &mut dyn FnMut() -> Result<R>| -> Result<(R, Box<dyn Recorded>)> {
             for _ in 0..warm_up.max(1) {
