@@ -464,6 +464,25 @@ fn products_of_every_view() {
     }
 }
 
+/// Of a weight that is used twice, so that the second gradient is added to the first in its dtype.
+#[test]
+fn gradients_of_products_in_every_dtype() {
+    for d in FLOATS {
+        let (x, w) = (randn(&[2, 6, 8], d, 1), randn(&[8, 8], d, 2));
+        let grads = |x: &[Tensor]| -> Result<[Tensor; 2]> {
+            let (x, w) = (x[0].requires_grad(), x[1].affine(0.25, 0.0)?.requires_grad());
+            let h = x.matmul(&w)?.silu()?;
+            let g = h.matmul(&w.transpose(0, 1)?)?.square()?.mean(&[0, 1, 2], false)?.backward()?;
+            Ok([g.get(&x).expect("a gradient").clone(), g.get(&w).expect("a gradient").clone()])
+        };
+        let want = grads(&[x.cast(DType::F64).unwrap(), w.cast(DType::F64).unwrap()]).unwrap();
+        let found = grads(&[x.to_device(&emulator()).unwrap(), w.to_device(&emulator()).unwrap()]).unwrap();
+        for (f, w) in found.iter().zip(&want) {
+            close(f, &w.cast(d).unwrap(), 4.0 * unit(d), &format!("gradient of a product in {d}"));
+        }
+    }
+}
+
 #[test]
 fn results_do_not_depend_on_what_memory_held() {
     let d = cuda::emulator_with_memory(1 << 26).unwrap();
