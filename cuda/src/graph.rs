@@ -21,9 +21,10 @@ impl<R> Graph<R> {
     ///
     /// What changes from step to step must be read from device memory: a number that `step` takes from the host is the same in every replay. Tensors
     /// that `step` reads must outlive the graph. While it is captured, no other thread may use the device. An op that waits for the device
-    /// (`item`, `to_vec`, a copy to the CPU) is an error that says which op ran last before it.
+    /// (`item`, `to_vec`, a copy to the CPU), and an upload (`from_slice`, `to_device`), is an error that says which op ran last before it.
     pub fn capture(device: &Device, warm_up: usize, mut step: impl FnMut() -> Result<R>) -> Result<Graph<R>> {
         let cuda = Cuda::of(device)?.clone();
+        cuda.can_record()?;
         cuda.memory().begin_arena();
         let run = |cuda: &Cuda, step: &mut dyn FnMut() -> Result<R>| -> Result<(R, Box<dyn Recorded>)> {
             for _ in 0..warm_up.max(1) {

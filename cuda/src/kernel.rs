@@ -222,7 +222,8 @@ macro_rules! cuda_kernel {
                 let kernel: fn(&$op, &$crate::Cuda, &[::engine::View], &[::engine::View]) -> ::engine::Result<()> = $f;
                 let cuda = backend.downcast_ref::<$crate::Cuda>().ok_or_else(wrong)?;
                 cuda.enter(op.name());
-                kernel(any.downcast_ref::<$op>().ok_or_else(wrong)?, cuda, x, y)
+                kernel(any.downcast_ref::<$op>().ok_or_else(wrong)?, cuda, x, y)?;
+                cuda.leave(op, x, y)
             }
             $crate::kernel::reexport::inventory::submit! { ::engine::registry::Row {
                 op: || ::std::any::TypeId::of::<$op>(),

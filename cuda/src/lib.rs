@@ -6,6 +6,7 @@
 extern crate self as cuda;
 
 pub mod cache;
+mod check;
 pub mod compile;
 mod driver;
 mod gemm;
@@ -16,6 +17,7 @@ pub mod memory;
 mod prim;
 mod runtime;
 
+pub use check::Check;
 pub use gemm::Gemm;
 pub use graph::Graph;
 pub use kernel::{FastDiv, Fault, Kernel, Params, Ptr, Source};

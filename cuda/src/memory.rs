@@ -3,10 +3,12 @@
 use crate::driver::Driver;
 use engine::{Buffer, Error, Result};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 /// As of cudaMalloc.
 const ALIGN: usize = 256;
+/// Uploads up to this size get blocks of their own, so that a batch is copied while the step before it still runs; larger ones are parameters.
+const OWN: usize = 16 << 20;
 
 /// Eight size classes per power of two waste at most an eighth.
 fn size_class(bytes: usize) -> Option<usize> {
@@ -19,6 +21,8 @@ fn size_class(bytes: usize) -> Option<usize> {
 pub(crate) struct Pool {
     free: HashMap<usize, Vec<u64>>,
     cached: usize,
+    /// Its graph is gone: what comes back goes to the main pool.
+    closed: bool,
 }
 pub(crate) type SharedPool = Arc<Mutex<Pool>>;
 
@@ -37,6 +41,8 @@ pub struct Stats {
     pub cached: usize,
     /// The largest block that is kept.
     pub largest: usize,
+    /// Held by captured graphs for what their replays compute in between.
+    pub graphs: usize,
 }
 
 #[derive(Default)]
@@ -45,11 +51,14 @@ struct State {
     peak: usize,
     /// What a graph that is being captured allocates from, and blocks of others that were dropped meanwhile.
     arena: Option<(SharedPool, Option<Vec<Block>>)>,
+    /// Pools of all graphs.
+    graphs: Vec<Weak<Mutex<Pool>>>,
 }
 
 pub(crate) struct Memory {
     driver: Arc<dyn Driver>,
     main: SharedPool,
+    uploads: SharedPool,
     state: Mutex<State>,
 }
 
@@ -61,13 +70,21 @@ pub(crate) struct Block {
 
 impl Memory {
     pub fn new(driver: Arc<dyn Driver>) -> Arc<Memory> {
-        Arc::new(Memory { driver, main: Default::default(), state: Default::default() })
+        Arc::new(Memory { driver, main: Default::default(), uploads: Default::default(), state: Default::default() })
     }
     pub fn stats(&self) -> Stats {
-        let main = lock(&self.main);
-        let s = lock(&self.state);
-        let largest = main.free.iter().filter(|(_, v)| !v.is_empty()).map(|(n, _)| *n).max().unwrap_or(0);
-        Stats { live: s.live, peak: s.peak, cached: main.cached, largest }
+        let (mut cached, mut largest) = (0, 0);
+        for pool in [&self.main, &self.uploads] {
+            let p = lock(pool);
+            cached += p.cached;
+            largest = p.free.iter().filter(|(_, v)| !v.is_empty()).map(|(n, _)| *n).fold(largest, usize::max);
+        }
+        let (live, peak, graphs) = {
+            let s = lock(&self.state);
+            (s.live, s.peak, s.graphs.clone())
+        };
+        let graphs = graphs.iter().filter_map(Weak::upgrade).map(|p| lock(&p).cached).sum();
+        Stats { live, peak, cached, largest, graphs }
     }
     pub fn reset_peak(&self) {
         let mut s = lock(&self.state);
@@ -75,17 +92,29 @@ impl Memory {
     }
     /// Gives what is kept back to the system.
     pub fn trim(&self) {
+        self.empty(&self.main);
+        self.empty(&self.uploads);
+        self.driver.trim();
+    }
+    fn empty(&self, pool: &SharedPool) {
         let free = {
-            let mut p = lock(&self.main);
+            let mut p = lock(pool);
             p.cached = 0;
             std::mem::take(&mut p.free)
         };
         for (size, blocks) in free {
             blocks.into_iter().for_each(|at| self.driver.free(at, size));
         }
-        self.driver.trim();
     }
     pub fn alloc(self: &Arc<Self>, bytes: usize) -> Result<CudaBuffer> {
+        let pool = lock(&self.state).arena.as_ref().map_or_else(|| self.main.clone(), |a| a.0.clone());
+        self.take(bytes, pool)
+    }
+    /// A block that [`Driver::upload`] may write; see `driver/copies.rs`.
+    pub fn alloc_for_upload(self: &Arc<Self>, bytes: usize) -> Result<CudaBuffer> {
+        if bytes <= OWN { self.take(bytes, self.uploads.clone()) } else { self.alloc(bytes) }
+    }
+    fn take(self: &Arc<Self>, bytes: usize, pool: SharedPool) -> Result<CudaBuffer> {
         let refuse = || {
             let s = self.stats();
             let free = self.driver.memory().map_or(0, |m| m.0);
@@ -93,7 +122,6 @@ impl Memory {
             Error::OutOfMemory { device, requested: bytes, live: s.live, cached: s.cached }
         };
         let size = size_class(bytes).filter(|s| *s <= isize::MAX as usize).ok_or_else(refuse)?;
-        let pool = lock(&self.state).arena.as_ref().map_or_else(|| self.main.clone(), |a| a.0.clone());
         let reused = {
             let mut p = lock(&pool);
             let at = p.free.get_mut(&size).and_then(Vec::pop);
@@ -127,13 +155,27 @@ impl Memory {
                 return;
             }
         }
+        self.put(b);
+    }
+    fn put(&self, b: Block) {
+        if Arc::ptr_eq(&b.pool, &self.uploads) {
+            self.driver.retire(b.at);
+        }
         let mut p = lock(&b.pool);
+        if p.closed {
+            drop(p);
+            p = lock(&self.main);
+        }
         p.cached += b.size;
         p.free.entry(b.size).or_default().push(b.at);
     }
     /// Until [`Memory::end_arena`], blocks come from a pool of their own.
     pub fn begin_arena(&self) {
-        lock(&self.state).arena = Some(Default::default());
+        let pool = SharedPool::default();
+        let mut s = lock(&self.state);
+        s.graphs.retain(|g| g.strong_count() > 0);
+        s.graphs.push(Arc::downgrade(&pool));
+        s.arena = Some((pool, None));
     }
     /// Until [`Memory::leave`], blocks come from this arena, as when it was made.
     pub fn enter(&self, arena: &Arena) {
@@ -163,16 +205,10 @@ pub(crate) struct Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        for b in self.kept.drain(..) {
-            let mut p = lock(&b.pool);
-            p.cached += b.size;
-            p.free.entry(b.size).or_default().push(b.at);
-        }
-        // blocks that tensors still hold go with the pool when the last of them is dropped
-        let free = std::mem::take(&mut lock(&self.pool).free);
-        for (size, blocks) in free {
-            blocks.into_iter().for_each(|at| self.memory.driver.free(at, size));
-        }
+        self.kept.drain(..).for_each(|b| self.memory.put(b));
+        // blocks that tensors still hold go to the main pool when they are dropped
+        lock(&self.pool).closed = true;
+        self.memory.empty(&self.pool);
     }
 }
 

@@ -3,12 +3,12 @@
 use crate::compile::{self, Target};
 use crate::driver::{Driver, Function, Shape, emulated::Emulated, real};
 use crate::memory::{CudaBuffer, Memory, Stats};
-use crate::{Fault, Gemm, Kernel, Params, Ptr, cache};
+use crate::{Check, Fault, Gemm, Kernel, Params, Ptr, cache};
 use engine::{Backend, Buffer, Device, Error, Result};
 use std::any::Any;
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::sync::{Arc, LazyLock, Mutex, RwLock};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, RwLock};
 use std::time::Duration;
 
 /// A GPU, or the emulator of one. Cloning shares it.
@@ -18,13 +18,21 @@ pub struct Cuda(Arc<Inner>);
 struct Inner {
     driver: Arc<dyn Driver>,
     memory: Arc<Memory>,
-    functions: RwLock<HashMap<Kernel, Function>>,
+    functions: RwLock<HashMap<Kernel, Arc<Slot>>>,
     /// Wait after each launch, so that an error names its kernel: `TIDEGATE_CUDA_SYNC=1`.
     synchronous: bool,
+    check: Mutex<Check>,
     /// Where kernels report wrong data, once one is launched that can; and the messages by code.
     faults: Mutex<Option<CudaBuffer>>,
     messages: Mutex<Vec<(&'static str, &'static str)>>,
     model: String,
+}
+
+/// A kernel that was asked for: compiled and loaded by one thread, while other threads load others.
+#[derive(Default)]
+struct Slot {
+    function: OnceLock<Function>,
+    loading: Mutex<()>,
 }
 
 /// Bytes of the place where kernels report.
@@ -46,41 +54,43 @@ pub fn device(n: usize) -> Result<Device> {
     }
     let driver = real::Real::open(n)?;
     let model = driver.model();
-    let d = Device::new(Cuda::new(Arc::new(driver), model));
+    let d = Device::new(Cuda::new(Arc::new(driver), model)?);
     open.insert(n, d.clone());
     Ok(d)
 }
 
 /// The emulator: one instance per process. Needs a host C++ compiler.
 pub fn emulator() -> Result<Device> {
-    static ONE: LazyLock<Device> = LazyLock::new(|| emulated(4 << 30));
-    compile::host_compiler()?;
-    Ok(ONE.clone())
+    static ONE: Mutex<Option<Device>> = Mutex::new(None);
+    let mut one = ONE.lock().unwrap_or_else(|e| e.into_inner());
+    if let Some(d) = &*one {
+        return Ok(d.clone());
+    }
+    let d = emulator_with_memory(4 << 30)?;
+    *one = Some(d.clone());
+    Ok(d)
 }
 
 /// Another emulator, with so many bytes of memory.
 pub fn emulator_with_memory(bytes: usize) -> Result<Device> {
     compile::host_compiler()?;
-    Ok(emulated(bytes))
-}
-
-fn emulated(bytes: usize) -> Device {
-    Device::new(Cuda::new(Arc::new(Emulated::new(bytes)), "emulator".into()))
+    Ok(Device::new(Cuda::new(Arc::new(Emulated::new(bytes)), "emulator".into())?))
 }
 
 impl Cuda {
-    fn new(driver: Arc<dyn Driver>, model: String) -> Cuda {
+    fn new(driver: Arc<dyn Driver>, model: String) -> Result<Cuda> {
         let synchronous = std::env::var_os("TIDEGATE_CUDA_SYNC").is_some_and(|v| v == "1");
         let memory = Memory::new(driver.clone());
-        Cuda(Arc::new(Inner {
+        Ok(Cuda(Arc::new(Inner {
             driver,
             memory,
             functions: Default::default(),
             synchronous,
+            check: Mutex::new(Check::from_env()?),
             faults: Default::default(),
             messages: Default::default(),
             model,
-        }))
+        })))
     }
     /// The backend behind a device, if it is a GPU or the emulator.
     pub fn of(device: &Device) -> Result<&Cuda> {
@@ -100,6 +110,23 @@ impl Cuda {
     /// The op that ran last on this thread.
     pub(crate) fn last_op() -> Option<&'static str> {
         OP.get()
+    }
+    /// What each op's outputs are checked for.
+    pub fn check(&self) -> Check {
+        *self.0.check.lock().unwrap_or_else(|e| e.into_inner())
+    }
+    /// Checks each op's outputs from now on, or no more.
+    pub fn set_check(&self, check: Check) {
+        *self.0.check.lock().unwrap_or_else(|e| e.into_inner()) = check;
+    }
+    /// Whether work can be recorded: not in the modes that wait for it.
+    pub(crate) fn can_record(&self) -> Result<()> {
+        let what = match (self.0.synchronous, self.check()) {
+            (true, _) => "TIDEGATE_CUDA_SYNC=1 waits after each kernel",
+            (_, Check::Nan | Check::Finite) => "TIDEGATE_CUDA_CHECK reads what each op wrote",
+            _ => return Ok(()),
+        };
+        Err(Error::invalid("cuda graph", format!("{what}, which can't be done while a step is recorded; unset it, or run the step without a graph")))
     }
     /// The card's name.
     pub fn model(&self) -> &str {
@@ -180,6 +207,11 @@ impl Cuda {
         let (op, what) = self.0.messages.lock().unwrap_or_else(|e| e.into_inner()).get(code - 1).copied().unwrap_or(("cuda", "unknown fault"));
         Err(Error::invalid(op, format!("{what}: {value}")))
     }
+    /// Waits for the device, and gives what went wrong there.
+    pub(crate) fn finished(&self) -> Result<()> {
+        self.0.driver.synchronize()?;
+        self.told()
+    }
     /// Sets bytes.
     pub fn fill(&self, at: Ptr, byte: u8, bytes: usize) -> Result<()> {
         if bytes == 0 { Ok(()) } else { self.0.driver.fill(at.0, &[byte], bytes) }
@@ -231,7 +263,7 @@ impl Cuda {
             );
             return Err(Error::invalid("cuda", msg));
         }
-        let known = self.0.functions.read().unwrap_or_else(|e| e.into_inner()).get(k).copied();
+        let known = self.0.functions.read().unwrap_or_else(|e| e.into_inner()).get(k).and_then(|s| s.function.get().copied());
         let f = match known {
             Some(f) => f,
             None => self.load(k, size_of::<P>())?,
@@ -242,8 +274,9 @@ impl Cuda {
         self.settle().map_err(|e| Error::invalid("cuda", format!("{k} with {shape:?}: {e}")))
     }
     fn load(&self, k: &Kernel, params: usize) -> Result<Function> {
-        let mut functions = self.0.functions.write().unwrap_or_else(|e| e.into_inner());
-        if let Some(f) = functions.get(k) {
+        let slot = self.0.functions.write().unwrap_or_else(|e| e.into_inner()).entry(k.clone()).or_default().clone();
+        let _one = slot.loading.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(f) = slot.function.get() {
             return Ok(*f);
         }
         if !k.is_listed() {
@@ -263,8 +296,7 @@ impl Cuda {
                 driver.load(k, &code, Some(&file), params)?
             }
         };
-        functions.insert(k.clone(), f);
-        Ok(f)
+        Ok(*slot.function.get_or_init(|| f))
     }
     /// Compiles kernels into the cache, several at a time, ahead of their first launch.
     pub fn prepare(&self, kernels: &[Kernel]) -> Result<()> {
@@ -287,14 +319,16 @@ impl Backend for Cuda {
     fn alloc(&self, bytes: usize) -> Result<Arc<dyn Buffer>> {
         Ok(Arc::new(self.0.memory.alloc(bytes)?))
     }
-    fn upload(&self, src: &[u8], dst: &dyn Buffer) -> Result<()> {
-        if src.len() > dst.bytes() {
-            return Err(Error::invalid("cuda", format!("upload of {} bytes into a block of {}", src.len(), dst.bytes())));
+    fn upload(&self, src: &[u8]) -> Result<Arc<dyn Buffer>> {
+        let dst = self.0.memory.alloc_for_upload(src.len())?;
+        if !src.is_empty() {
+            self.0.driver.upload(src, dst.address())?;
         }
-        if src.is_empty() { Ok(()) } else { self.0.driver.upload(src, Cuda::address(dst)?.0) }
+        Ok(Arc::new(dst))
     }
-    fn fill(&self, element: &[u8], dst: &dyn Buffer) -> Result<()> {
-        if dst.bytes() == 0 { Ok(()) } else { self.0.driver.fill(Cuda::address(dst)?.0, element, dst.bytes()) }
+    fn fill(&self, dst: &dyn Buffer, element: &[u8]) -> Result<()> {
+        let count = dst.bytes() / element.len().max(1);
+        if count == 0 { Ok(()) } else { self.0.driver.fill(Cuda::address(dst)?.0, element, count) }
     }
     fn download(&self, src: &dyn Buffer, dst: &mut [u8]) -> Result<()> {
         if dst.len() > src.bytes() {
@@ -306,7 +340,6 @@ impl Backend for Cuda {
         self.told()
     }
     fn synchronize(&self) -> Result<()> {
-        self.0.driver.synchronize()?;
-        self.told()
+        self.finished()
     }
 }

@@ -177,6 +177,98 @@ fn memory_is_reused_and_its_end_is_told() {
 }
 
 #[test]
+fn uploads_reuse_blocks_of_their_own() {
+    let d = cuda::emulator_with_memory(1 << 20).unwrap();
+    let c = Cuda::of(&d).unwrap();
+    let place = |t: &Tensor| {
+        #[derive(Debug)]
+        struct Where;
+        impl Op for Where {
+            fn name(&self) -> &'static str {
+                "where"
+            }
+            fn infer(&self, _: &[Meta]) -> Result<Vec<Meta>> {
+                Ok(vec![Meta::new(&[1], DType::I64)])
+            }
+        }
+        cuda_kernel!(Where => |_, cuda, x, y| {
+            let bytes = Ptr::of(&x[0])?.0.to_ne_bytes();
+            bytes.iter().enumerate().try_for_each(|(i, b)| cuda.fill(Ptr::of(&y[0])?.byte_add(i), *b, 1))
+        });
+        run1(Where, &[t]).unwrap().to_vec::<i64>().unwrap()[0]
+    };
+    let batch = |v: f32| Tensor::from_slice(&[v; 300], &[300], &d).unwrap();
+    let first = batch(1.0);
+    let at = place(&first);
+    drop(first);
+    // what is computed takes other blocks, though one of this size is free
+    let computed = Tensor::full(2.0, &[300], DType::F32, &d).unwrap();
+    assert_ne!(place(&computed), at);
+    let second = batch(3.0);
+    assert_eq!(place(&second), at);
+    assert_eq!(second.to_vec::<f32>().unwrap(), [3.0; 300]);
+    assert_eq!(computed.to_vec::<f32>().unwrap(), [2.0; 300]);
+    drop((second, computed));
+    assert!(c.stats().live == 0 && c.stats().cached >= 2400);
+    c.trim();
+    assert_eq!((c.stats().cached, c.device_memory().unwrap().0), (0, 1 << 20));
+}
+
+/// Of every element size, alone and under capture, where a constant is no upload.
+#[test]
+fn constants_are_filled_on_the_device() {
+    let d = emulator_alone();
+    for dtype in [DType::U8, DType::F16, DType::BF16, DType::U32, DType::F32, DType::I64, DType::F64] {
+        for value in [0.0, 1.0, 77.0] {
+            let g = Graph::capture(&d, 1, || Tensor::full(value, &[3, 5], dtype, &d)).unwrap();
+            g.replay().unwrap();
+            assert_eq!(g.output.to_vec::<f64>().unwrap(), [value; 15], "{dtype}");
+            assert_eq!(Tensor::full(value, &[3, 5], dtype, &d).unwrap().to_vec::<f64>().unwrap(), [value; 15], "{dtype}");
+        }
+    }
+    assert_eq!(Tensor::zeros(&[0, 3], DType::F32, &d).unwrap().to_vec::<f32>().unwrap(), []);
+    assert_eq!(Tensor::from_slice(&[0f32; 0], &[0], &d).unwrap().to_vec::<f32>().unwrap(), []);
+}
+
+#[test]
+fn an_upload_in_a_recording_is_an_error() {
+    let d = emulator_alone();
+    let a = randn(&[64], DType::F32, 1);
+    let on = a.to_device(&d).unwrap();
+    let mut calls = 0;
+    // in the warm-up it is none
+    let m = Graph::capture(&d, 2, || {
+        calls += 1;
+        let op = Run { kernel: axpy(DType::F32), out: on.meta(), grid: 1, shared: 0, n: 64 };
+        run1(op, &[&on, &on])?;
+        a.to_device(&d)
+    });
+    let m = m.err().unwrap().to_string();
+    assert!(calls == 3 && m.contains("upload of 256 bytes") && m.contains("test kernel") && m.contains("assign()"), "{m}");
+    assert_eq!(a.to_device(&d).unwrap().to_vec::<f32>().unwrap(), a.to_vec::<f32>().unwrap());
+}
+
+#[test]
+fn memory_of_a_graph_is_counted_and_given_back() {
+    let d = emulator_alone();
+    let c = Cuda::of(&d).unwrap();
+    let x = Tensor::full(1.5, &[1000], DType::F32, &d).unwrap();
+    let before = c.stats();
+    let g = Graph::capture(&d, 1, || x.mul(&x)?.add(&x)?.sum(&[0], false)).unwrap();
+    g.replay().unwrap();
+    assert!(c.stats().graphs >= 8000 && c.stats().peak > before.live, "{:?}", c.stats());
+    assert_eq!(c.stats().live - before.live, 256, "the result, {:?}", c.stats());
+    // a result that outlives its graph is memory like any other when it is dropped
+    let y = g.output.clone();
+    drop(g);
+    assert_eq!((c.stats().graphs, y.item().unwrap()), (0, 3750.0));
+    let cached = c.stats().cached;
+    drop(y);
+    assert_eq!(c.stats().cached, cached + 256);
+    assert_eq!(c.stats().live, before.live);
+}
+
+#[test]
 fn a_graph_repeats_what_it_captured() {
     let d = emulator_alone();
     let [a, b] = [1, 2].map(|s| randn(&[64], DType::F32, s).to_device(&d).unwrap());
@@ -211,61 +303,85 @@ fn emulator_alone() -> Device {
     cuda::emulator_with_memory(1 << 26).unwrap()
 }
 
+/// A product as an op, into its target.
+#[derive(Debug)]
+struct Product(Gemm);
+impl Op for Product {
+    fn name(&self) -> &'static str {
+        "gemm"
+    }
+    fn arity(&self) -> std::ops::RangeInclusive<usize> {
+        2..=2
+    }
+    fn infer(&self, _: &[Meta]) -> Result<Vec<Meta>> {
+        Ok(vec![Meta::new(&[self.0.batch, self.0.m, self.0.n], self.0.c_dtype)])
+    }
+}
+fn product(g: &Product, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
+    cuda.gemm(&Gemm { a: Ptr::of(&x[0])?.0, b: Ptr::of(&x[1])?.0, c: Ptr::of(&y[0])?.0, ..g.0 })
+}
+cuda_kernel!(Product => product);
+
 #[test]
 fn products_take_every_transpose_and_accumulate() {
     let d = emulator();
-    let c = Cuda::of(&d).unwrap();
-    for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+    // the last two into a result, or a gradient, of more bits
+    let dtypes = [DType::F64, DType::F32, DType::BF16, DType::F16].map(|d| (d, d));
+    for (dtype, c_dtype) in dtypes.into_iter().chain([(DType::BF16, DType::F32), (DType::F16, DType::F32)]) {
         for (ta, tb) in [(false, false), (true, false), (false, true), (true, true)] {
-            let (m, n, k, batch) = (5, 7, 9, 2);
-            let (a, b) = (
-                randn(&[batch, if ta { k } else { m }, if ta { m } else { k }], dtype, 1),
-                randn(&[if tb { n } else { k }, if tb { k } else { n }], dtype, 2),
-            );
-            let start = randn(&[batch, m, n], dtype, 3);
-            let t = |x: &Tensor, yes: bool, r: usize| if yes { x.transpose(r - 2, r - 1).unwrap() } else { x.clone() };
-            let f = |x: &Tensor| x.cast(DType::F64).unwrap();
-            let want = f(&t(&a, ta, 3)).matmul(&f(&t(&b, tb, 2))).unwrap();
-            for accumulate in [false, true] {
-                let (a, b, y) = (a.to_device(&d).unwrap(), b.to_device(&d).unwrap(), start.to_device(&d).unwrap());
-                #[derive(Debug)]
-                struct G(Gemm);
-                impl Op for G {
-                    fn name(&self) -> &'static str {
-                        "gemm"
-                    }
-                    fn arity(&self) -> std::ops::RangeInclusive<usize> {
-                        2..=2
-                    }
-                    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
-                        Ok(vec![Meta::new(&[self.0.batch, self.0.m, self.0.n], x[0].dtype)])
-                    }
+            for (m, n, k, batch) in [(5, 7, 9, 2), (4, 3, 0, 2), (1, 6, 33, 1)] {
+                let (a, b) = (
+                    randn(&[batch, if ta { k } else { m }, if ta { m } else { k }], dtype, 1),
+                    randn(&[if tb { n } else { k }, if tb { k } else { n }], dtype, 2),
+                );
+                let start = randn(&[batch, m, n], c_dtype, 3);
+                let t = |x: &Tensor, yes: bool, r: usize| if yes { x.transpose(r - 2, r - 1).unwrap() } else { x.clone() };
+                let f = |x: &Tensor| x.cast(DType::F64).unwrap();
+                let want = f(&t(&a, ta, 3)).matmul(&f(&t(&b, tb, 2))).unwrap();
+                for accumulate in [false, true] {
+                    let (a, b, y) = (a.to_device(&d).unwrap(), b.to_device(&d).unwrap(), start.to_device(&d).unwrap());
+                    let g = Gemm {
+                        c_dtype,
+                        batch,
+                        a_trans: ta,
+                        b_trans: tb,
+                        a_ld: if ta { m } else { k.max(1) },
+                        b_ld: if tb { k.max(1) } else { n },
+                        b_stride: 0,
+                        accumulate,
+                        ..Gemm::new(dtype, (m, n, k), 0, 0, 0)
+                    };
+                    engine::run_in_place(Product(g), &[&y], &[&a, &b]).unwrap();
+                    let want = if accumulate { want.add(&f(&start)).unwrap() } else { want.clone() };
+                    let (y, want): (Vec<f64>, Vec<f64>) = (y.to_vec().unwrap(), want.to_vec().unwrap());
+                    // half a unit in the last place for the rounding of the result, and little for sums in f32
+                    let tolerance = match c_dtype {
+                        DType::F64 => 1e-12,
+                        DType::F32 => 1e-5,
+                        DType::BF16 => 1.0 / 256.0 + 1e-5,
+                        _ => 1.0 / 2048.0 + 1e-5,
+                    };
+                    let ok = y.iter().zip(&want).all(|(y, w)| (y - w).abs() <= tolerance * w.abs().max(1.0));
+                    assert!(ok, "{dtype} {c_dtype} {ta} {tb} {m} {n} {k} {accumulate}");
                 }
-                fn kernel(g: &G, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
-                    cuda.gemm(&Gemm { a: Ptr::of(&x[0])?.0, b: Ptr::of(&x[1])?.0, c: Ptr::of(&y[0])?.0, ..g.0 })
-                }
-                cuda_kernel!(G => kernel);
-                let g = Gemm {
-                    batch,
-                    a_trans: ta,
-                    b_trans: tb,
-                    a_ld: if ta { m } else { k },
-                    b_ld: if tb { k } else { n },
-                    b_stride: 0,
-                    accumulate,
-                    ..Gemm::new(dtype, (m, n, k), 0, 0, 0)
-                };
-                engine::run_in_place(G(g), &[&y], &[&a, &b]).unwrap();
-                let want = if accumulate { want.add(&f(&start)).unwrap() } else { want.clone() };
-                let (y, want): (Vec<f64>, Vec<f64>) = (y.to_vec().unwrap(), want.to_vec().unwrap());
-                let tolerance = match dtype {
-                    DType::F64 => 1e-12,
-                    DType::F32 => 1e-5,
-                    _ => 3e-2,
-                };
-                assert!(y.iter().zip(&want).all(|(y, w)| (y - w).abs() <= tolerance * w.abs().max(1.0)), "{dtype} {ta} {tb} {accumulate}");
             }
         }
     }
+    let c = Cuda::of(&d).unwrap();
     assert!(c.is_emulator() && c.arch() == 80);
+}
+
+/// In halves a sum of ones would stop at 256 (bf16) or 2048 (f16), and one of f16 would overflow on the way.
+#[test]
+fn sums_of_halves_are_f32() {
+    let d = emulator();
+    for dtype in [DType::BF16, DType::F16] {
+        let ones = Tensor::ones(&[4096], dtype, &d).unwrap();
+        let y = ones.reshape(&[1, 4096]).unwrap().matmul(&ones.reshape(&[4096, 1]).unwrap()).unwrap();
+        assert_eq!(y.item().unwrap(), 4096.0);
+        let big = Tensor::from_vec([6e4, 6e4, -6e4], &[1, 3]).unwrap().cast(dtype).unwrap().to_device(&d).unwrap();
+        let one = Tensor::ones(&[3, 1], dtype, &d).unwrap();
+        assert_eq!(big.matmul(&one).unwrap().item().unwrap(), big.narrow(1, 0, 1).unwrap().item().unwrap());
+        assert_eq!(big.sum(&[0, 1], false).unwrap().item().unwrap(), big.narrow(1, 0, 1).unwrap().item().unwrap());
+    }
 }

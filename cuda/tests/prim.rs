@@ -250,6 +250,41 @@ fn copies_padding_and_concatenation() {
     let (f, w) = both(|x| x[0].permute(&[6, 5, 4, 3, 2, 1, 0])?.contiguous(), &[&randn(&shape, DType::F32, 1)]);
     same(&f, &w, "seven axes");
 }
+/// Against element by element on the host: sides at, above and below whole tiles, axes in between and outside, gaps, a repeated axis.
+#[test]
+fn transposing_copies_of_every_element_size() {
+    let shapes: [(&[usize], &[usize]); 10] = [
+        (&[32, 32], &[1, 0]),
+        (&[16, 100], &[1, 0]),
+        (&[33, 31], &[1, 0]),
+        (&[15, 40], &[1, 0]),
+        (&[65, 97], &[1, 0]),
+        (&[3, 40, 17], &[0, 2, 1]),
+        (&[37, 3, 50], &[2, 1, 0]),
+        (&[2, 34, 3, 2, 21], &[0, 4, 2, 3, 1]),
+        (&[2, 19, 2, 3, 2, 35], &[5, 3, 2, 4, 0, 1]),
+        (&[0, 40, 40], &[0, 2, 1]),
+    ];
+    for d in [DType::U8, DType::BF16, DType::F16, DType::F32, DType::I64] {
+        for (shape, axes) in shapes {
+            let x = randn(shape, d, 1).permute(axes).unwrap();
+            let (f, w) = both(|x| x[0].permute(axes)?.contiguous(), &[&randn(shape, d, 1)]);
+            same(&f, &w, &format!("{d} {shape:?} {axes:?}"));
+            assert_eq!(x.shape(), f.shape());
+        }
+        // every other matrix, from an odd place; a column repeated along an axis between
+        let x = randn(&[41, 70], d, 2);
+        let inner = |x: &Tensor| x.narrow(0, 3, 37)?.narrow(1, 5, 61)?.transpose(0, 1)?.contiguous();
+        let (f, w) = both(|x| inner(&x[0]), &[&x]);
+        same(&f, &w, "a part");
+        let spread = |x: &Tensor| x.unsqueeze(1)?.expand(&[41, 3, 70])?.permute(&[2, 1, 0])?.contiguous();
+        let (f, w) = both(|x| spread(&x[0]), &[&x]);
+        same(&f, &w, "repeated");
+        let flat: Vec<f64> = x.to_vec().unwrap();
+        let turned: Vec<f64> = x.to_device(&emulator()).unwrap().transpose(0, 1).unwrap().contiguous().unwrap().to_vec().unwrap();
+        assert!((0..70).all(|c| (0..41).all(|r| turned[c * 41 + r] == flat[r * 70 + c])), "{d}");
+    }
+}
 trait Fresh: Sized {
     fn affine_or_self(&self) -> Result<Self>;
 }
@@ -425,6 +460,25 @@ fn products_of_every_view() {
         for (i, (a, b, fa, fb)) in shapes.iter().enumerate() {
             let (f, w) = both(|x| run1(MatMul, &[&fa(&x[0])?, &fb(&x[1])?]), &[a, b]);
             close(&f, &w, 4.0 * unit(d), &format!("product {i} {d}"));
+        }
+    }
+}
+
+/// Of a weight that is used twice, so that the second gradient is added to the first in its dtype.
+#[test]
+fn gradients_of_products_in_every_dtype() {
+    for d in FLOATS {
+        let (x, w) = (randn(&[2, 6, 8], d, 1), randn(&[8, 8], d, 2));
+        let grads = |x: &[Tensor]| -> Result<[Tensor; 2]> {
+            let (x, w) = (x[0].requires_grad(), x[1].affine(0.25, 0.0)?.requires_grad());
+            let h = x.matmul(&w)?.silu()?;
+            let g = h.matmul(&w.transpose(0, 1)?)?.square()?.mean(&[0, 1, 2], false)?.backward()?;
+            Ok([g.get(&x).expect("a gradient").clone(), g.get(&w).expect("a gradient").clone()])
+        };
+        let want = grads(&[x.cast(DType::F64).unwrap(), w.cast(DType::F64).unwrap()]).unwrap();
+        let found = grads(&[x.to_device(&emulator()).unwrap(), w.to_device(&emulator()).unwrap()]).unwrap();
+        for (f, w) in found.iter().zip(&want) {
+            close(f, &w.cast(d).unwrap(), 4.0 * unit(d), &format!("gradient of a product in {d}"));
         }
     }
 }

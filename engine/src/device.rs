@@ -15,12 +15,12 @@ pub trait Backend: Any + Send + Sync {
     fn name(&self) -> String;
     /// Uninitialised memory.
     fn alloc(&self, bytes: usize) -> Result<Arc<dyn Buffer>>;
-    /// Host to device, from the block's start.
-    fn upload(&self, src: &[u8], dst: &dyn Buffer) -> Result<()>;
+    /// A new block with these bytes of the host's, which the caller may change as soon as this returns.
+    fn upload(&self, src: &[u8]) -> Result<Arc<dyn Buffer>>;
+    /// Writes one element's bytes (1, 2, 4 or 8 of them) over the whole of a block, whose size is a multiple of theirs.
+    fn fill(&self, dst: &dyn Buffer, element: &[u8]) -> Result<()>;
     /// Device to host, from the block's start.
     fn download(&self, src: &dyn Buffer, dst: &mut [u8]) -> Result<()>;
-    /// Writes `element` (1, 2, 4 or 8 bytes) over and over into the whole block.
-    fn fill(&self, element: &[u8], dst: &dyn Buffer) -> Result<()>;
     /// Waits for all work submitted so far.
     fn synchronize(&self) -> Result<()>;
 }

@@ -183,8 +183,7 @@ fn launch(op: &dyn Op, device: &Device, x: &[Tensor], y: &[Tensor]) -> Result<()
     let ys: Vec<View> = y.iter().map(view).collect();
     profile::timed(op.name(), || kernel(op, device.backend(), &xs, &ys))?;
     // what is hidden is between the op and its backward: padding in it may hold anything
-    watch::check(op.name(), &y[..y.len() - op.hidden()]);
-    Ok(())
+    watch::check(op.name(), &y[..y.len() - op.hidden()])
 }
 
 /// The input as the kernel wants it, without its edge.

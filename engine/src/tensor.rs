@@ -34,8 +34,11 @@ impl Tensor {
     /// Uninitialised: for kernels to fill.
     pub(crate) fn empty(shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
         let n = checked_numel(shape, dtype.size())?;
-        let storage = Arc::new(Storage { buf: device.0.alloc(n * dtype.size())?, version: AtomicU64::new(0) });
-        Ok(Tensor(Arc::new(Inner { storage, layout: Layout::contiguous(shape), dtype, device: device.clone(), edge: None })))
+        Ok(Self::over(device.0.alloc(n * dtype.size())?, shape, dtype, device))
+    }
+    fn over(buf: Arc<dyn Buffer>, shape: &[usize], dtype: DType, device: &Device) -> Tensor {
+        let storage = Arc::new(Storage { buf, version: AtomicU64::new(0) });
+        Tensor(Arc::new(Inner { storage, layout: Layout::contiguous(shape), dtype, device: device.clone(), edge: None }))
     }
     fn derive(&self, layout: Layout, edge: Option<Edge>) -> Tensor {
         let i = &self.0;
@@ -81,14 +84,12 @@ impl Tensor {
                 format!("shape {shape:?} needs {} elements, found {}", shape.iter().product::<usize>(), data.len()),
             ));
         }
-        let t = Self::empty(shape, T::DTYPE, device)?;
-        device.0.upload(dtype::bytes(data), &**t.buffer())?;
-        Ok(t)
+        Ok(Self::over(device.0.upload(dtype::bytes(data))?, shape, T::DTYPE, device))
     }
     /// All elements `value`.
     pub fn full(value: f64, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
         let t = Self::empty(shape, dtype, device)?;
-        crate::dispatch!(dtype, |T| device.0.fill(dtype::bytes(&[T::from_f64(value)]), &**t.buffer()))?;
+        crate::dispatch!(dtype, |T| device.0.fill(&**t.buffer(), dtype::bytes(&[<T as Element>::from_f64(value)])))?;
         Ok(t)
     }
     /// From parts of the flat tensor. The memory comes first: a size that cannot be had is an error before anything is made.

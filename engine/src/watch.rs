@@ -1,6 +1,6 @@
 //! Where numbers first stop being finite: a watch over the kernels that one thread launches, in the forward and in the backward.
 
-use crate::Tensor;
+use crate::{Result, Tensor};
 use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
@@ -98,12 +98,12 @@ impl Drop for Sweep {
     }
 }
 
-/// Looks at what a kernel wrote, if anybody watches.
-pub(crate) fn check(op: &'static str, y: &[Tensor]) {
+/// Looks at what a kernel wrote, if anybody watches. An error is the device's, which tells of what ran before when it is waited for.
+pub(crate) fn check(op: &'static str, y: &[Tensor]) -> Result<()> {
     if STATE.with_borrow(|s| s.is_none()) {
-        return;
+        return Ok(());
     }
-    let values: Vec<f64> = y.iter().filter(|t| t.dtype().is_float()).flat_map(|t| t.to_vec::<f64>().unwrap_or_default()).collect();
+    let values = y.iter().filter(|t| t.dtype().is_float()).map(|t| t.to_vec::<f64>()).collect::<Result<Vec<_>>>()?.concat();
     STATE.with_borrow_mut(|s| {
         let Some(s) = s else { return };
         let origin = || Origin { op, place: s.place.clone(), backward: s.backward };
@@ -114,4 +114,5 @@ pub(crate) fn check(op: &'static str, y: &[Tensor]) {
             s.seen.nan = Some(origin());
         }
     });
+    Ok(())
 }

@@ -24,16 +24,16 @@ impl Backend for Toy {
     fn alloc(&self, bytes: usize) -> Result<Arc<dyn Buffer>> {
         Ok(Arc::new(ToyBuffer(Mutex::new(vec![0xff; bytes]))))
     }
-    fn upload(&self, src: &[u8], dst: &dyn Buffer) -> Result<()> {
-        memory(dst).lock().unwrap()[..src.len()].copy_from_slice(src);
+    fn upload(&self, src: &[u8]) -> Result<Arc<dyn Buffer>> {
+        Ok(Arc::new(ToyBuffer(Mutex::new(src.to_vec()))))
+    }
+    fn fill(&self, dst: &dyn Buffer, element: &[u8]) -> Result<()> {
+        let n = dst.bytes() / element.len();
+        *memory(dst).lock().unwrap() = element.repeat(n);
         Ok(())
     }
     fn download(&self, src: &dyn Buffer, dst: &mut [u8]) -> Result<()> {
         dst.copy_from_slice(&memory(src).lock().unwrap()[..dst.len()]);
-        Ok(())
-    }
-    fn fill(&self, element: &[u8], dst: &dyn Buffer) -> Result<()> {
-        memory(dst).lock().unwrap().chunks_mut(element.len()).for_each(|c| c.copy_from_slice(&element[..c.len()]));
         Ok(())
     }
     fn synchronize(&self) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Kernels compiled by a host C++ compiler, memory of the host.
 
-use super::{Driver, Function, Recorded, Shape};
+use super::{Driver, Function, Recorded, Shape, uploads, waits};
 use crate::compile::{Binary, Target};
 use crate::{Gemm, Kernel};
 use engine::{Error, Result};
@@ -29,7 +29,6 @@ struct Loaded {
 enum Command {
     Launch(Kernel, Loaded, Shape, Vec<u8>),
     Gemm(Gemm),
-    Upload(Vec<u8>, u64),
     Fill(u64, Vec<u8>, usize),
     Copy(u64, u64, usize),
 }
@@ -65,7 +64,7 @@ impl Emulated {
         run(&self.state, &c)
     }
     fn not_recording(&self, what: &str) -> Result<()> {
-        if lock(&self.state).recording.is_some() { Err(Error::invalid("cuda graph", format!("{what} waits for the device"))) } else { Ok(()) }
+        if lock(&self.state).recording.is_some() { Err(waits(what)) } else { Ok(()) }
     }
 }
 
@@ -91,14 +90,10 @@ fn run(state: &Mutex<State>, c: &Command) -> Result<()> {
             g.on_host();
             Ok(())
         }
-        // SAFETY (all three): the runtime hands out addresses of its own blocks, which hold as many bytes.
-        Command::Upload(v, dst) => {
-            unsafe { std::ptr::copy_nonoverlapping(v.as_ptr(), *dst as *mut u8, v.len()) };
-            Ok(())
-        }
+        // SAFETY (both): the runtime hands out addresses of its own blocks, which hold as many bytes.
         Command::Fill(dst, element, n) => {
-            let block = unsafe { std::slice::from_raw_parts_mut(*dst as *mut u8, *n) };
-            block.chunks_mut(element.len()).for_each(|c| c.copy_from_slice(&element[..c.len()]));
+            let all = unsafe { std::slice::from_raw_parts_mut(*dst as *mut u8, element.len() * n) };
+            all.chunks_exact_mut(element.len()).for_each(|e| e.copy_from_slice(element));
             Ok(())
         }
         Command::Copy(src, dst, n) => {
@@ -166,16 +161,23 @@ impl Driver for Emulated {
     }
     fn trim(&self) {}
     fn upload(&self, src: &[u8], dst: u64) -> Result<()> {
-        self.submit(Command::Upload(src.to_vec(), dst))
+        if lock(&self.state).recording.is_some() {
+            return Err(uploads(src.len()));
+        }
+        // SAFETY: as in `run`.
+        unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), dst as *mut u8, src.len()) };
+        Ok(())
     }
+    /// Nothing to wait for: commands run at once.
+    fn retire(&self, _: u64) {}
     fn download(&self, src: u64, dst: &mut [u8]) -> Result<()> {
         self.not_recording("a download")?;
         // SAFETY: as in `run`.
         unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst.as_mut_ptr(), dst.len()) };
         Ok(())
     }
-    fn fill(&self, dst: u64, element: &[u8], bytes: usize) -> Result<()> {
-        self.submit(Command::Fill(dst, element.to_vec(), bytes))
+    fn fill(&self, dst: u64, element: &[u8], count: usize) -> Result<()> {
+        self.submit(Command::Fill(dst, element.to_vec(), count))
     }
     fn copy(&self, src: u64, dst: u64, bytes: usize) -> Result<()> {
         self.submit(Command::Copy(src, dst, bytes))

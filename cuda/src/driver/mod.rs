@@ -1,12 +1,13 @@
 //! What the runtime needs of a device: two bodies, the CUDA driver and the emulator.
 
 pub(crate) mod blas;
+mod copies;
 pub(crate) mod emulated;
 pub(crate) mod real;
 
 use crate::compile::{Binary, Target};
 use crate::{Gemm, Kernel};
-use engine::Result;
+use engine::{Error, Result};
 use std::path::Path;
 use std::time::Duration;
 
@@ -20,6 +21,15 @@ pub(crate) struct Shape {
     pub grid: [u32; 3],
     pub threads: u32,
     pub shared: u32,
+}
+
+/// What a recording refuses.
+fn waits(what: &str) -> Error {
+    Error::invalid("cuda graph", format!("{what} waits for the device"))
+}
+fn uploads(bytes: usize) -> Error {
+    let how = "a replay would copy the same bytes again; make the tensor before the capture, and assign() new values to it between replays";
+    Error::invalid("cuda graph", format!("an upload of {bytes} bytes from the host: {how}"))
 }
 
 /// Commands that were recorded instead of run.
@@ -44,10 +54,13 @@ pub(crate) trait Driver: Send + Sync {
     fn free(&self, at: u64, bytes: usize);
     /// Gives freed memory back to the system.
     fn trim(&self);
+    /// Copies from the host into a fresh block beside the compute stream, which waits for it; returns as soon as `src` was read.
     fn upload(&self, src: &[u8], dst: u64) -> Result<()>;
+    /// A block that is kept for uploads was dropped: the next upload into it waits for what was submitted up to now, and for nothing else.
+    fn retire(&self, at: u64);
     fn download(&self, src: u64, dst: &mut [u8]) -> Result<()>;
-    /// Writes `element` (1, 2, 4 or 8 bytes) over and over; `bytes` is a multiple of its size.
-    fn fill(&self, dst: u64, element: &[u8], bytes: usize) -> Result<()>;
+    /// Writes an element (1, 2, 4 or 8 bytes) so many times.
+    fn fill(&self, dst: u64, element: &[u8], count: usize) -> Result<()>;
     fn copy(&self, src: u64, dst: u64, bytes: usize) -> Result<()>;
     /// Loads code, which also lies in a file if there is a cache; checks that the kernel takes `params` bytes.
     fn load(&self, k: &Kernel, code: &Binary, file: Option<&Path>, params: usize) -> Result<Function>;

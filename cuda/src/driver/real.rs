@@ -1,7 +1,8 @@
 //! The CUDA driver, found at run time. Work goes to one stream of our own: the legacy stream can't be captured.
 
 use super::blas::Blas;
-use super::{Driver, Function, Recorded, Shape};
+use super::copies::{Copies, Event};
+use super::{Driver, Function, Recorded, Shape, uploads, waits};
 use crate::compile::{Binary, Target, present};
 use crate::{Gemm, Kernel};
 use cudarc::driver::sys::{self, CUresult};
@@ -9,23 +10,35 @@ use engine::{Error, Result};
 use std::ffi::{CStr, c_void};
 use std::path::Path;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-/// Pinned memory that host data goes through: parts of it are in flight while the next is filled.
-const STAGE: usize = 4 << 20;
-const STAGES: usize = 4;
-
 pub(crate) fn check(r: CUresult, what: impl FnOnce() -> String) -> Result<()> {
-    if r == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(Error::invalid("cuda", format!("{} failed: {r:?}", what()))) }
+    use CUresult::*;
+    let earlier = match r {
+        CUDA_SUCCESS => return Ok(()),
+        // a kernel's own, told by whatever call comes next
+        CUDA_ERROR_ILLEGAL_ADDRESS
+        | CUDA_ERROR_LAUNCH_TIMEOUT
+        | CUDA_ERROR_HARDWARE_STACK_ERROR
+        | CUDA_ERROR_ILLEGAL_INSTRUCTION
+        | CUDA_ERROR_MISALIGNED_ADDRESS
+        | CUDA_ERROR_INVALID_ADDRESS_SPACE
+        | CUDA_ERROR_INVALID_PC
+        | CUDA_ERROR_LAUNCH_FAILED => ": a kernel failed before; run again with TIDEGATE_CUDA_SYNC=1 to learn which",
+        _ => "",
+    };
+    Err(Error::invalid("cuda", format!("{} failed: {r:?}{earlier}", what())))
 }
 
 macro_rules! call {
     ($f:ident($($a:expr),* $(,)?)) => {
         // SAFETY: the driver library is there (checked when the device was opened), and each pointer is to a live local or to memory of this context.
-        check(unsafe { sys::$f($($a),*) }, || stringify!($f).into())
+        $crate::driver::real::check(unsafe { cudarc::driver::sys::$f($($a),*) }, || stringify!($f).into())
     };
 }
+pub(super) use call;
 
 /// How many GPUs the driver shows; an error that says why when there is no driver.
 pub(crate) fn count() -> Result<usize> {
@@ -37,29 +50,6 @@ pub(crate) fn count() -> Result<usize> {
     call!(cuDeviceGetCount(&mut n))?;
     Ok(n.max(0) as usize)
 }
-
-/// The newest version of CUDA that the driver knows.
-pub(crate) fn version() -> Result<(i32, i32)> {
-    count()?;
-    let mut v = 0;
-    call!(cuDriverGetVersion(&mut v))?;
-    Ok((v / 1000, v % 1000 / 10))
-}
-
-struct Stage {
-    at: *mut c_void,
-    free: sys::CUevent,
-}
-
-#[derive(Default)]
-struct State {
-    stages: Vec<Stage>,
-    next: usize,
-    /// Pinned copies of what a recording uploads, while one is under way.
-    recording: Option<Vec<*mut c_void>>,
-}
-// SAFETY: addresses and handles of the driver may be used from any thread.
-unsafe impl Send for State {}
 
 pub(crate) struct Real(Arc<Inner>);
 
@@ -76,38 +66,44 @@ struct Inner {
     processors: u32,
     shared_limit: u32,
     blas: Mutex<Option<Blas>>,
-    state: Mutex<State>,
+    copies: Mutex<Copies>,
+    recording: AtomicBool,
 }
 // SAFETY: the driver's handles may be used from any thread once the context is current there, which `bind` sees to.
 unsafe impl Send for Inner {}
 // SAFETY: as above; what is mutable is behind locks.
 unsafe impl Sync for Inner {}
 
+/// Makes a context current on this thread, if another one is.
+fn make_current(context: sys::CUcontext) -> Result<()> {
+    thread_local! { static CURRENT: std::cell::Cell<sys::CUcontext> = const { std::cell::Cell::new(null_mut()) } }
+    if CURRENT.get() != context {
+        call!(cuCtxSetCurrent(context))?;
+        CURRENT.set(context);
+    }
+    Ok(())
+}
+
 impl Inner {
     fn bind(&self) -> Result<()> {
-        thread_local! { static CURRENT: std::cell::Cell<sys::CUcontext> = const { std::cell::Cell::new(null_mut()) } }
-        if CURRENT.get() == self.context {
-            return Ok(());
-        }
-        call!(cuCtxSetCurrent(self.context))?;
-        CURRENT.set(self.context);
-        Ok(())
+        make_current(self.context)
     }
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    fn copies(&self) -> MutexGuard<'_, Copies> {
+        self.copies.lock().unwrap_or_else(|e| e.into_inner())
+    }
+    fn recording(&self) -> bool {
+        self.recording.load(Ordering::Acquire)
     }
     fn not_recording(&self, what: &str) -> Result<()> {
-        if self.state().recording.is_some() { Err(Error::invalid("cuda graph", format!("{what} waits for the device"))) } else { Ok(()) }
+        if self.recording() { Err(waits(what)) } else { Ok(()) }
     }
     fn wait(&self) -> Result<()> {
         call!(cuStreamSynchronize(self.stream))
     }
-}
-
-fn pinned(bytes: usize) -> Result<*mut c_void> {
-    let mut at = null_mut();
-    call!(cuMemHostAlloc(&mut at, bytes, 0))?;
-    Ok(at)
+    /// Where allocations are ordered. Nothing runs on the device while a step is recorded, so another stream does then.
+    fn memory_stream(&self) -> sys::CUstream {
+        if self.recording() { self.side } else { self.stream }
+    }
 }
 
 impl Real {
@@ -116,10 +112,17 @@ impl Real {
         if ordinal >= n {
             return Err(Error::invalid("cuda", format!("there are {n} GPUs here, asked for number {ordinal} (from 0)")));
         }
+        // what NVRTC and cublasLt of CUDA 13 need; an older driver lacks functions, too
+        let mut version = 0;
+        call!(cuDriverGetVersion(&mut version))?;
+        if version < 13000 {
+            let found = format!("{}.{}", version / 1000, version % 1000 / 10);
+            return Err(Error::invalid("cuda", format!("the driver is for CUDA {found}; CUDA 13.0 is needed, which driver 580 and newer have")));
+        }
         let (mut device, mut context, mut stream, mut side, mut pool) = (0, null_mut(), null_mut(), null_mut(), null_mut());
         call!(cuDeviceGet(&mut device, ordinal as i32))?;
         call!(cuDevicePrimaryCtxRetain(&mut context, device))?;
-        call!(cuCtxSetCurrent(context))?;
+        make_current(context)?;
         let attribute = |a| -> Result<u32> {
             let mut v = 0;
             call!(cuDeviceGetAttribute(&mut v, a, device))?;
@@ -153,7 +156,8 @@ impl Real {
             processors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared_limit: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
             blas: Mutex::new(None),
-            state: Default::default(),
+            copies: Mutex::new(Copies::new()?),
+            recording: AtomicBool::new(false),
         })))
     }
     /// The card's name.
@@ -184,60 +188,43 @@ impl Driver for Real {
     fn alloc(&self, bytes: usize) -> Result<Option<u64>> {
         let s = &self.0;
         s.bind()?;
-        let recording = s.state().recording.is_some();
-        let stream = if recording { s.side } else { s.stream };
-        let mut at = 0;
+        let (mut at, stream) = (0, s.memory_stream());
         // SAFETY: the pool and the stream belong to the current context.
         match unsafe { sys::cuMemAllocFromPoolAsync(&mut at, bytes, s.pool, stream) } {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Ok(None),
             r => check(r, || format!("cuMemAllocFromPoolAsync of {bytes} bytes"))?,
         }
-        if recording {
+        if stream == s.side {
             call!(cuStreamSynchronize(s.side))?;
         }
         Ok(Some(at))
     }
     fn free(&self, at: u64, _: usize) {
         if self.0.bind().is_ok() {
-            let _ = call!(cuMemFreeAsync(at, self.0.stream));
+            self.0.copies().forget(at);
+            let _ = call!(cuMemFreeAsync(at, self.0.memory_stream()));
         }
     }
     fn trim(&self) {
         let s = &self.0;
-        if s.bind().is_ok() && s.wait().is_ok() {
+        if s.bind().is_ok() && call!(cuStreamSynchronize(s.memory_stream())).is_ok() {
             let _ = call!(cuMemPoolTrimTo(s.pool, 0));
         }
     }
     fn upload(&self, src: &[u8], dst: u64) -> Result<()> {
         let s = &self.0;
+        if s.recording() {
+            return Err(uploads(src.len()));
+        }
         s.bind()?;
-        let mut state = s.state();
-        if let Some(kept) = &mut state.recording {
-            // a replay copies the same bytes again, so they stay where they are for as long as the graph lives
-            let at = pinned(src.len().max(1))?;
-            kept.push(at);
-            // SAFETY: allocated with this size.
-            unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), at.cast(), src.len()) };
-            return call!(cuMemcpyHtoDAsync_v2(dst, at, src.len(), s.stream));
+        s.copies().upload(src, dst, s.stream)
+    }
+    fn retire(&self, at: u64) {
+        let s = &self.0;
+        // without an event, a copy waits for all that the compute stream was given
+        if !s.recording() && s.bind().is_ok() {
+            let _ = s.copies().retire(at, s.stream);
         }
-        for (i, part) in src.chunks(STAGE).enumerate() {
-            if state.stages.len() < STAGES {
-                let mut free = null_mut();
-                call!(cuEventCreate(&mut free, sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32))?;
-                let stage = Stage { at: pinned(STAGE)?, free };
-                state.stages.push(stage);
-            }
-            // while there are fewer, the next is the one just made
-            let slot = state.next;
-            state.next = (slot + 1) % STAGES;
-            let stage = &state.stages[slot];
-            call!(cuEventSynchronize(stage.free))?;
-            // SAFETY: a stage has STAGE bytes, and its last copy has ended.
-            unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), stage.at.cast(), part.len()) };
-            call!(cuMemcpyHtoDAsync_v2(dst + (i * STAGE) as u64, stage.at, part.len(), s.stream))?;
-            call!(cuEventRecord(stage.free, s.stream))?;
-        }
-        Ok(())
     }
     fn download(&self, src: u64, dst: &mut [u8]) -> Result<()> {
         let s = &self.0;
@@ -246,19 +233,23 @@ impl Driver for Real {
         call!(cuMemcpyDtoHAsync_v2(dst.as_mut_ptr().cast(), src, dst.len(), s.stream))?;
         s.wait()
     }
-    fn fill(&self, dst: u64, element: &[u8], bytes: usize) -> Result<()> {
+    fn fill(&self, dst: u64, element: &[u8], count: usize) -> Result<()> {
         self.0.bind()?;
-        let (stream, n) = (self.0.stream, bytes / element.len());
+        let stream = self.0.stream;
         match *element {
-            [a, ref rest @ ..] if rest.iter().all(|b| *b == a) => call!(cuMemsetD8Async(dst, a, bytes, stream)),
-            [a, b] => call!(cuMemsetD16Async(dst, u16::from_ne_bytes([a, b]), n, stream)),
-            [a, b, c, d] => call!(cuMemsetD32Async(dst, u32::from_ne_bytes([a, b, c, d]), n, stream)),
+            [a] => call!(cuMemsetD8Async(dst, a, count, stream)),
+            [a, b] => call!(cuMemsetD16Async(dst, u16::from_ne_bytes([a, b]), count, stream)),
+            [a, b, c, d] => call!(cuMemsetD32Async(dst, u32::from_ne_bytes([a, b, c, d]), count, stream)),
             [a, b, c, d, e, f, g, h] => {
-                // columns of a matrix of two words a row
-                call!(cuMemsetD2D32Async(dst, 8, u32::from_ne_bytes([a, b, c, d]), 1, n, stream))?;
-                call!(cuMemsetD2D32Async(dst + 4, 8, u32::from_ne_bytes([e, f, g, h]), 1, n, stream))
+                let (low, high) = (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]));
+                if low == high {
+                    return call!(cuMemsetD32Async(dst, low, 2 * count, stream));
+                }
+                // every other word
+                call!(cuMemsetD2D32Async(dst, 8, low, 1, count, stream))?;
+                call!(cuMemsetD2D32Async(dst + 4, 8, high, 1, count, stream))
             }
-            _ => Err(Error::invalid("cuda", format!("fill with an element of {} bytes", element.len()))),
+            _ => Err(Error::invalid("cuda", format!("fill with an element of {} bytes; 1, 2, 4 and 8 are possible", element.len()))),
         }
     }
     fn copy(&self, src: u64, dst: u64, bytes: usize) -> Result<()> {
@@ -280,6 +271,11 @@ impl Driver for Real {
         if size != params {
             return Err(Error::invalid("cuda", format!("{k}: its parameters take {size} bytes in the source and {params} in Rust")));
         }
+        // all that a block may have beside the static kind; set once, not per launch, because several threads may launch one kernel with different sizes
+        let mut fixed = 0;
+        call!(cuFuncGetAttribute(&mut fixed, sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, f))?;
+        let dynamic = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        call!(cuFuncSetAttribute(f, dynamic, s.shared_limit as i32 - fixed))?;
         Ok(Function(f as usize))
     }
     fn launch(&self, k: &Kernel, f: Function, shape: Shape, params: &[u8]) -> Result<()> {
@@ -288,11 +284,6 @@ impl Driver for Real {
         let f = f.0 as sys::CUfunction;
         let [x, y, z] = shape.grid;
         let context = || format!("launch of {k} with {shape:?}");
-        if shape.shared > 48 * 1024 {
-            let attr = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function was loaded by this context.
-            check(unsafe { sys::cuFuncSetAttribute(f, attr, shape.shared as i32) }, context)?;
-        }
         let mut args = [params.as_ptr() as *mut c_void];
         // SAFETY: the kernel takes one struct of this very size (checked at loading), which the driver copies before it returns.
         check(unsafe { sys::cuLaunchKernel(f, x, y, z, shape.threads, 1, 1, shape.shared, s.stream, args.as_mut_ptr(), null_mut()) }, context)
@@ -316,17 +307,14 @@ impl Driver for Real {
         let s = &self.0;
         s.not_recording("timing")?;
         s.bind()?;
-        let (mut from, mut to) = (null_mut(), null_mut());
-        call!(cuEventCreate(&mut from, 0))?;
-        call!(cuEventCreate(&mut to, 0))?;
-        call!(cuEventRecord(from, s.stream))?;
+        let timed = || Event::with(sys::CUevent_flags_enum::CU_EVENT_DEFAULT);
+        let (from, to) = (timed()?, timed()?);
+        from.record(s.stream)?;
         Ok(Box::new(move || {
             let mut ms = 0f32;
-            call!(cuEventRecord(to, s.stream))?;
-            call!(cuEventSynchronize(to))?;
-            call!(cuEventElapsedTime_v2(&mut ms, from, to))?;
-            call!(cuEventDestroy_v2(from))?;
-            call!(cuEventDestroy_v2(to))?;
+            to.record(s.stream)?;
+            to.wait()?;
+            call!(cuEventElapsedTime_v2(&mut ms, from.0, to.0))?;
             Ok(Duration::from_secs_f64(ms as f64 / 1e3))
         }))
     }
@@ -336,14 +324,14 @@ impl Driver for Real {
         s.bind()?;
         // relaxed: loading a module or growing the pool on another stream is harmless here
         call!(cuStreamBeginCapture_v2(s.stream, sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED))?;
-        s.state().recording = Some(vec![]);
+        s.recording.store(true, Ordering::Release);
         Ok(())
     }
     fn end_recording(&self) -> Result<Box<dyn Recorded>> {
         let s = &self.0;
         s.bind()?;
-        let pinned = s.state().recording.take().unwrap_or_default();
-        let mut g = RealGraph { inner: s.clone(), graph: null_mut(), exec: null_mut(), pinned };
+        s.recording.store(false, Ordering::Release);
+        let mut g = RealGraph { inner: s.clone(), graph: null_mut(), exec: null_mut(), launching: Mutex::new(()) };
         call!(cuStreamEndCapture(s.stream, &mut g.graph))?;
         call!(cuGraphInstantiateWithFlags(&mut g.exec, g.graph, 0))?;
         Ok(Box::new(g))
@@ -354,7 +342,8 @@ struct RealGraph {
     inner: Arc<Inner>,
     graph: sys::CUgraph,
     exec: sys::CUgraphExec,
-    pinned: Vec<*mut c_void>,
+    /// The driver wants a graph's calls one after another.
+    launching: Mutex<()>,
 }
 // SAFETY: handles of the driver may be used from any thread.
 unsafe impl Send for RealGraph {}
@@ -364,6 +353,7 @@ unsafe impl Sync for RealGraph {}
 impl Recorded for RealGraph {
     fn replay(&self) -> Result<()> {
         self.inner.bind()?;
+        let _one = self.launching.lock().unwrap_or_else(|e| e.into_inner());
         call!(cuGraphLaunch(self.exec, self.inner.stream))
     }
     fn len(&self) -> usize {
@@ -375,7 +365,8 @@ impl Recorded for RealGraph {
 
 impl Drop for RealGraph {
     fn drop(&mut self) {
-        if self.inner.bind().is_err() || self.inner.wait().is_err() {
+        // one that still runs is destroyed by the driver when it ends; its memory is freed on the stream that it runs on
+        if self.inner.bind().is_err() {
             return;
         }
         if !self.exec.is_null() {
@@ -383,9 +374,6 @@ impl Drop for RealGraph {
         }
         if !self.graph.is_null() {
             let _ = call!(cuGraphDestroy(self.graph));
-        }
-        for p in &self.pinned {
-            let _ = call!(cuMemFreeHost(*p));
         }
     }
 }

@@ -1,4 +1,5 @@
-// Elements that are only moved: copies of any layout, blocks of rows, selection by index. 16 bytes at a time where strides and addresses allow it.
+// Elements that are only moved: copies of any layout, transposing ones through tiles, blocks of rows, selection by index. 16 bytes at a time where strides
+// and addresses allow it.
 #include "prim.cuh"
 
 struct CopyParams {
@@ -14,6 +15,38 @@ template <int BYTES> TG_DEVICE void copy_nest(const CopyParams& p) {
         offsets(p.nest, i, o);
         ((T*)p.out)[i] = ((const T*)p.x)[o[0]];
     });
+}
+
+// A copy whose source runs fastest along another axis than its result. A tile of 32 by 32 elements is read along the one and written along the other, so that
+// both sides move whole sectors. Its rows in shared memory are an odd number of words apart (of pairs of words for 8 bytes): neither way do lanes share a bank.
+struct TurnParams {
+    const void* x;
+    void* out;
+    u64 rows, cols;    // of the source's fast axis (stride 1 there), of the result's (stride 1 here)
+    i64 x_col, out_row; // strides of the other axis: the source's along cols, the result's along rows
+    u64 down, across;  // tiles
+    Nest nest;         // all other axes: source, result
+};
+template <int BYTES> TG_DEVICE void copy_turned(const TurnParams& p) {
+    typedef typename Raw<BYTES>::type T;
+    constexpr int SIDE = 32, PITCH = SIDE + (BYTES < 4 ? 4 / BYTES : 1), STEP = 8;
+    TG_SHARED(T, tile, [SIDE][PITCH]);
+    u32 x = thread() % SIDE, y = thread() / SIDE;
+    u64 plane = p.down * p.across, tiles = plane * p.nest.n;
+    for (u64 t = block_x(); t < tiles; t += grid_x()) {
+        u64 batch = t / plane, rest = t - batch * plane, across = rest / p.down;
+        u64 row = (rest - across * p.down) * SIDE, col = across * SIDE;
+        i64 at[2];
+        offsets(p.nest, batch, at);
+        const T* from = (const T*)p.x + at[0];
+        T* to = (T*)p.out + at[1];
+        TG_UNROLL for (u32 i = 0; i < SIDE; i += STEP)
+            if (row + x < p.rows && col + y + i < p.cols) tile[y + i][x] = from[(i64)(row + x) + (i64)(col + y + i) * p.x_col];
+        sync();
+        TG_UNROLL for (u32 i = 0; i < SIDE; i += STEP)
+            if (row + y + i < p.rows && col + x < p.cols) to[(i64)(row + y + i) * p.out_row + (i64)(col + x)] = tile[x][y + i];
+        sync();
+    }
 }
 
 // out[r][at + c] = x[r][c] for c < width: concatenation and padding.

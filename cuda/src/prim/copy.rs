@@ -8,6 +8,7 @@ use engine::{DType, Layout, Op, Result, View};
 cuda_source!(static SOURCE = "copy.cu", kernels: kernels, headers: ["prim.cuh"]);
 params! {
     struct CopyParams { x: Ptr, out: Ptr, nest: Nest }
+    struct TurnParams { x: Ptr, out: Ptr, rows: u64, cols: u64, x_col: i64, out_row: i64, down: u64, across: u64, nest: Nest }
     struct BlockParams { x: Ptr, out: Ptr, rows: u64, width: u64, pitch: u64, at: u64 }
     struct IndexParams { x: Ptr, index: Ptr, out: Ptr, outer: u64, n: u64, inner: u64, length: u64, fault: Fault, kind: u32, unused: u32 }
 }
@@ -21,7 +22,8 @@ fn pick_kernel(bytes: usize, each: bool) -> Kernel {
 fn kernels() -> Vec<Kernel> {
     let sizes = [1, 2, 4, 8, 16];
     let plain = ["copy_nest", "copy_block"].into_iter().flat_map(|n| sizes.map(|b| kernel(n, b)));
-    plain.chain(sizes.map(|b| pick_kernel(b, false))).chain([1, 2, 4, 8].map(|b| pick_kernel(b, true))).collect()
+    let turned = [1, 2, 4, 8].map(|b| kernel("copy_turned", b));
+    plain.chain(turned).chain(sizes.map(|b| pick_kernel(b, false))).chain([1, 2, 4, 8].map(|b| pick_kernel(b, true))).collect()
 }
 
 /// The largest unit, up to 16 bytes, of which all these byte counts and addresses are multiples.
@@ -33,11 +35,53 @@ fn unit(size: usize, of: &[u64]) -> usize {
     bytes
 }
 
+/// Side of the tiles of a transposing copy.
+const SIDE: usize = 32;
+
+/// The axis along which the source of a merged (source, dense result) runs fastest, where that is another than the result's and both are long enough for tiles.
+fn turned(shape: &[usize], source: &[isize]) -> Option<usize> {
+    let last = shape.len() - 1;
+    // 0: all lanes read one element
+    if source[last] == 0 || source[last] == 1 || shape[last] < SIDE / 2 {
+        return None;
+    }
+    (0..last).find(|d| source[*d] == 1 && shape[*d] >= SIDE / 2)
+}
+
+fn turn(
+    op: &Contiguous,
+    cuda: &Cuda,
+    size: usize,
+    axis: usize,
+    (from, to): (Ptr, Ptr),
+    (mut shape, mut strides): (Vec<usize>, Vec<Vec<isize>>),
+) -> Result<()> {
+    let cols = shape.pop().unwrap_or(1);
+    let rows = shape.remove(axis);
+    let x_col = strides[0].pop().unwrap_or(0);
+    strides[1].pop();
+    let out_row = strides[1].remove(axis);
+    strides[0].remove(axis);
+    if shape.is_empty() {
+        shape.push(1);
+        strides.iter_mut().for_each(|s| s.push(0));
+    }
+    let (down, across) = (rows.div_ceil(SIDE), cols.div_ceil(SIDE));
+    let tiles = shape.iter().product::<usize>() * down * across;
+    let nest = Nest::from_merged(op.name(), (shape, strides))?;
+    let (x_col, out_row) = (x_col as i64, out_row as i64);
+    let p = TurnParams { x: from, out: to, rows: rows as u64, cols: cols as u64, x_col, out_row, down: down as u64, across: across as u64, nest };
+    cuda.launch(&kernel("copy_turned", size), [tiles.min(i32::MAX as usize) as u32, 1, 1], 0, &p)
+}
+
 pub(super) fn contiguous(op: &Contiguous, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
     let size = x[0].dtype.size();
     let (from, to) = (Ptr::of(&x[0])?, Ptr::of(&y[0])?);
     let (mut shape, mut strides) = Layout::merged(&[x[0].layout, y[0].layout]);
     let last = shape.len() - 1;
+    if let Some(axis) = turned(&shape, &strides[0]) {
+        return turn(op, cuda, size, axis, (from, to), (shape, strides));
+    }
     let mut bytes = size;
     if strides[0][last] == 1 {
         // rows of whole 16 bytes are moved as such

@@ -8,6 +8,7 @@ pub mod tile;
 use crate::cpu::convert::convert_all;
 use crate::cpu::simd::Real;
 use crate::{Backend, Buffer, DType, Device, Element, Error, Layout, Op, Result, View};
+use rayon::prelude::*;
 use std::alloc::{self, Layout as Memory};
 use std::any::Any;
 use std::borrow::Cow;
@@ -219,21 +220,19 @@ impl Backend for Cpu {
     fn alloc(&self, bytes: usize) -> Result<Arc<dyn Buffer>> {
         Ok(Arc::new(CpuBuffer { block: RwLock::new(Some(take_block(bytes)?)), bytes }))
     }
-    fn upload(&self, src: &[u8], dst: &dyn Buffer) -> Result<()> {
-        let mut g = write(dst, "upload")?;
-        bytes_mut(&mut g, dst.bytes())[..src.len()].copy_from_slice(src);
-        Ok(())
+    fn upload(&self, src: &[u8]) -> Result<Arc<dyn Buffer>> {
+        let dst = self.alloc(src.len())?;
+        bytes_mut(&mut write(&*dst, "upload")?, src.len()).copy_from_slice(src);
+        Ok(dst)
     }
-    fn fill(&self, element: &[u8], dst: &dyn Buffer) -> Result<()> {
+    fn fill(&self, dst: &dyn Buffer, element: &[u8]) -> Result<()> {
         let mut g = write(dst, "fill")?;
-        let all = bytes_mut(&mut g, dst.bytes());
-        let mut done = element.len().min(all.len());
-        all[..done].copy_from_slice(&element[..done]);
-        while done < all.len() {
-            let n = done.min(all.len() - done);
-            all.copy_within(..n, done);
-            done += n;
-        }
+        // a multiple of every element's size
+        const PIECE: usize = 1 << 20;
+        bytes_mut(&mut g, dst.bytes()).par_chunks_mut(PIECE).for_each(|piece| match element {
+            [first, rest @ ..] if rest.iter().all(|b| b == first) => piece.fill(*first),
+            _ => piece.chunks_exact_mut(element.len()).for_each(|e| e.copy_from_slice(element)),
+        });
         Ok(())
     }
     fn download(&self, src: &dyn Buffer, dst: &mut [u8]) -> Result<()> {
