@@ -19,8 +19,7 @@ trap 'rm -f "$messages"' EXIT
 
 rm -rf "$bundle" "$bundle.tar.gz"
 mkdir -p "$bundle/tests" "$bundle/configs"
-target=$("${cargo[@]}" metadata --format-version 1 --no-deps | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
-strip -o "$bundle/tidegate" "$target/release/tidegate"
+strip -o "$bundle/tidegate" "${CARGO_TARGET_DIR:-target}/release/tidegate"
 cp benches/configs/*.toml "$bundle/configs/"
 cp scripts/gpu-run.sh "$bundle/run.sh"
 

@@ -23,7 +23,7 @@ type Failures = Vec<String>;
 
 fn fail(failures: &mut Failures, what: &str, why: &str) -> Result<()> {
     failures.push(what.to_string());
-    out(&format!("FAILED   {what:<24} {why}"))
+    out(&format!("FAILED   {what:<30} {why}"))
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
@@ -78,17 +78,22 @@ fn cuda_machine() -> Result<()> {
             let version = if module.trim().is_empty() { String::new() } else { format!("{}, ", module.trim()) };
             format!("{version}CUDA {major}.{minor}")
         }
-        Err(e) => format!("none: {e}"),
+        Err(e) => format!("none: {}", plain(&e.to_string())),
     };
     out(&format!("driver   {driver}"))?;
     for l in cuda::libraries() {
         let at = l.path.map_or("found".into(), |p| p.display().to_string());
         // the driver's absence was told above
         if l.name != "libcuda" || l.missing.is_none() {
-            out(&format!("library  {:<12} {}", l.name, l.missing.unwrap_or(at)))?;
+            out(&format!("library  {:<12} {}", l.name, l.missing.as_deref().map_or(at.as_str(), plain)))?;
         }
     }
     Ok(())
+}
+
+/// A message without the op that it came from.
+fn plain(message: &str) -> &str {
+    message.strip_prefix("cuda: ").unwrap_or(message)
 }
 
 /// All GPUs that can be used. None is no failure where there is no driver.
@@ -149,7 +154,7 @@ fn test(device: &Device, dtype: DType, failures: &mut Failures) -> Result<()> {
     let at = format!("{} {dtype}", device.name());
     for t in engine::self_tests() {
         match t.run(device, dtype) {
-            Ok(e) if e <= bound(dtype) => out(&format!("ok       {:<24} {at}: values and gradients within {e:.0e} of the reference", t.name))?,
+            Ok(e) if e <= bound(dtype) => out(&format!("ok       {:<30} {at}: values and gradients within {e:.0e} of the reference", t.name))?,
             Ok(e) => fail(failures, t.name, &format!("{at}: relative error {e:.0e} to the reference, at most {:.0e} is right", bound(dtype)))?,
             Err(e) => fail(failures, t.name, &format!("{at}: {e}"))?,
         }

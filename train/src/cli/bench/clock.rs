@@ -124,7 +124,9 @@ mod tests {
     /// Where memory is measured, and that as much is repeated as was asked for, launched or replayed.
     #[test]
     fn work_is_repeated_and_its_memory_seen() {
-        for device in [Some(Device::cpu()), cuda::emulator().ok()].into_iter().flatten() {
+        // the CPU's memory is counted over all tests of this process, each of which may count anew: x itself is there in any case
+        let devices = [(Some(Device::cpu()), 1), (cuda::emulator_with_memory(1 << 24).ok(), 3)];
+        for (device, tensors) in devices.into_iter().filter_map(|(d, n)| Some((d?, n))) {
             let x = Tensor::ones(&[1 << 16], DType::F32, &device).unwrap();
             let mut n = 0;
             let t = Clock::new(&device, Some(3), false)
@@ -134,7 +136,7 @@ mod tests {
                 })
                 .unwrap();
             assert_eq!((n, t.reps), (5, 3));
-            assert!(t.peak >= 3 << 18 && t.min > 0.0 && t.min <= t.median, "{t:?}");
+            assert!(t.peak >= tensors << 18 && t.min > 0.0 && t.min <= t.median, "{t:?}");
             if device != Device::cpu() {
                 let mut n = 0;
                 let count = || {
