@@ -46,7 +46,11 @@ pub(crate) fn count() -> Result<usize> {
         return Err(Error::invalid("cuda", "there is no CUDA driver here (libcuda is not found); use the device `cpu`"));
     }
     let mut n = 0;
-    call!(cuInit(0))?;
+    // SAFETY: the driver library is there.
+    match unsafe { sys::cuInit(0) } {
+        CUresult::CUDA_ERROR_NO_DEVICE => return Ok(0),
+        r => check(r, || "cuInit".into())?,
+    }
     call!(cuDeviceGetCount(&mut n))?;
     Ok(n.max(0) as usize)
 }

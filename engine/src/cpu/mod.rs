@@ -67,6 +67,12 @@ pub fn memory() -> (usize, usize, usize) {
     (c.live, c.cached, c.peak)
 }
 
+/// Counts the peak from what is live now.
+pub fn reset_peak() {
+    let mut c = cache();
+    c.peak = c.live;
+}
+
 /// Bytes of memory that this process can have at most: the machine's, or less in a container. None where the system does not tell.
 pub fn system_memory() -> Option<u64> {
     static FOUND: LazyLock<Option<u64>> = LazyLock::new(|| {

@@ -120,7 +120,9 @@ fn auto() -> Device {
         Err(_) if !cuda::present() => return Device::cpu(),
         Err(e) => e.to_string(),
     };
-    say(&format!("there is a GPU, but it can't be used: {why}. Going on with the CPU (--device cuda makes this an error, --device cpu silences it)"));
+    say(&format!(
+        "this machine has an NVIDIA GPU or its driver, but no GPU can be used: {why}. Going on with the CPU (--device cuda makes this an error, --device cpu silences it)"
+    ));
     Device::cpu()
 }
 

@@ -1,7 +1,8 @@
-//! The command line: `tidegate train | generate | eval | doctor`.
+//! The command line: `tidegate train | generate | eval | bench | doctor`.
 //!
 //! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed at run time, 2 wrong usage.
 
+mod bench;
 mod device;
 mod doctor;
 mod train;
@@ -43,8 +44,10 @@ enum Command {
     Generate(Generate),
     /// Score held-out text in bits per byte
     Eval(Eval),
+    /// Time operations and training steps
+    Bench(bench::Args),
     /// Show the machine, and test every operation on it
-    Doctor,
+    Doctor(doctor::Args),
 }
 
 /// A number of at least 0 and at most `most`.
@@ -103,7 +106,8 @@ pub fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate(&args),
         Command::Eval(args) => eval(&args),
-        Command::Doctor => doctor::run(),
+        Command::Bench(args) => bench::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
