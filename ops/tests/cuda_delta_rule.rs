@@ -284,7 +284,7 @@ fn the_number_of_pieces() {
         c.op.pieces = pieces;
         c.run(c.rounded(DType::F32), &device).into_iter().flat_map(|(_, x)| x.to_vec::<f64>().unwrap()).collect::<Vec<_>>()
     };
-    // the emulator has 4 processors: 12 blocks side by side, but no more pieces than the root of 32 chunks
+    // the emulator has 4 processors: 8 blocks side by side, but no more pieces than the root of 32 chunks
     let chosen = bits(1024, None);
     assert_eq!(chosen, bits(1024, None));
     assert_eq!(chosen, bits(1024, Some(5)));

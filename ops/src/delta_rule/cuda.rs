@@ -1,16 +1,12 @@
 //! CUDA kernels of the delta rule; the algorithm is told at the heads of delta_rule.cu, delta_rule_backward.cu, delta_rule_pieces.cu and
 //! delta_rule_step.cu.
 
+use super::instances::*;
 use super::{DeltaRule, DeltaRuleBackward, sizes};
-use cuda::kernel::{cpp, one_of};
+use cuda::kernel::one_of;
 use cuda::memory::CudaBuffer;
-use cuda::{Cuda, Fault, Kernel, Ptr, cuda_kernel, cuda_source, params};
+use cuda::{Cuda, Fault, Kernel, Ptr, cuda_kernel, params};
 use engine::{DType, Error, Result, View};
-
-cuda_source!(static FORWARD = "delta_rule.cu", kernels: forward_kernels, headers: ["delta_rule.cuh"]);
-cuda_source!(static BACKWARD = "delta_rule_backward.cu", kernels: backward_kernels, headers: ["delta_rule.cuh"]);
-cuda_source!(static PIECES = "delta_rule_pieces.cu", kernels: piece_kernels, headers: ["delta_rule.cuh"]);
-cuda_source!(static STEP = "delta_rule_step.cu", kernels: step_kernels, headers: ["delta_rule.cuh"]);
 
 cuda_kernel!(DeltaRule => forward);
 cuda_kernel!(DeltaRuleBackward => backward);
@@ -27,93 +23,12 @@ params! { struct DeltaParams {
     scale: f32,
 } }
 
-const TYPES: [DType; 2] = [DType::F32, DType::BF16];
-/// Key head dims that the kernels with a state in registers are made for; others are rounded up.
-const WIDTHS: [usize; 4] = [64, 128, 192, 256];
-const SLAB: usize = 64;
-const FACTORS: usize = 9;
-
-/// Steps of a chunk.
-fn chunk(d: DType) -> usize {
-    if d == DType::F32 { 32 } else { 64 }
-}
-/// Bytes of a tile in shared memory, as in tile.cuh.
-fn tile(d: DType, rows: usize, cols: usize) -> usize {
-    let pad = if d == DType::F32 { (40 - cols % 32) % 32 } else { (cols / 8).is_multiple_of(2) as usize * 8 };
-    rows * (cols + pad) * d.size()
-}
-
-fn places(d: DType) -> Kernel {
-    Kernel::new(&FORWARD, format!("delta_places<{}>", chunk(d)), 256)
-}
-fn prepare(d: DType, back: bool) -> Kernel {
-    Kernel::new(&FORWARD, format!("delta_prepare<{}, {back}>", cpp(d)), 128)
-}
-/// Threads of a sequential kernel: warps of 16 values, and where the keys are many, as many again for their second half.
-fn threads(dk: usize, warps: usize) -> u32 {
-    32 * warps as u32 * if dk > 128 { 2 } else { 1 }
-}
-fn scan(d: DType, dk: usize, warps: usize, sum: bool) -> Kernel {
-    Kernel::new(&FORWARD, format!("delta_scan<{}, {dk}, {warps}, {sum}>", cpp(d)), threads(dk, warps))
-}
-fn states(d: DType, dk: usize, warps: usize, sum: bool) -> Kernel {
-    Kernel::new(&BACKWARD, format!("delta_states<{}, {dk}, {warps}, {sum}>", cpp(d)), threads(dk, warps))
-}
-fn scan_back(d: DType, dk: usize, warps: usize, sum: bool) -> Kernel {
-    Kernel::new(&BACKWARD, format!("delta_scan_back<{}, {dk}, {warps}, {sum}>", cpp(d)), threads(dk, warps))
-}
-fn join(dk: usize) -> Kernel {
-    Kernel::new(&PIECES, format!("delta_join<{dk}>"), 2 * dk as u32)
-}
-fn join_decayed() -> Kernel {
-    Kernel::new(&PIECES, "delta_join_decayed<float>", 256)
-}
-/// Groups of columns in the kernels of the gradients inside a chunk: a warp has 16 steps and one group.
-const GROUPS: usize = 2;
-fn grad(pass: &str, d: DType) -> Kernel {
-    let warps = if pass == "finish" { 4 } else { chunk(d) / 16 * GROUPS };
-    let two = warps == 8;
-    Kernel::new(&BACKWARD, format!("delta_grad_{pass}<{}>", cpp(d)), 32 * warps as u32).min_blocks(1 + two as u32)
-}
-fn step(d: DType, dk: usize) -> Kernel {
-    Kernel::new(&STEP, format!("delta_step<{}, {dk}>", cpp(d)), 128)
-}
-
-/// Warps of a block of the sequential kernels: fewer where there are too few blocks for the card.
-const WARPS: [usize; 2] = [4, 2];
-/// Each sequential kernel as it walks whole sequences or pieces, and as it sums pieces up.
-const FORMS: [(usize, bool); 3] = [(WARPS[0], false), (WARPS[1], false), (WARPS[0], true)];
-fn each(f: impl Fn(DType, usize, usize, bool) -> Vec<Kernel>) -> Vec<Kernel> {
-    TYPES
-        .into_iter()
-        .flat_map(|d| WIDTHS.map(|dk| FORMS.map(|(w, sum)| (d, dk, w, sum))))
-        .flatten()
-        .flat_map(|(d, dk, w, sum)| f(d, dk, w, sum))
-        .collect()
-}
-fn forward_kernels() -> Vec<Kernel> {
-    let mut all = each(|d, dk, w, sum| vec![scan(d, dk, w, sum)]);
-    all.extend(TYPES.into_iter().flat_map(|d| [places(d), prepare(d, false), prepare(d, true)]));
-    all
-}
-fn backward_kernels() -> Vec<Kernel> {
-    let mut all = each(|d, dk, w, sum| vec![states(d, dk, w, sum), scan_back(d, dk, w, sum)]);
-    all.extend(TYPES.into_iter().flat_map(|d| ["squares", "rows", "finish"].map(|pass| grad(pass, d))));
-    all
-}
-fn piece_kernels() -> Vec<Kernel> {
-    WIDTHS.map(join).into_iter().chain([join_decayed()]).collect()
-}
-fn step_kernels() -> Vec<Kernel> {
-    TYPES.into_iter().flat_map(|d| WIDTHS.map(|dk| step(d, dk))).collect()
-}
-
 /// Fewest chunks of a sequence that is cut.
 const WORTH: usize = 32;
 /// Pieces that a sequence of so many chunks is cut into, where `chains` blocks walk side by side without a cut: what fills the card once, and no more than
 /// the root of the chunks, where the chunks of a piece and the joints between pieces take about as long (delta_rule_pieces.cu).
 fn pieces(chunks: usize, chains: usize, dk: usize, processors: usize) -> usize {
-    let resident = if dk > 128 { 1 } else { 3 };
+    let resident = if dk > 128 { 1 } else { 2 }; // blocks of a multiprocessor, by their registers
     if chunks < WORTH { 1 } else { (processors * resident / chains.max(1)).min(chunks.isqrt()).max(1) }
 }
 
@@ -367,4 +282,18 @@ fn backward(op: &DeltaRuleBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
     }
     let rows = call.p.rows as usize * call.p.hk as usize;
     cuda.launch(&grad("finish", d), [blocks(rows.div_ceil(4))?, 2, 1], 0, &call.p)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::pieces;
+
+    #[test]
+    fn the_number_of_pieces_follows_the_shapes() {
+        // (chunks, chains, Dk) on 132 multiprocessors
+        let cases = [((512, 64, 128), 4), ((512, 8, 128), 22), ((512, 256, 128), 1), ((512, 133, 128), 1), ((512, 132, 128), 2), ((512, 32, 256), 4)];
+        for ((chunks, chains, dk), n) in cases.into_iter().chain([((31, 1, 64), 1), ((32, 1, 64), 5), ((0, 0, 64), 1)]) {
+            assert_eq!(pieces(chunks, chains, dk, 132), n, "{chunks} chunks, {chains} chains, Dk {dk}");
+        }
+    }
 }

@@ -15,7 +15,7 @@
 // d = 128, bf16, per chunk and value head. prepare: G 1.05, S 1.05 (lower blocks only: 0.66 each), W, U 1.05 each (0.66): 2.6 MFLOP; reads q, k, v 48 KB (two
 // value heads share q and k in L2), writes W, U 32 KB, P 8 KB, factors 2.3 KB. 58 KB shared: 3 blocks a multiprocessor.
 // scan: W h 2.1, Q h 2.1, P V' 0.66, K V' 2.1: 7 MFLOP; reads W, Q, K 48 KB (for each of 2 value blocks), U 16 KB, P 8 KB; writes V' 32 KB, O 16 KB.
-// 71 KB shared, 4 warps: 3 blocks a multiprocessor. With 32768 tokens and 32 value heads that is 157 GFLOP and 2.9 GB: 0.7 ms at 4.3 TB/s, of which the
+// 71 KB shared, but about 250 registers, 4 warps: 2 blocks a multiprocessor (3 by a bound of 168 registers, which fits; to be measured). With 32768 tokens and 32 value heads that is 157 GFLOP and 2.9 GB: 0.7 ms at 4.3 TB/s, of which the
 // V' that the backward needs (f32, 537 MB) are 0.13; a chain of 128 chunks at about 3 µs each takes 0.4 ms.
 #include "delta_rule.cuh"
 

@@ -37,9 +37,10 @@ struct DeltaParams {
     void *x, *s;              // [chunk, Hv][C, C]: gradients of Q K^T and of K K^T (symmetric)
     float* sums;              // [chunk, Hv][2, C]: what is summed up of the gradients of g and of beta
     void *yq, *yk;            // [B T, Hv, Dk]: gradients of q and k by value head, before the norms
-    // where sequences are cut (delta_rule_pieces.cu); the lists only if they are packed: joints before each sequence and of all, sequence of each piece, of each joint
+    // where sequences are cut (delta_rule_pieces.cu). Packed only: joints before each sequence and of all; the sequence of each piece, of each joint
     u32 *joint_bases, *piece_seqs, *joint_seqs;
-    float *joints, *maps, *decays; // [joint, Hv]: [Dk, Dv], the state there; [DK, DK], transposed, and one number: what the piece that ends there does to a state
+    float *joints;            // [joint, Hv][Dk, Dv]: the state there
+    float *maps, *decays;     // [joint, Hv][DK, DK] (transposed) or one number: what the piece that ends there does to a state
     i64 q_stride[3], k_stride[3], v_stride[3];
     Fault fault;
     u32 t, rows, seqs, hk, hv, dk, dv; // rows: B T

@@ -17,7 +17,7 @@
 // d = 128, bf16, per chunk and value head: prepare 2.6 MFLOP less U; states 2.1; scan_back 2.1 + 0.66 + 2.1 + 2.1; squares 3 × 0.66; rows 3 × 2.1 + 4 × 1.05
 // (two triangular): about 21 MFLOP. Reads and writes: h and dh 32 KB each, twice; V' 32 KB twice; W, dR, dV', y 16 KB each, twice; squares 40 KB twice;
 // q, k, v, dO and gradients 130 KB: 0.5 MB. 32768 tokens, 32 heads: 340 GFLOP, 8 GB or 1.9 ms at 4.3 TB/s. Shared memory: states 71 KB (two stages),
-// scan_back 70 KB, squares 55 KB, rows 65 KB: 3 blocks a multiprocessor each.
+// scan_back 70 KB (2 blocks a multiprocessor each, by registers), squares 55 KB, rows 65 KB (3 blocks).
 #include "delta_rule.cuh"
 
 // SUM: only the state that a piece makes of nothing (the first: of the initial state), for all that end at a joint; V' is given, so that the state before it
@@ -112,7 +112,7 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan_back(c
     if (unit) {
         load_unit(h, key, value);
     } else {
-        const float* from = !outermost ? (SUM ? nullptr : state_at(p, p.joints, piece.joint, head)) : p.d_last ? state_at(p, p.d_last, piece.seq, head) : nullptr;
+        const float* from = outermost ? (p.d_last ? state_at(p, p.d_last, piece.seq, head) : nullptr) : SUM ? nullptr : state_at(p, p.joints, piece.joint, head);
         load_state(h, from, p.dk, p.dv, key, value);
     }
     auto slot = [&](u32 i) { return (u64)(first + i) * p.hv + head; };

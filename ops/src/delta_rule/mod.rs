@@ -14,6 +14,7 @@
 
 mod cpu;
 mod cuda;
+mod instances;
 mod kernel;
 pub mod reference;
 #[cfg(test)]
