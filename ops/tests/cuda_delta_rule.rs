@@ -95,17 +95,21 @@ impl Case {
     fn agrees(&self, what: &str, dtypes: &[DType]) {
         let Some(device) = emulator() else { return };
         for d in dtypes {
-            let x = self.rounded(*d);
-            let want = self.run(x.each_ref().map(|x| x.cast(DType::F64).unwrap()), &Device::cpu());
-            let found = self.run(x, &device);
-            assert_eq!(found.len(), want.len());
-            for ((i, a), (_, b)) in found.iter().zip(&want) {
-                let bound = if *d == DType::F32 { 1e-5 } else { [0.005, 0.005, 0.008, 0.008, 0.008, 0.02, 0.02, 0.008][*i] };
-                let e = ratio(a, b);
-                println!("{what} {d} {}: {e:.1e}", NAMES[*i]);
-                assert!(e <= bound, "{what}, {d}, {}: {e:e} > {bound}", NAMES[*i]);
+            for (i, e) in self.errors(what, *d, &device) {
+                let bound = if *d == DType::F32 { 1e-5 } else { [0.005, 0.005, 0.008, 0.008, 0.008, 0.02, 0.02, 0.008][i] };
+                assert!(e <= bound, "{what}, {d}, {}: {e:e} > {bound}", NAMES[i]);
             }
         }
+    }
+    /// Of each output and gradient.
+    fn errors(&self, what: &str, d: DType, device: &Device) -> Vec<(usize, f64)> {
+        let x = self.rounded(d);
+        let want = self.run(x.each_ref().map(|x| x.cast(DType::F64).unwrap()), &Device::cpu());
+        let found = self.run(x, device);
+        assert_eq!(found.len(), want.len());
+        let errors: Vec<(usize, f64)> = found.iter().zip(&want).map(|((i, a), (_, b))| (*i, ratio(a, b))).collect();
+        errors.iter().for_each(|(i, e)| println!("{what} {d} {}: {e:.1e}", NAMES[*i]));
+        errors
     }
 }
 const BOTH: [DType; 2] = [DType::F32, DType::BF16];
@@ -177,6 +181,120 @@ fn packed_documents() {
         let e = state.to_vec::<f32>().unwrap_err();
         assert!(e.to_string().contains("cu_seqlens must rise from 0 to the packed length"), "{e}");
     }
+}
+
+/// The four members of the family: (erase, decay).
+const FAMILY: [(bool, bool); 4] = [(true, true), (true, false), (false, true), (false, false)];
+/// 11 chunks in f32, 6 in bf16, the last one ragged.
+const LONG: usize = 329;
+
+#[test]
+fn pieces_of_a_sequence() {
+    let _alone = alone();
+    for (erase, decay) in FAMILY {
+        for (pieces, b, bare) in [(2, 2, false), (3, 1, true), (6, 1, false)] {
+            let c = case([b, LONG, 1, 2, 20, 36], 0.05);
+            let mut c = Case { decay, state: !bare, last: !bare, ..c };
+            (c.op.erase, c.op.pieces) = (erase, Some(pieces));
+            // up to 2; less where nothing is forgotten, as so long a sequence in bf16 goes beyond the bounds there, uncut as well (see the next test)
+            c.x[4] = c.x[4].affine(if decay { 2.0 } else { 0.7 } / 1.5, 0.0).unwrap();
+            c.agrees(&format!("{pieces} pieces, erase {erase}, decay {decay}"), &BOTH);
+        }
+    }
+}
+
+/// What is never forgotten, with β up to 2, reaches the last piece through all maps; the first piece's gradients, through all of theirs.
+#[test]
+fn pieces_cost_no_digits() {
+    let _alone = alone();
+    let Some(device) = emulator() else { return };
+    let mut c = case([1, LONG, 1, 1, 24, 20], 1.0);
+    c.decay = false;
+    c.x[4] = c.x[4].affine(2.0 / 1.5, 0.0).unwrap();
+    let mut errors = |pieces, d| {
+        c.op.pieces = Some(pieces);
+        c.errors(&format!("{pieces} pieces, β up to 2"), d, &device)
+    };
+    for ((i, whole), (_, cut)) in errors(1, DType::BF16).into_iter().zip(errors(3, DType::BF16)) {
+        assert!(cut <= 1.25 * whole && whole < 0.02, "{}: {whole:e} uncut, {cut:e} cut", NAMES[i]);
+    }
+    assert!(errors(4, DType::F32).into_iter().all(|(_, e)| e <= 1e-5));
+}
+
+#[test]
+fn pieces_of_wide_heads() {
+    let _alone = alone();
+    for (dk, dv, erase) in [(64, 64, true), (128, 100, true), (192, 72, true), (200, 8, false), (256, 130, true)] {
+        let mut c = case([1, 4 * 64 + 1, 1, 1, dk, dv], 0.1);
+        (c.op.erase, c.op.pieces) = (erase, Some(4));
+        c.agrees(&format!("4 pieces, Dk {dk}, Dv {dv}"), &BOTH);
+    }
+}
+
+#[test]
+fn pieces_under_decays_of_every_strength() {
+    let _alone = alone();
+    let always = |_: usize| -20.0;
+    let at_times = |i: usize| if i % 50 < 2 { -20.0 } else { -1e-3 };
+    let one_reset = |i: usize| if i == 130 { f64::NEG_INFINITY } else { -0.02 };
+    let decays: [&dyn Fn(usize) -> f64; 4] = [&always, &at_times, &one_reset, &|_| -1e-5];
+    for (i, decay) in decays.into_iter().enumerate() {
+        for erase in [true, false] {
+            let mut c = case([1, LONG, 1, 1, 24, 20], 1.0);
+            c.x[3] = Tensor::from_vec((0..LONG).map(decay).collect::<Vec<f64>>(), &[1, LONG, 1]).unwrap();
+            (c.op.erase, c.op.pieces) = (erase, Some(5));
+            c.agrees(&format!("5 pieces, decay {i}, erase {erase}"), &[DType::F32]);
+        }
+    }
+}
+
+#[test]
+fn pieces_of_packed_documents() {
+    let _alone = alone();
+    let many = vec![0i32, 0, 1, 1, 300, 301, 365, 365, 600, 600];
+    for (bounds, pieces) in [(many.clone(), 2), (many, 9), (vec![0, 600], 3), (vec![0, 0, 590, 600], 4), (vec![0, 200, 400, 600], 5)] {
+        for erase in [true, false] {
+            let n = bounds.len();
+            let mut c = case([1, 600, 1, 2, 24, 20], 0.05);
+            (c.op.erase, c.op.pieces) = (erase, Some(pieces));
+            c.x[5] = randn(&[n - 1, 2, 24, 20], 9);
+            c.cu = Some(Tensor::from_vec(bounds.clone(), &[n]).unwrap());
+            c.agrees(&format!("{} documents, {pieces} pieces, erase {erase}", n - 1), &BOTH);
+        }
+    }
+    // bounds that ask for more chunks and pieces than there is room for
+    let Some(device) = emulator() else { return };
+    let mut c = case([1, 200, 1, 1, 8, 8], 0.3);
+    c.op.pieces = Some(6);
+    let on = |x: &Tensor| x.cast(DType::F32).unwrap().to_device(&device).unwrap();
+    for bad in [[0i64, 200, 0, 200, 0, 200], [0, 3, 900, 0, 900, 200], [-4, 3, 9, 20, 0, 200]] {
+        let cu = Tensor::from_vec(bad, &[6]).unwrap().to_device(&device).unwrap();
+        let ins = DeltaRuleInputs { cu_seqlens: Some(&cu), ..Default::default() };
+        let (_, state) = delta_rule(c.op, &on(&c.x[0]), &on(&c.x[1]), &on(&c.x[2]), ins).unwrap();
+        assert!(state.to_vec::<f32>().unwrap_err().to_string().contains("cu_seqlens must rise"));
+    }
+}
+
+#[test]
+fn the_number_of_pieces() {
+    let _alone = alone();
+    let Some(device) = emulator() else { return };
+    let bits = |t: usize, pieces: Option<usize>| {
+        let mut c = case([1, t, 1, 1, 16, 16], 0.02);
+        c.op.pieces = pieces;
+        c.run(c.rounded(DType::F32), &device).into_iter().flat_map(|(_, x)| x.to_vec::<f64>().unwrap()).collect::<Vec<_>>()
+    };
+    // the emulator has 4 processors: 8 blocks side by side, but no more pieces than the root of 32 chunks
+    let chosen = bits(1024, None);
+    assert_eq!(chosen, bits(1024, None));
+    assert_eq!(chosen, bits(1024, Some(5)));
+    assert_ne!(chosen, bits(1024, Some(1)), "a cut rounds in another order");
+    assert_eq!(bits(31 * 32, None), bits(31 * 32, Some(1)), "a short sequence stays whole");
+    assert_eq!(bits(70, Some(3)), bits(70, Some(99)), "no more pieces than chunks");
+    let mut none = case([1, 8, 1, 1, 8, 8], 0.1);
+    none.op.pieces = Some(0);
+    let e = delta_rule(none.op, &none.x[0], &none.x[1], &none.x[2], DeltaRuleInputs::default()).unwrap_err();
+    assert!(e.to_string().contains("at least 1"), "{e}");
 }
 
 #[test]

@@ -1,14 +1,12 @@
-//! CUDA kernels of the delta rule; the algorithm is told at the heads of delta_rule.cu, delta_rule_backward.cu and delta_rule_step.cu.
+//! CUDA kernels of the delta rule; the algorithm is told at the heads of delta_rule.cu, delta_rule_backward.cu, delta_rule_pieces.cu and
+//! delta_rule_step.cu.
 
+use super::instances::*;
 use super::{DeltaRule, DeltaRuleBackward, sizes};
-use cuda::kernel::{cpp, one_of};
+use cuda::kernel::one_of;
 use cuda::memory::CudaBuffer;
-use cuda::{Cuda, Fault, Kernel, Ptr, cuda_kernel, cuda_source, params};
+use cuda::{Cuda, Fault, Kernel, Ptr, cuda_kernel, params};
 use engine::{DType, Error, Result, View};
-
-cuda_source!(static FORWARD = "delta_rule.cu", kernels: forward_kernels, headers: ["delta_rule.cuh"]);
-cuda_source!(static BACKWARD = "delta_rule_backward.cu", kernels: backward_kernels, headers: ["delta_rule.cuh"]);
-cuda_source!(static STEP = "delta_rule_step.cu", kernels: step_kernels, headers: ["delta_rule.cuh"]);
 
 cuda_kernel!(DeltaRule => forward);
 cuda_kernel!(DeltaRuleBackward => backward);
@@ -17,76 +15,21 @@ params! { struct DeltaParams {
     q: Ptr, k: Ptr, v: Ptr, log_decay: Ptr, beta: Ptr, h0: Ptr, cu: Ptr, o: Ptr, last: Ptr, v_new: Ptr, d_o: Ptr, d_last: Ptr,
     d_q: Ptr, d_k: Ptr, d_value: Ptr, d_decay: Ptr, d_beta: Ptr, d_h0: Ptr,
     places: Ptr, bases: Ptr, factors: Ptr, w: Ptr, u: Ptr, p: Ptr, a: Ptr, m: Ptr, states: Ptr, d_states: Ptr, d_new: Ptr, d_r: Ptr, x: Ptr, s: Ptr,
-    sums: Ptr, yq: Ptr, yk: Ptr,
+    sums: Ptr, yq: Ptr, yk: Ptr, joint_bases: Ptr, piece_seqs: Ptr, joint_seqs: Ptr, joints: Ptr, maps: Ptr, decays: Ptr,
     q_stride: [i64; 3], k_stride: [i64; 3], v_stride: [i64; 3],
     fault: Fault,
     t: u32, rows: u32, seqs: u32, hk: u32, hv: u32, dk: u32, dv: u32, chunks: u32, erase: u32, l2: u32, beta_wide: u32, cu_wide: u32,
+    pieces: u32, piece_len: u32, max_joints: u32, back: u32,
     scale: f32,
 } }
 
-const TYPES: [DType; 2] = [DType::F32, DType::BF16];
-/// Key head dims that the kernels with a state in registers are made for; others are rounded up.
-const WIDTHS: [usize; 4] = [64, 128, 192, 256];
-const SLAB: usize = 64;
-const FACTORS: usize = 9;
-
-/// Steps of a chunk.
-fn chunk(d: DType) -> usize {
-    if d == DType::F32 { 32 } else { 64 }
-}
-/// Bytes of a tile in shared memory, as in tile.cuh.
-fn tile(d: DType, rows: usize, cols: usize) -> usize {
-    let pad = if d == DType::F32 { (40 - cols % 32) % 32 } else { (cols / 8).is_multiple_of(2) as usize * 8 };
-    rows * (cols + pad) * d.size()
-}
-
-fn places(d: DType) -> Kernel {
-    Kernel::new(&FORWARD, format!("delta_places<{}>", chunk(d)), 256)
-}
-fn prepare(d: DType, back: bool) -> Kernel {
-    Kernel::new(&FORWARD, format!("delta_prepare<{}, {back}>", cpp(d)), 128)
-}
-/// Threads of a sequential kernel: warps of 16 values, and where the keys are many, as many again for their second half.
-fn threads(dk: usize, warps: usize) -> u32 {
-    32 * warps as u32 * if dk > 128 { 2 } else { 1 }
-}
-fn scan(d: DType, dk: usize, warps: usize) -> Kernel {
-    Kernel::new(&FORWARD, format!("delta_scan<{}, {dk}, {warps}>", cpp(d)), threads(dk, warps))
-}
-fn states(d: DType, dk: usize, warps: usize) -> Kernel {
-    Kernel::new(&BACKWARD, format!("delta_states<{}, {dk}, {warps}>", cpp(d)), threads(dk, warps))
-}
-fn scan_back(d: DType, dk: usize, warps: usize) -> Kernel {
-    Kernel::new(&BACKWARD, format!("delta_scan_back<{}, {dk}, {warps}>", cpp(d)), threads(dk, warps))
-}
-/// Groups of columns in the kernels of the gradients inside a chunk: a warp has 16 steps and one group.
-const GROUPS: usize = 2;
-fn grad(pass: &str, d: DType) -> Kernel {
-    let warps = if pass == "finish" { 4 } else { chunk(d) / 16 * GROUPS };
-    let two = warps == 8;
-    Kernel::new(&BACKWARD, format!("delta_grad_{pass}<{}>", cpp(d)), 32 * warps as u32).min_blocks(1 + two as u32)
-}
-fn step(d: DType, dk: usize) -> Kernel {
-    Kernel::new(&STEP, format!("delta_step<{}, {dk}>", cpp(d)), 128)
-}
-
-/// Warps of a block of the sequential kernels: fewer where there are too few blocks for the card.
-const WARPS: [usize; 2] = [4, 2];
-fn each(f: impl Fn(DType, usize, usize) -> Vec<Kernel>) -> Vec<Kernel> {
-    TYPES.into_iter().flat_map(|d| WIDTHS.map(|dk| WARPS.map(|w| (d, dk, w)))).flatten().flat_map(|(d, dk, w)| f(d, dk, w)).collect()
-}
-fn forward_kernels() -> Vec<Kernel> {
-    let mut all = each(|d, dk, w| vec![scan(d, dk, w)]);
-    all.extend(TYPES.into_iter().flat_map(|d| [places(d), prepare(d, false), prepare(d, true)]));
-    all
-}
-fn backward_kernels() -> Vec<Kernel> {
-    let mut all = each(|d, dk, w| vec![states(d, dk, w), scan_back(d, dk, w)]);
-    all.extend(TYPES.into_iter().flat_map(|d| ["squares", "rows", "finish"].map(|pass| grad(pass, d))));
-    all
-}
-fn step_kernels() -> Vec<Kernel> {
-    TYPES.into_iter().flat_map(|d| WIDTHS.map(|dk| step(d, dk))).collect()
+/// Fewest chunks of a sequence that is cut.
+const WORTH: usize = 32;
+/// Pieces that a sequence of so many chunks is cut into, where `chains` blocks walk side by side without a cut: what fills the card once, and no more than
+/// the root of the chunks, where the chunks of a piece and the joints between pieces take about as long (delta_rule_pieces.cu).
+fn pieces(chunks: usize, chains: usize, dk: usize, processors: usize) -> usize {
+    let resident = if dk > 128 { 1 } else { 2 }; // blocks of a multiprocessor, by their registers
+    if chunks < WORTH { 1 } else { (processors * resident / chains.max(1)).min(chunks.isqrt()).max(1) }
 }
 
 /// A call: what its kernels are handed, and the memory that they share.
@@ -113,6 +56,12 @@ impl<'a> Call<'a> {
         let wide_dtype = |i: Option<usize>, w: DType| i.is_some_and(|i| x[i].dtype == w) as u32;
         let seqs = op.at_cu().map_or(b, |i| x[i].layout.shape[0] - 1);
         let chunks = if op.packed { t / chunk(d) + seqs } else { t.div_ceil(chunk(d)) };
+        // packed documents are cut as if they were one: nobody knows here how long they are, and the short ones stay whole
+        let (walked, alone) = if op.packed { (t.div_ceil(chunk(d)), 1) } else { (chunks, b) };
+        let lanes = hv * wide[1] / SLAB;
+        let cut = op.pieces.unwrap_or_else(|| pieces(walked, alone * lanes, wide[0], cuda.processors() as usize)).clamp(1, walked.max(1));
+        let piece_len = if op.packed && cut > 1 { walked.div_ceil(cut) } else { 0 };
+        let max_joints = if op.packed { chunks.checked_div(piece_len).unwrap_or(0) } else { seqs * (cut - 1) };
         let fault = cuda.fault("delta_rule", "cu_seqlens must rise from 0 to the packed length, found a bound of")?;
         let n = Ptr::NULL;
         let p = DeltaParams {
@@ -151,6 +100,12 @@ impl<'a> Call<'a> {
             sums: n,
             yq: n,
             yk: n,
+            joint_bases: n,
+            piece_seqs: n,
+            joint_seqs: n,
+            joints: n,
+            maps: n,
+            decays: n,
             q_stride: stride(&x[0]),
             k_stride: stride(&x[1]),
             v_stride: stride(&x[2]),
@@ -167,9 +122,13 @@ impl<'a> Call<'a> {
             l2: op.qk_l2norm as u32,
             beta_wide: wide_dtype(op.at_beta(), DType::F32),
             cu_wide: wide_dtype(op.at_cu(), DType::I64),
+            pieces: if piece_len > 0 { 0 } else { cut as u32 },
+            piece_len: piece_len as u32,
+            max_joints: max_joints as u32,
+            back: 0,
             scale: op.scale.unwrap_or((dk as f64).powf(-0.5)) as f32,
         };
-        let warps = if seqs * hv * wide[1] / SLAB < cuda.processors() as usize { WARPS[1] } else { WARPS[0] };
+        let warps = if (seqs + max_joints) * lanes < cuda.processors() as usize { WARPS[1] } else { WARPS[0] };
         Ok(Call { cuda, p, d, wide, warps, kept: vec![] })
     }
     fn scratch(&mut self, bytes: usize) -> Result<Ptr> {
@@ -189,10 +148,33 @@ impl<'a> Call<'a> {
     fn parallel(&self, k: Kernel, shared: usize) -> Result<()> {
         self.cuda.launch(&k, [blocks(self.all_chunks() * self.p.hv as usize)?, 1, 1], shared as u32, &self.p)
     }
-    /// A block per sequence, value head and part of the `width` values.
+    /// A block per piece, value head and part of the `width` values.
     fn sequential(&self, k: Kernel, width: usize, shared: usize) -> Result<()> {
         let parts = width.div_ceil(16 * self.warps);
-        self.cuda.launch(&k, [blocks(self.p.seqs as usize * self.p.hv as usize * parts)?, 1, 1], shared as u32, &self.p)
+        let pieces = (self.p.seqs + self.p.max_joints) as usize;
+        self.cuda.launch(&k, [blocks(pieces * self.p.hv as usize * parts)?, 1, 1], shared as u32, &self.p)
+    }
+    /// The states at the joints, in `joints`: sums up the pieces by `k`, whose blocks also take the rows of the maps if `mapped`, and joins them.
+    fn at_joints(&mut self, k: Kernel, width: usize, shared: usize, mapped: bool) -> Result<()> {
+        let (joints, hv, dk, dv, wk) = (self.p.max_joints as usize, self.p.hv as usize, self.p.dk as usize, self.p.dv as usize, self.wide[0]);
+        if joints == 0 {
+            return Ok(());
+        }
+        if self.p.joints == Ptr::NULL {
+            self.p.joints = self.scratch(joints * hv * dk * dv * 4)?;
+            self.p.decays = self.scratch(joints * hv * 4)?;
+        }
+        if mapped {
+            self.p.maps = self.scratch(joints * hv * wk * wk * 4)?;
+        }
+        let parts = width.div_ceil(16 * WARPS[0]) + if mapped { wk / (16 * WARPS[0]) } else { 0 };
+        self.cuda.launch(&k, [blocks(joints * hv * parts)?, 1, 1], shared as u32, &self.p)?;
+        if self.p.pieces == 2 {
+            return Ok(()); // one joint, and nothing to join
+        }
+        let (join, parts, shared) =
+            if mapped { (join(wk), dv.div_ceil(32), tile(DType::F32, wk, 32)) } else { (join_decayed(), (dk * dv).div_ceil(256), 0) };
+        self.cuda.launch(&join, [blocks(joints * hv * parts)?, 1, 1], shared as u32, &self.p)
     }
     /// The list of chunks, and all that can be had of each chunk by itself.
     fn prepare(&mut self, back: bool) -> Result<()> {
@@ -200,6 +182,12 @@ impl<'a> Call<'a> {
         if self.p.cu != Ptr::NULL {
             self.p.places = self.scratch(self.p.chunks as usize * 8)?;
             self.p.bases = self.scratch((self.p.seqs as usize + 1) * 4)?;
+            if self.p.piece_len > 0 {
+                let (seqs, joints) = (self.p.seqs as usize, self.p.max_joints as usize);
+                self.p.joint_bases = self.scratch((seqs + 1) * 4)?;
+                self.p.piece_seqs = self.scratch((seqs + joints) * 4)?;
+                self.p.joint_seqs = self.scratch(joints * 4)?;
+            }
             self.cuda.launch(&places(d), [1, 1, 1], 0, &self.p)?;
         }
         let (e, [wk, wv], erase) = (d.size(), self.wide, self.p.erase != 0);
@@ -242,8 +230,12 @@ fn forward(op: &DeltaRule, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
         return cuda.launch(&step(d, dk), [blocks(grid)?, 1, 1], 0, &call.p);
     }
     call.prepare(false)?;
+    let dv = call.p.dv as usize;
+    // what the halves of the keys trade lies in W's place
+    let traded = if dk > 128 { WARPS[0] * 2 * (c / 8) * 512 } else { 0 };
+    call.at_joints(scan(d, dk, WARPS[0], true), dv, tile(d, c, dk).max(traded) + tile(d, c, dk) + tile(d, 16 * WARPS[0], c) + 3 * c * 4, op.erase)?;
     let shared = 3 * tile(d, c, dk) + tile(d, c, c) + tile(d, 16 * w, c) + 3 * c * 4;
-    call.sequential(scan(d, dk, w), call.p.dv as usize, shared)
+    call.sequential(scan(d, dk, w, false), dv, shared)
 }
 
 fn backward(op: &DeltaRuleBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
@@ -264,11 +256,15 @@ fn backward(op: &DeltaRuleBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
     call.prepare(true)?;
     let (d, c, e, [wk, wv], w) = (call.d, chunk(call.d), call.d.size(), call.wide, call.warps);
     call.p.states = call.per_chunk(wv * wk, e)?;
-    let stage = tile(d, c, wk) + tile(DType::F32, c, 16 * w) + 2 * c * 4;
-    call.sequential(states(d, wk, w), wv, 2 * stage)?;
+    let shared = |w: usize| 2 * (tile(d, c, wk) + tile(DType::F32, c, 16 * w) + 2 * c * 4);
+    call.at_joints(states(d, wk, WARPS[0], true), wv, shared(WARPS[0]), false)?;
+    call.sequential(states(d, wk, w, false), wv, shared(w))?;
     call.p.d_states = call.per_chunk(wv * wk, e)?;
     call.p.d_new = call.per_chunk(wv * c, e)?;
-    call.sequential(scan_back(d, wk, w), wv, 3 * tile(d, c, wk) + tile(d, c, c) + 2 * (tile(d, c, 16 * w) + 3 * c * 4))?;
+    let shared = |w: usize| 3 * tile(d, c, wk) + tile(d, c, c) + 2 * (tile(d, c, 16 * w) + 3 * c * 4);
+    call.p.back = 1;
+    call.at_joints(scan_back(d, wk, WARPS[0], true), wv, shared(WARPS[0]), rule.erase)?;
+    call.sequential(scan_back(d, wk, w, false), wv, shared(w))?;
 
     for f in [|p: &mut DeltaParams| &mut p.x, |p: &mut DeltaParams| &mut p.s] as [fn(&mut DeltaParams) -> &mut Ptr; 2] {
         *f(&mut call.p) = call.per_chunk(c * c, e)?;
@@ -286,4 +282,18 @@ fn backward(op: &DeltaRuleBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
     }
     let rows = call.p.rows as usize * call.p.hk as usize;
     cuda.launch(&grad("finish", d), [blocks(rows.div_ceil(4))?, 2, 1], 0, &call.p)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::pieces;
+
+    #[test]
+    fn the_number_of_pieces_follows_the_shapes() {
+        // (chunks, chains, Dk) on 132 multiprocessors
+        let cases = [((512, 64, 128), 4), ((512, 8, 128), 22), ((512, 256, 128), 1), ((512, 133, 128), 1), ((512, 132, 128), 2), ((512, 32, 256), 4)];
+        for ((chunks, chains, dk), n) in cases.into_iter().chain([((31, 1, 64), 1), ((32, 1, 64), 5), ((0, 0, 64), 1)]) {
+            assert_eq!(pieces(chunks, chains, dk, 132), n, "{chunks} chunks, {chains} chains, Dk {dk}");
+        }
+    }
 }

@@ -1,6 +1,6 @@
 // The delta rule's forward, in chunks of C steps (64 in bf16, 32 in f32); formulas in mod.rs.
 //
-// delta_places   (packed only, one block) reads cu_seqlens and lists the chunks of all documents.
+// delta_places   (packed only, one block) reads cu_seqlens and lists the chunks of all documents, and where they are cut, the pieces.
 // delta_prepare  a block of 4 warps per (chunk, value head), all at once: norms, decay sums, G = K K^T and S = Q K^T over slabs of 64 columns, P = scale
 //                tril(S D), A = (I + M)^-1, W = A (beta e^g K) and U^T = (A beta V)^T. q and k are never normalised as matrices: their norms are factors
 //                of rows and columns of the squares. The inverse is f32: diagonal blocks of 16 by substitution, one warp each; then each warp goes down
@@ -10,11 +10,12 @@
 //                Everything is transposed, so that the accumulators of one product are the A operand of the next: the state (f32) and V' never leave
 //                a warp's registers, and warps, which own 16 values each, share nothing but the tiles: W, U, Q for the first half of a chunk (both
 //                products with h^T), P, K for the second. Each has one buffer: while one half is computed, the other's tiles are on their way.
+//                Where heads are too few to fill the card, a sequence is cut into pieces that are walked side by side (delta_rule_pieces.cu).
 //
 // d = 128, bf16, per chunk and value head. prepare: G 1.05, S 1.05 (lower blocks only: 0.66 each), W, U 1.05 each (0.66): 2.6 MFLOP; reads q, k, v 48 KB (two
 // value heads share q and k in L2), writes W, U 32 KB, P 8 KB, factors 2.3 KB. 58 KB shared: 3 blocks a multiprocessor.
 // scan: W h 2.1, Q h 2.1, P V' 0.66, K V' 2.1: 7 MFLOP; reads W, Q, K 48 KB (for each of 2 value blocks), U 16 KB, P 8 KB; writes V' 32 KB, O 16 KB.
-// 71 KB shared, 4 warps: 3 blocks a multiprocessor. With 32768 tokens and 32 value heads that is 157 GFLOP and 2.9 GB: 0.7 ms at 4.3 TB/s, of which the
+// 71 KB shared, but about 250 registers, 4 warps: 2 blocks a multiprocessor (3 by a bound of 168 registers, which fits; to be measured). With 32768 tokens and 32 value heads that is 157 GFLOP and 2.9 GB: 0.7 ms at 4.3 TB/s, of which the
 // V' that the backward needs (f32, 537 MB) are 0.13; a chain of 128 chunks at about 3 µs each takes 0.4 ms.
 #include "delta_rule.cuh"
 
@@ -22,7 +23,25 @@
 TG_DEVICE i64 bound_at(const DeltaParams& p, u32 i) { return p.cu_wide ? ((const i64*)p.cu)[i] : ((const i32*)p.cu)[i]; }
 template <int C> TG_DEVICE void delta_places(const DeltaParams& p) {
     TG_SHARED(u32, carry, [8]);
-    u32 base = 0;
+    u32 base = 0, joint_base = 0;
+    // sum of n over the threads before this one, and over all
+    auto sum_before = [&](u32 n, u32& total) {
+        u32 before = n;
+        for (u32 m = 1; m < 32; m <<= 1) {
+            u32 x = shuffle_up(before, m);
+            if (lane() >= m) before += x;
+        }
+        sync();
+        if (lane() == 31) carry[warp()] = before;
+        sync();
+        before -= n;
+        total = 0;
+        for (u32 w = 0; w < threads() / 32; w++) {
+            if (w < warp()) before += carry[w];
+            total += carry[w];
+        }
+        return before;
+    };
     auto clamped = [&](u32 i) { return (u32)min_of(max_of(bound_at(p, i), 0ll), (i64)p.t); };
     for (u32 d0 = 0; d0 < p.seqs; d0 += threads()) {
         u32 d = d0 + thread(), n = 0;
@@ -33,24 +52,20 @@ template <int C> TG_DEVICE void delta_places(const DeltaParams& p) {
             u32 a = clamped(d), b = clamped(d + 1);
             n = b > a ? div_up(b - a, C) : 0;
         }
-        u32 before = n;
-        for (u32 m = 1; m < 32; m <<= 1) {
-            u32 x = shuffle_up(before, m);
-            if (lane() >= m) before += x;
-        }
-        sync();
-        if (lane() == 31) carry[warp()] = before;
-        sync();
-        u32 total = 0, mine = 0;
-        for (u32 w = 0; w < threads() / 32; w++) {
-            if (w < warp()) mine += carry[w];
-            total += carry[w];
-        }
-        // falling bounds could ask for more chunks than there is room for
-        if (d < p.seqs) p.bases[d] = min_of(base + mine + before - n, p.chunks);
+        // falling bounds could ask for more chunks and joints than there is room for
+        u32 total, before = sum_before(n, total);
+        if (d < p.seqs) p.bases[d] = min_of(base + before, p.chunks);
         base += total;
+        if (p.piece_len) {
+            before = sum_before(n ? (n - 1) / p.piece_len : 0, total);
+            if (d < p.seqs) p.joint_bases[d] = min_of(joint_base + before, p.max_joints);
+            joint_base += total;
+        }
     }
-    if (thread() == 0) p.bases[p.seqs] = min_of(base, p.chunks);
+    if (thread() == 0) {
+        p.bases[p.seqs] = min_of(base, p.chunks);
+        if (p.piece_len) p.joint_bases[p.seqs] = min_of(joint_base, p.max_joints);
+    }
     fence();
     sync();
     for (u32 d = warp(); d < p.seqs; d += threads() / 32) {
@@ -58,6 +73,13 @@ template <int C> TG_DEVICE void delta_places(const DeltaParams& p) {
         for (u32 i = lane(); i < count; i += 32) {
             p.places[2 * (first + i)] = from + i * C;
             p.places[2 * (first + i) + 1] = min_of(to - from - i * C, (u32)C);
+        }
+        if (!p.piece_len) continue;
+        first = p.joint_bases[d];
+        count = p.joint_bases[d + 1] - first;
+        for (u32 i = lane(); i <= count; i += 32) {
+            p.piece_seqs[first + d + i] = d;
+            if (i < count) p.joint_seqs[first + i] = d;
         }
     }
 }
@@ -294,33 +316,46 @@ template <class T, bool BACK> TG_DEVICE void delta_prepare(const DeltaParams& p)
     }
 }
 
-template <class T, int DK, int WARPS> TG_DEVICE void delta_scan(const DeltaParams& p) {
+// SUM: only what a piece does to the state, for all that end at a joint. Beside the state that it makes of nothing (the first piece: of the initial state),
+// blocks of their own take the rows of the unit matrix through it, with which nothing is written: the map of the state before it.
+template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan(const DeltaParams& p) {
     constexpr int C = Chunk<T>::N, NC = C / 8, KEYS = DK / key_parts(DK), NK = KEYS / 8, VALUES = 16 * WARPS, THREADS = 32 * WARPS * key_parts(DK);
     constexpr bool HALVES = key_parts(DK) == 2;
-    constexpr int NO = HALVES ? NC / 2 : NC; // of O, each half of the keys ends up with half of the steps
+    constexpr int NO = SUM ? 0 : HALVES ? NC / 2 : NC; // of O, each half of the keys ends up with half of the steps
     typedef Tile<T, C, DK> Wide;
     typedef Tile<T, C, C> Square;
     typedef Tile<T, VALUES, C> Turned;
-    const u32 parts = div_up(p.dv, VALUES), part = block_x() % parts, head = block_x() / parts % p.hv, seq = block_x() / parts / p.hv;
-    const u32 key_head = head / (p.hv / p.hk), wide_v = whole_slabs(p.dv), value = part * VALUES + 16 * (warp() % WARPS);
+    const u32 own = div_up(p.dv, VALUES), parts = own + (SUM && p.erase ? DK / VALUES : 0), part = block_x() % parts, head = block_x() / parts % p.hv;
+    const bool unit = SUM && part >= own;
+    const u32 key_head = head / (p.hv / p.hk), wide_v = whole_slabs(p.dv), value = (unit ? part - own : part) * VALUES + 16 * (warp() % WARPS);
     const int me = thread(), half = warp() / WARPS, key = half * KEYS, row = 16 * (warp() % WARPS);
-    const bool live = value < p.dv, pairs = p.dv % 2 == 0;
-    u32 first, count;
-    chunks_of(p, seq, first, count);
-    Wide w{shared<T>()}, q{shared<T>(Wide::BYTES)}, k{shared<T>(2 * Wide::BYTES)};
-    Square pt{shared<T>(3 * Wide::BYTES)};
-    Turned u{shared<T>(3 * Wide::BYTES + Square::BYTES)};
-    float* to_q = shared<float>(3 * Wide::BYTES + Square::BYTES + Turned::BYTES);
+    const bool live = unit || value < p.dv, pairs = p.dv % 2 == 0;
+    Piece piece;
+    if (!piece_of<SUM, false>(p, block_x() / parts / p.hv, piece) || (unit && piece.index == 0)) return;
+    const u32 first = piece.first, count = piece.count;
+    // W (in its place what is traded), Q, K, P, U, factors
+    constexpr int TRADED = HALVES ? 2 * WARPS * (NC + NO) * FRAG_FLOATS * 4 : 0;
+    constexpr int AT_K = !SUM ? 2 * Wide::BYTES : TRADED > Wide::BYTES ? TRADED : Wide::BYTES, AT_P = AT_K + Wide::BYTES;
+    constexpr int AT_U = AT_P + (SUM ? 0 : Square::BYTES), AT_F = AT_U + Turned::BYTES;
+    static_assert(TRADED <= AT_K, "what is traded fits W and Q");
+    Wide w{shared<T>()}, q{shared<T>(Wide::BYTES)}, k{shared<T>(AT_K)};
+    Square pt{shared<T>(AT_P)};
+    Turned u{shared<T>(AT_U)};
+    float* to_q = shared<float>(AT_F);
     float* to_last = to_q + C;
     float* e_g = to_last + C;
     float* mine = shared<float>() + warp() * (NC + NO) * FRAG_FLOATS;
     const float* theirs = shared<float>() + (warp() + WARPS) % (2 * WARPS) * (NC + NO) * FRAG_FLOATS;
-    static_assert(!HALVES || 2 * WARPS * (NC + NO) * FRAG_FLOATS * 4 <= 2 * Wide::BYTES, "what is traded fits W and Q");
     const int o_col = HALVES ? half * C / 2 : 0;
 
     FragC h[NK];
-    const u64 state = ((u64)seq * p.hv + head) * p.dk * p.dv;
-    load_state(h, p.h0 ? p.h0 + state : nullptr, p.dk, p.dv, key, value);
+    float kept = 1.f;
+    if (unit) {
+        load_unit(h, key, value);
+    } else {
+        const float* from = piece.index ? (SUM ? nullptr : state_at(p, p.joints, piece.joint - 1, head)) : p.h0 ? state_at(p, p.h0, piece.seq, head) : nullptr;
+        load_state(h, from, p.dk, p.dv, key, value);
+    }
     auto slot = [&](u32 i) { return (u64)(first + i) * p.hv + head; };
     auto copy_floats = [&](float* to, u64 slot, int which) {
         if (me < C / 4) copy16_async(to + 4 * me, p.factors + (slot * FACTORS + which) * C + 4 * me);
@@ -330,9 +365,11 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan(const DeltaParam
         Place at;
         if (i < count && place<C>(p, first + i, at)) {
             if (p.erase) bring(w, (const T*)p.w + slot(i) * C * DK, DK, C, DK, me, THREADS);
-            bring(u, (const T*)p.u + (slot(i) * wide_v + part * VALUES) * C, C, VALUES, C, me, THREADS);
-            bring(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk, me, THREADS);
-            copy_floats(to_q, slot(i), TO_Q);
+            if (!unit) bring(u, (const T*)p.u + (slot(i) * wide_v + part * VALUES) * C, C, VALUES, C, me, THREADS);
+            if (!SUM) {
+                bring(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk, me, THREADS);
+                copy_floats(to_q, slot(i), TO_Q);
+            }
         }
         copy_commit();
     };
@@ -340,7 +377,7 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan(const DeltaParam
         Place at;
         if (place<C>(p, first + i, at)) {
             bring(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk, me, THREADS);
-            bring(pt, (const T*)p.p + slot(i) * C * C, C, C, C, me, THREADS);
+            if (!SUM) bring(pt, (const T*)p.p + slot(i) * C * C, C, C, C, me, THREADS);
             copy_floats(to_last, slot(i), TO_LAST);
             copy_floats(e_g, slot(i), E_G);
         }
@@ -358,7 +395,7 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan(const DeltaParam
         const u64 out = ((u64)at.row * p.hv + head) * p.dv + value;
         turn();
         load_1(i);
-        FragC v[NC], o[NO];
+        FragC v[NC], o[NO ? NO : 1];
         if (live) {
             FragC all[NC];
             zero(v);
@@ -368,15 +405,20 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan(const DeltaParam
                     FragA<T> fa;
                     to_a(fa, h[j], h[j + 1]);
                     if (erase) step_columns(v, fa, w.data, w.STRIDE, 0, key + 8 * j);
-                    step_columns(all, fa, q.data, q.STRIDE, 0, key + 8 * j);
+                    if (!SUM) step_columns(all, fa, q.data, q.STRIDE, 0, key + 8 * j);
                 }
             };
-            if (p.erase) read_state(Flag<true>()); else read_state(Flag<false>());
-            TG_UNROLL for (int j = 0; j < NO; j++) o[j] = HALVES && half ? all[NC - NO + j] : all[j];
+            if (p.erase) read_state(Flag<true>()); else if (!SUM) read_state(Flag<false>());
+            TG_UNROLL for (int j = 0; j < NO; j++) // by element: a choice between fragments would put them into memory
+                TG_UNROLL for (int e = 0; e < 4; e++) o[j].v[e] = HALVES && half ? all[NC - NO + j].v[e] : all[j].v[e];
             if (HALVES) {
                 sync(); // W and Q have been read: what is traded goes there
                 TG_UNROLL for (int j = 0; j < NC; j++) give(mine + j * FRAG_FLOATS, v[j]);
-                TG_UNROLL for (int j = 0; j < NO; j++) give(mine + (NC + j) * FRAG_FLOATS, half ? all[j] : all[NC - NO + j]);
+                TG_UNROLL for (int j = 0; j < NO; j++) {
+                    FragC c;
+                    TG_UNROLL for (int e = 0; e < 4; e++) c.v[e] = half ? all[j].v[e] : all[NC - NO + j].v[e];
+                    give(mine + (NC + j) * FRAG_FLOATS, c);
+                }
             }
         } else if (HALVES) {
             sync();
@@ -389,11 +431,13 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan(const DeltaParam
             }
             TG_UNROLL for (int j = 0; j < NC; j++) {
                 const T* from = u.at(row + frag_row(0), 8 * j + frag_col(0));
-                float x[4];
-                load_pair(from, x[0], x[1]);
-                load_pair(from + 8 * u.STRIDE, x[2], x[3]);
+                float x[4] = {};
+                if (!unit) {
+                    load_pair(from, x[0], x[1]);
+                    load_pair(from + 8 * u.STRIDE, x[2], x[3]);
+                }
                 TG_UNROLL for (int e = 0; e < 4; e++) v[j].v[e] = x[e] - v[j].v[e];
-                if (p.erase && (!HALVES || (j >= NC / 2) == half))
+                if (!SUM && p.erase && (!HALVES || (j >= NC / 2) == half))
                     store_transposed(p.v_new + out + 8 * j * across, across, v[j], (int)at.len - 8 * j, p.dv - value, pairs);
             }
             TG_UNROLL for (int j = 0; j < NO; j++)
@@ -402,7 +446,7 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan(const DeltaParam
         turn();
         load_0(i + 1);
         if (live) {
-            TG_UNROLL for (int j = 0; j < NC; j += 2) { // P's column reaches rows from its own
+            TG_UNROLL for (int j = 0; j < (SUM ? 0 : NC); j += 2) { // P's column reaches rows from its own
                 FragA<T> fa;
                 to_a(fa, v[j], v[j + 1]);
                 step_columns(o, fa, pt.data, pt.STRIDE, o_col, 8 * j, 8 * j);
@@ -410,6 +454,7 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan(const DeltaParam
             TG_UNROLL for (int j = 0; j < NO; j++)
                 store_transposed((T*)p.o + out + (o_col + 8 * j) * across, across, o[j], (int)at.len - o_col - 8 * j, p.dv - value, pairs);
             float keep = e_g[C - 1];
+            kept *= keep;
             TG_UNROLL for (int j = 0; j < NK; j++)
                 TG_UNROLL for (int e = 0; e < 4; e++) h[j].v[e] *= keep;
             TG_UNROLL for (int j = 0; j < NC; j += 2) {
@@ -424,5 +469,12 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan(const DeltaParam
         }
     }
     copy_wait<0>();
-    store_state(h, p.last + state, p.dk, p.dv, key, value);
+    if (unit) {
+        store_state(h, map_at(p, piece.joint, head), DK, DK, key, value);
+    } else if (SUM) {
+        store_state(h, state_at(p, p.joints, piece.joint, head), p.dk, p.dv, key, value);
+        if (part == 0 && me == 0) p.decays[(u64)piece.joint * p.hv + head] = kept;
+    } else if (piece.index + 1 == piece.of) {
+        store_state(h, state_at(p, p.last, piece.seq, head), p.dk, p.dv, key, value);
+    }
 }

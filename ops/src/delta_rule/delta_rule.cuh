@@ -37,11 +37,18 @@ struct DeltaParams {
     void *x, *s;              // [chunk, Hv][C, C]: gradients of Q K^T and of K K^T (symmetric)
     float* sums;              // [chunk, Hv][2, C]: what is summed up of the gradients of g and of beta
     void *yq, *yk;            // [B T, Hv, Dk]: gradients of q and k by value head, before the norms
+    // where sequences are cut (delta_rule_pieces.cu). Packed only: joints before each sequence and of all; the sequence of each piece, of each joint
+    u32 *joint_bases, *piece_seqs, *joint_seqs;
+    float *joints;            // [joint, Hv][Dk, Dv]: the state there
+    float *maps, *decays;     // [joint, Hv][DK, DK] (transposed) or one number: what the piece that ends there does to a state
     i64 q_stride[3], k_stride[3], v_stride[3];
     Fault fault;
     u32 t, rows, seqs, hk, hv, dk, dv; // rows: B T
     u32 chunks;               // of each sequence; if packed, the most that there can be of all
     u32 erase, l2, beta_wide, cu_wide;
+    u32 pieces;               // of each sequence; if packed and cut, 0
+    u32 piece_len, max_joints; // packed and cut: the most chunks of a piece, joints that there is room for
+    u32 back;                 // joints are walked from the last to the first
     float scale;
 };
 
@@ -66,6 +73,38 @@ template <int C> TG_DEVICE bool place(const DeltaParams& p, u32 chunk, Place& at
 TG_DEVICE void chunks_of(const DeltaParams& p, u32 seq, u32& first, u32& count) {
     first = p.cu ? p.bases[seq] : seq * p.chunks;
     count = p.cu ? p.bases[seq + 1] - first : p.chunks;
+}
+// A run of chunks of a sequence that is walked by itself. `joint` is the number of the joint after it, the one before it has the number before.
+struct Piece { u32 seq, index, of, first, count, joint; };
+// The piece number `x`; with SUM the one that ends at joint `x`: it lies before it, or behind it when walking back.
+template <bool SUM, bool BACK> TG_DEVICE bool piece_of(const DeltaParams& p, u32 x, Piece& at) {
+    u32 base; // the sequence's first joint
+    if (p.joint_bases) {
+        u32 joints = p.joint_bases[p.seqs];
+        if (x >= joints + (SUM ? 0 : p.seqs)) return false;
+        at.seq = SUM ? p.joint_seqs[x] : p.piece_seqs[x];
+        base = p.joint_bases[at.seq];
+        at.of = p.joint_bases[at.seq + 1] - base + 1;
+    } else {
+        at.of = p.pieces;
+        at.seq = x / (at.of - SUM);
+        base = at.seq * (at.of - 1);
+    }
+    at.index = SUM ? x - base + BACK : x - base - at.seq;
+    at.joint = base + at.index;
+    u32 first, count;
+    chunks_of(p, at.seq, first, count);
+    u32 from = (u64)count * at.index / at.of, to = (u64)count * (at.index + 1) / at.of;
+    at.first = first + from;
+    at.count = to - from;
+    return true;
+}
+TG_DEVICE float* state_at(const DeltaParams& p, float* states, u32 i, u32 head) { return states + ((u64)i * p.hv + head) * p.dk * p.dv; }
+TG_DEVICE const float* state_at(const DeltaParams& p, const float* states, u32 i, u32 head) { return states + ((u64)i * p.hv + head) * p.dk * p.dv; }
+// Where the map of the piece that ends at a joint lies.
+TG_DEVICE float* map_at(const DeltaParams& p, u32 joint, u32 head) {
+    u64 wide = div_up(p.dk, SLAB) * SLAB;
+    return p.maps + ((u64)joint * p.hv + head) * wide * wide;
 }
 // Row `at` of a head of q, k or v.
 template <class T> TG_DEVICE const T* head_rows(const void* x, const i64 (&stride)[3], const Place& at, u32 head) {
@@ -220,6 +259,10 @@ template <int NK> TG_DEVICE void load_state(FragC (&h)[NK], const float* from, u
             u32 r = value + frag_row(e), c = key + 8 * j + frag_col(e);
             h[j].v[e] = from && r < dv && c < dk ? from[(u64)c * dv + r] : 0.f;
         }
+}
+template <int NK> TG_DEVICE void load_unit(FragC (&h)[NK], u32 key, u32 value) {
+    TG_UNROLL for (int j = 0; j < NK; j++)
+        TG_UNROLL for (int e = 0; e < 4; e++) h[j].v[e] = value + frag_row(e) == key + 8 * j + frag_col(e) ? 1.f : 0.f;
 }
 template <int NK> TG_DEVICE void store_state(const FragC (&h)[NK], float* to, u32 dk, u32 dv, u32 key, u32 value) {
     TG_UNROLL for (int j = 0; j < NK; j++)

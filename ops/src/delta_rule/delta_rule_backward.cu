@@ -17,24 +17,29 @@
 // d = 128, bf16, per chunk and value head: prepare 2.6 MFLOP less U; states 2.1; scan_back 2.1 + 0.66 + 2.1 + 2.1; squares 3 × 0.66; rows 3 × 2.1 + 4 × 1.05
 // (two triangular): about 21 MFLOP. Reads and writes: h and dh 32 KB each, twice; V' 32 KB twice; W, dR, dV', y 16 KB each, twice; squares 40 KB twice;
 // q, k, v, dO and gradients 130 KB: 0.5 MB. 32768 tokens, 32 heads: 340 GFLOP, 8 GB or 1.9 ms at 4.3 TB/s. Shared memory: states 71 KB (two stages),
-// scan_back 70 KB, squares 55 KB, rows 65 KB: 3 blocks a multiprocessor each.
+// scan_back 70 KB (2 blocks a multiprocessor each, by registers), squares 55 KB, rows 65 KB (3 blocks).
 #include "delta_rule.cuh"
 
-template <class T, int DK, int WARPS> TG_DEVICE void delta_states(const DeltaParams& p) {
+// SUM: only the state that a piece makes of nothing (the first: of the initial state), for all that end at a joint; V' is given, so that the state before it
+// only decays through it.
+template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_states(const DeltaParams& p) {
     constexpr int C = Chunk<T>::N, KEYS = DK / key_parts(DK), NK = KEYS / 8, VALUES = 16 * WARPS, THREADS = 32 * WARPS * key_parts(DK);
     typedef Tile<T, C, DK> Wide;
     typedef Tile<float, C, VALUES> Values;
     constexpr int STAGE = Wide::BYTES + Values::BYTES + 2 * C * 4;
-    const u32 parts = whole_slabs(p.dv) / VALUES, part = block_x() % parts, head = block_x() / parts % p.hv, seq = block_x() / parts / p.hv;
+    const u32 parts = whole_slabs(p.dv) / VALUES, part = block_x() % parts, head = block_x() / parts % p.hv;
     const u32 key_head = head / (p.hv / p.hk), wide_v = whole_slabs(p.dv), value = part * VALUES + 16 * (warp() % WARPS);
     const int me = thread(), half = warp() / WARPS, key = half * KEYS, row = 16 * (warp() % WARPS);
-    u32 first, count;
-    chunks_of(p, seq, first, count);
+    Piece piece;
+    if (!piece_of<SUM, false>(p, block_x() / parts / p.hv, piece)) return;
+    const u32 first = piece.first, count = piece.count, steps = SUM || !count ? count : count - 1; // nobody asks for the state after the last chunk
     FragC h[NK];
-    load_state(h, p.h0 ? p.h0 + ((u64)seq * p.hv + head) * p.dk * p.dv : nullptr, p.dk, p.dv, key, value);
+    float kept = 1.f;
+    const float* from = piece.index ? (SUM ? nullptr : state_at(p, p.joints, piece.joint - 1, head)) : p.h0 ? state_at(p, p.h0, piece.seq, head) : nullptr;
+    load_state(h, from, p.dk, p.dv, key, value);
     auto fetch = [&](u32 i) {
         Place at;
-        if (i + 1 < count && place<C>(p, first + i, at)) { // nothing follows the last chunk
+        if (i < steps && place<C>(p, first + i, at)) {
             u32 stage = i % 2 * STAGE;
             Wide k{shared<T>(stage)};
             Values v{shared<float>(stage + Wide::BYTES)};
@@ -52,13 +57,14 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_states(const DeltaPar
         copy_wait<1>();
         sync();
         T* to = (T*)p.states + (((u64)(first + i) * p.hv + head) * wide_v + value) * DK;
-        TG_UNROLL for (int j = 0; j < NK; j++) put_frag(to, DK, 0, key + 8 * j, h[j]);
-        if (i + 1 < count && value < p.dv) {
+        TG_UNROLL for (int j = 0; j < (SUM ? 0 : NK); j++) put_frag(to, DK, 0, key + 8 * j, h[j]);
+        if (i < steps && value < p.dv) {
             u32 stage = i % 2 * STAGE;
             Wide k{shared<T>(stage)};
             Values v{shared<float>(stage + Wide::BYTES)};
             float* f = shared<float>(stage + Wide::BYTES + Values::BYTES);
             float keep = f[2 * C - 1];
+            kept *= keep;
             TG_UNROLL for (int j = 0; j < NK; j++)
                 TG_UNROLL for (int e = 0; e < 4; e++) h[j].v[e] *= keep;
             _Pragma("unroll 1") for (int j = 0; j < C; j += 16) {
@@ -70,19 +76,28 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_states(const DeltaPar
         sync();
     }
     copy_wait<0>();
+    if (SUM) {
+        store_state(h, state_at(p, p.joints, piece.joint, head), p.dk, p.dv, key, value);
+        if (part == 0 && me == 0) p.decays[(u64)piece.joint * p.hv + head] = kept;
+    }
 }
 
-template <class T, int DK, int WARPS> TG_DEVICE void delta_scan_back(const DeltaParams& p) {
+// SUM: as in the forward's scan, from the end.
+template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan_back(const DeltaParams& p) {
     constexpr int C = Chunk<T>::N, NC = C / 8, KEYS = DK / key_parts(DK), NK = KEYS / 8, VALUES = 16 * WARPS, THREADS = 32 * WARPS * key_parts(DK);
     typedef Tile<T, C, DK> Wide;
     typedef Tile<T, C, C> Square;
     typedef Tile<T, C, VALUES> Values;
-    const u32 parts = whole_slabs(p.dv) / VALUES, part = block_x() % parts, head = block_x() / parts % p.hv, seq = block_x() / parts / p.hv;
-    const u32 key_head = head / (p.hv / p.hk), wide_v = whole_slabs(p.dv), value = part * VALUES + 16 * (warp() % WARPS);
+    const u32 own = whole_slabs(p.dv) / VALUES, parts = own + (SUM && p.erase ? DK / VALUES : 0), part = block_x() % parts, head = block_x() / parts % p.hv;
+    const bool unit = SUM && part >= own;
+    const u32 key_head = head / (p.hv / p.hk), wide_v = whole_slabs(p.dv), value = (unit ? part - own : part) * VALUES + 16 * (warp() % WARPS);
     const int me = thread(), half = warp() / WARPS, key = half * KEYS, row = 16 * (warp() % WARPS);
-    const bool live = value < p.dv;
-    u32 first, count;
-    chunks_of(p, seq, first, count);
+    const bool live = unit || value < p.dv, wants_new = !SUM || p.erase;
+    Piece piece;
+    if (!piece_of<SUM, true>(p, block_x() / parts / p.hv, piece)) return;
+    const u32 first = piece.first, count = piece.count;
+    const bool outermost = piece.index + 1 == piece.of;
+    if (unit && outermost) return;
     Wide k{shared<T>()}, q{shared<T>(Wide::BYTES + Square::BYTES)}, w{shared<T>(2 * Wide::BYTES + Square::BYTES)};
     Square pt{shared<T>(Wide::BYTES)};
     constexpr bool HALVES = key_parts(DK) == 2;
@@ -93,9 +108,13 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan_back(const Delta
     constexpr int AT_O = 3 * Wide::BYTES + Square::BYTES, STAGE = Values::BYTES + 3 * C * 4;
     auto d_o_of = [&](u32 i) { return Values{shared<T>(AT_O + i % 2 * STAGE)}; };
     auto factors_of = [&](u32 i) { return shared<float>(AT_O + i % 2 * STAGE + Values::BYTES); };
-    const u64 state = ((u64)seq * p.hv + head) * p.dk * p.dv;
     FragC h[NK];
-    load_state(h, p.d_last ? p.d_last + state : nullptr, p.dk, p.dv, key, value);
+    if (unit) {
+        load_unit(h, key, value);
+    } else {
+        const float* from = outermost ? (p.d_last ? state_at(p, p.d_last, piece.seq, head) : nullptr) : SUM ? nullptr : state_at(p, p.joints, piece.joint, head);
+        load_state(h, from, p.dk, p.dv, key, value);
+    }
     auto slot = [&](u32 i) { return (u64)(first + i) * p.hv + head; };
     auto copy_floats = [&](float* to, u64 slot, int which) {
         if (me < C / 4) copy16_async(to + 4 * me, p.factors + (slot * FACTORS + which) * C + 4 * me);
@@ -103,9 +122,9 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan_back(const Delta
     auto load_0 = [&](u32 i) {
         Place at;
         if (place<C>(p, first + i, at)) {
-            bring(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk, me, THREADS);
-            bring(pt, (const T*)p.p + slot(i) * C * C, C, C, C, me, THREADS);
-            bring(d_o_of(i), (const T*)p.d_o + ((u64)at.row * p.hv + head) * p.dv + part * VALUES, (i64)p.hv * p.dv, at.len, p.dv - part * VALUES, me, THREADS);
+            if (wants_new) bring(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk, me, THREADS);
+            if (wants_new && !unit) bring(pt, (const T*)p.p + slot(i) * C * C, C, C, C, me, THREADS);
+            if (!unit) bring(d_o_of(i), (const T*)p.d_o + ((u64)at.row * p.hv + head) * p.dv + part * VALUES, (i64)p.hv * p.dv, at.len, p.dv - part * VALUES, me, THREADS);
             copy_floats(factors_of(i), slot(i), TO_Q);
             copy_floats(factors_of(i) + C, slot(i), TO_LAST);
             copy_floats(factors_of(i) + 2 * C, slot(i), E_G);
@@ -115,7 +134,7 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan_back(const Delta
     auto load_1 = [&](u32 i) {
         Place at;
         if (place<C>(p, first + i, at)) {
-            bring(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk, me, THREADS);
+            if (!unit) bring(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk, me, THREADS);
             if (p.erase) bring(w, (const T*)p.w + slot(i) * C * DK, DK, C, DK, me, THREADS);
         }
         copy_commit();
@@ -129,9 +148,9 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan_back(const Delta
         const float *to_q = factors_of(i), *to_last = to_q + C, *e_g = to_last + C;
         FragC v[NC];
         T* after = (T*)p.d_states + (slot(i) * wide_v + value) * DK;
-        TG_UNROLL for (int j = 0; j < NK; j++) put_frag(after, DK, 0, key + 8 * j, h[j]);
+        TG_UNROLL for (int j = 0; j < (SUM ? 0 : NK); j++) put_frag(after, DK, 0, key + 8 * j, h[j]);
         zero(v);
-        if (live) {
+        if (live && wants_new) {
             TG_UNROLL for (int j = 0; j < NK; j += 2) {
                 FragA<T> fa;
                 to_a(fa, h[j], h[j + 1]);
@@ -140,20 +159,20 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan_back(const Delta
             TG_UNROLL for (int j = 0; j < NC; j++)
                 TG_UNROLL for (int e = 0; e < 4; e++) v[j].v[e] *= to_last[8 * j + frag_col(e)];
             // P's row j reaches columns up to j; halves of the keys take turns
-            _Pragma("unroll 1") for (int j = 16 * half; j < C; j += HALVES ? 32 : 16) {
+            _Pragma("unroll 1") for (int j = unit ? C : 16 * half; j < C; j += HALVES ? 32 : 16) {
                 FragA<T> fa;
                 load_a_trans(fa, d_o.data, d_o.STRIDE, row, j);
                 step_rows(v, fa, pt.data, pt.STRIDE, 0, j, 0, j + 16);
             }
         }
-        if (HALVES) {
+        if (HALVES && wants_new) {
             sync(); // K and P have been read: what is traded goes there
             TG_UNROLL for (int j = 0; j < NC; j++) give(mine + j * FRAG_FLOATS, v[j]);
             sync();
             TG_UNROLL for (int j = 0; j < NC; j++) take(theirs + j * FRAG_FLOATS, v[j]);
         }
         T* d_new = (T*)p.d_new + (slot(i) * wide_v + value) * C;
-        TG_UNROLL for (int j = 0; j < NC; j++)
+        TG_UNROLL for (int j = 0; j < (SUM ? 0 : NC); j++)
             if (!HALVES || (j >= NC / 2) == half) put_frag(d_new, C, 0, 8 * j, v[j]);
         copy_wait<0>();
         sync();
@@ -161,7 +180,7 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan_back(const Delta
         if (live) {
             TG_UNROLL for (int j = 0; j < NK; j++)
                 TG_UNROLL for (int e = 0; e < 4; e++) h[j].v[e] *= e_g[C - 1];
-            _Pragma("unroll 1") for (int j = 0; j < C; j += 16) {
+            _Pragma("unroll 1") for (int j = unit ? C : 0; j < C; j += 16) {
                 FragA<T> fa;
                 load_a_trans_scaled(fa, d_o.data, d_o.STRIDE, row, j, to_q);
                 step_rows(h, fa, q.data, q.STRIDE, key, j);
@@ -180,7 +199,9 @@ template <class T, int DK, int WARPS> TG_DEVICE void delta_scan_back(const Delta
         }
     }
     copy_wait<0>();
-    if (p.d_h0) store_state(h, p.d_h0 + state, p.dk, p.dv, key, value);
+    if (unit) store_state(h, map_at(p, piece.joint - 1, head), DK, DK, key, value);
+    else if (SUM) store_state(h, state_at(p, p.joints, piece.joint - 1, head), p.dk, p.dv, key, value);
+    else if (p.d_h0 && piece.index == 0) store_state(h, state_at(p, p.d_h0, piece.seq, head), p.dk, p.dv, key, value);
 }
 
 // Sums of each row over the four lanes that share it, into sums[row] of this group of columns; and of each column over the eight lanes.

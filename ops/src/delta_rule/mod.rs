@@ -14,6 +14,7 @@
 
 mod cpu;
 mod cuda;
+mod instances;
 mod kernel;
 pub mod reference;
 #[cfg(test)]
@@ -31,6 +32,10 @@ pub struct DeltaRule {
     pub qk_l2norm: bool,
     /// Factor of the output, applied to q; `Dk^{-1/2}` if none.
     pub scale: Option<f64>,
+    /// Pieces that each sequence is cut into on CUDA, where they are computed side by side (at most its chunks; packed documents: as many as fall to one
+    /// by its share of the whole length). None: as many as fill the card, from the shapes and its number of processors. 1: the same bits on every card.
+    /// The CPU does not cut.
+    pub pieces: Option<usize>,
     pub(crate) decay: bool,
     pub(crate) beta: bool,
     pub(crate) state: bool,
@@ -61,7 +66,7 @@ pub(crate) fn sizes(q: &[usize], v: &[usize]) -> [usize; 6] {
 impl DeltaRule {
     /// Erase on, L2 norms on, the default scale: Gated DeltaNet when decay is given.
     pub fn gated_delta_net() -> Self {
-        DeltaRule { erase: true, qk_l2norm: true, scale: None, decay: false, beta: false, state: false, packed: false }
+        DeltaRule { erase: true, qk_l2norm: true, scale: None, pieces: None, decay: false, beta: false, state: false, packed: false }
     }
     /// Number of forward inputs.
     pub(crate) fn inputs(&self) -> usize {
@@ -90,6 +95,9 @@ impl Op for DeltaRule {
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         let op = "delta_rule";
+        if self.pieces == Some(0) {
+            return Err(Error::invalid(op, "pieces must be at least 1, found 0; None leaves the number to the shapes"));
+        }
         for (i, n) in [(0, "q"), (1, "k"), (2, "v")] {
             if x[i].shape.len() != 4 {
                 return Err(Error::shape(op, n, "[B, T, H, D]", &x[i].shape));

@@ -1,0 +1,90 @@
+// The delta rule over a sequence that is cut into pieces, where (sequences x heads) are too few to fill the card.
+//
+// What chunks do to the state before them is affine: h' = M h + S. With erasure M is the product of the chunks' e^{g_last} I - (e^{g_last - g} K)^T W, a
+// [Dk, Dk] matrix; without it, or where V' is given, M is the product of the e^{g_last}, a number. Ratios of decays stay at most 1. A pass is three launches:
+//
+// delta_scan<SUM>, delta_states<SUM>, delta_scan_back<SUM>   each piece by itself, side by side: S, the state that it makes of zeros, and by blocks of
+//                         their own the columns of M, the states that it makes of the unit matrix's when nothing is written. The first piece begins
+//                         with the caller's state, so that it needs no M, and the last needs neither: two pieces have no M at all.
+// delta_join              along the joints of a sequence, h = M h + S, in f32 (products of split bf16): a block per (sequence, head, 32 columns of the
+//                         state), a warp per 16 rows; the state's columns lie in shared memory, M comes from L2.
+// delta_join_decayed      the same for an M that is a number: a thread per element of the state.
+// the same kernels        without SUM: every piece as a sequence of its own, from the state at its joint.
+//
+// The backward cuts delta_states (M is a number, as V' is given) and delta_scan_back, whose gradient goes from the end through M^T.
+//
+// d = 128, bf16, per chunk and value head: S costs W h and K V', 4.2 of the scan's 7 MFLOP, M as much again. With P pieces the work is 1 + 0.6 (2 P - 3) / P
+// of the uncut scan's: 1.3 (P = 2) to 2.2. But the chain of n chunks of about 3 us becomes n / P of 1.8 + 3 us (by products), P - 2 joins of about 4 us
+// (a block: M's 64 KB from L2, 1 MFLOP of products times 6), and two more launches. One sequence of 32768 tokens, 32 heads, 132 processors: 64 chains
+// of 512 chunks, 1.5 ms uncut; P = 4: 0.63 ms. 4 heads: P = 22, 0.2 ms. 2048 tokens, 4 heads: 96 us uncut, P = 5, 55 us. Estimated, not measured.
+// P (cuda.rs) is what fills the card once, at most the root of n, where chunks per piece and joins balance; sequences under 32 chunks stay whole.
+#include "delta_rule.cuh"
+
+// The joints of the sequence whose second one is joint `x`; false for every other joint, as a first joint's state is already whole.
+TG_DEVICE bool joints_of(const DeltaParams& p, u32 x, u32& first, u32& count) {
+    if (p.joint_bases) {
+        if (x >= p.joint_bases[p.seqs]) return false;
+        u32 seq = p.joint_seqs[x];
+        first = p.joint_bases[seq];
+        count = p.joint_bases[seq + 1] - first;
+    } else {
+        count = p.pieces - 1;
+        first = x / count * count;
+    }
+    return x == first + 1;
+}
+
+template <int DK> TG_DEVICE void delta_join(const DeltaParams& p) {
+    constexpr int COLS = 32, NC = COLS / 8, THREADS = 2 * DK;
+    typedef Tile<float, DK, COLS> Columns;
+    Columns h{shared<float>()};
+    const u32 parts = div_up(p.dv, COLS), col = block_x() % parts * COLS, head = block_x() / parts % p.hv;
+    u32 first, count;
+    if (!joints_of(p, block_x() / parts / p.hv, first, count)) return;
+    const int row = 16 * warp();
+    auto number = [&](u32 i) { return p.back ? first + count - 1 - i : first + i; };
+    const float* start = state_at(p, p.joints, number(0), head) + col;
+    for (int i = thread(); i < DK * COLS; i += THREADS) {
+        u32 r = i / COLS, c = i % COLS;
+        *h.at(r, c) = r < p.dk && col + c < p.dv ? start[(u64)r * p.dv + c] : 0.f;
+    }
+    for (u32 i = 1; i < count; i++) {
+        const float* map = map_at(p, number(i), head);
+        float* to = state_at(p, p.joints, number(i), head) + col;
+        auto each = [&](auto f) {
+            TG_UNROLL for (int j = 0; j < NC; j++)
+                TG_UNROLL for (int e = 0; e < 4; e++) {
+                    u32 r = row + frag_row(e), c = 8 * j + frag_col(e);
+                    f(j, e, r, c, r < p.dk && col + c < p.dv);
+                }
+        };
+        FragC c[NC];
+        each([&](int j, int e, u32 r, u32 n, bool in) { c[j].v[e] = in ? to[(u64)r * p.dv + n] : 0.f; });
+        sync();
+        _Pragma("unroll 4") for (int k = 0; k < DK; k += 16) {
+            FragA<float> fa;
+            load_a(fa, map, DK, row, k);
+            step_rows(c, fa, h.data, h.STRIDE, 0, k);
+        }
+        sync();
+        each([&](int j, int e, u32 r, u32 n, bool in) {
+            *h.at(r, n) = c[j].v[e];
+            if (in) to[(u64)r * p.dv + n] = c[j].v[e];
+        });
+    }
+}
+
+// T is the type that the states are of: float.
+template <class T> TG_DEVICE void delta_join_decayed(const DeltaParams& p) {
+    const u32 size = p.dk * p.dv, parts = div_up(size, threads()), head = block_x() / parts % p.hv, i = block_x() % parts * threads() + thread();
+    u32 first, count;
+    if (!joints_of(p, block_x() / parts / p.hv, first, count) || i >= size) return;
+    T h = 0;
+    for (u32 j = 0; j < count; j++) {
+        u32 at = p.back ? first + count - 1 - j : first + j;
+        // a piece's decay is kept at the joint after it
+        T* to = state_at(p, p.joints, at, head) + i;
+        if (j > 0) *to += p.decays[(u64)(at + p.back) * p.hv + head] * h;
+        h = *to;
+    }
+}
