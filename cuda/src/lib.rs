@@ -6,6 +6,7 @@
 extern crate self as cuda;
 
 pub mod cache;
+mod cards;
 mod check;
 pub mod compile;
 mod driver;
@@ -17,6 +18,7 @@ pub mod memory;
 mod prim;
 mod runtime;
 
+pub use cards::peak_bf16;
 pub use check::Check;
 pub use gemm::Gemm;
 pub use graph::Graph;

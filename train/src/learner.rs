@@ -41,6 +41,10 @@ pub trait Network: Sync {
     fn load(&mut self, dir: &Path) -> Result<()>;
     /// One past the largest token.
     fn vocab_size(&self) -> usize;
+    /// The dtype of its products.
+    fn compute(&self) -> DType {
+        DType::F32
+    }
     /// Routed experts in a layer (0: none).
     fn experts(&self) -> usize {
         0
@@ -353,6 +357,11 @@ impl<N: Network> Learner for Trained<N> {
         let s = Cuda::of(&self.device).ok()?.stats();
         Some((s.live as u64, s.peak as u64))
     }
+
+    fn peak_flops(&self) -> Option<f64> {
+        let card = Cuda::of(&self.device).ok().filter(|c| !c.is_emulator() && self.net.compute() == DType::BF16)?;
+        cuda::peak_bf16(card.model())
+    }
 }
 
 /// The hybrid decoder.
@@ -425,6 +434,9 @@ impl Network for Hybrid {
     }
     fn vocab_size(&self) -> usize {
         self.model.config().vocab_size
+    }
+    fn compute(&self) -> DType {
+        self.model.place().compute
     }
     fn experts(&self) -> usize {
         self.model.config().num_experts

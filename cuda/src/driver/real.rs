@@ -55,6 +55,14 @@ pub(crate) fn count() -> Result<usize> {
     Ok(n.max(0) as usize)
 }
 
+/// The newest version of CUDA that the driver knows.
+pub(crate) fn version() -> Result<(i32, i32)> {
+    count()?;
+    let mut v = 0;
+    call!(cuDriverGetVersion(&mut v))?;
+    Ok((v / 1000, v % 1000 / 10))
+}
+
 pub(crate) struct Real(Arc<Inner>);
 
 struct Inner {

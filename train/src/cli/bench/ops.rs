@@ -62,7 +62,7 @@ fn check(names: &[String]) -> Result<()> {
 pub(super) fn run(args: &Args) -> Result<()> {
     check(&args.names)?;
     args.common.check()?;
-    let place = args.common.place.open()?;
+    let place = args.common.place.open(None)?;
     let (device, cuda) = (&place.device, Cuda::of(&place.device).is_ok());
     if args.graph && !cuda {
         return Err(Error::Usage(format!("--graph: captures CUDA graphs, and the device is {}; leave it out", device.name())));
