@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 limit=$((60 * 1000 * 1000))
 bundle=target/gpu-bundle
-packages=(-p tidegate-cuda -p tidegate-ops -p tidegate-nn -p tidegate-tests)
+packages=(-p tidegate-cuda -p tidegate-ops -p tidegate-nn -p tidegate-tests -p tidegate-train)
 # what builds; a machine that shares its cores with others may put a lock in front: CARGO='flock FILE cargo'
 read -ra cargo <<<"${CARGO:-cargo}"
 
@@ -31,7 +31,7 @@ for line in open(sys.argv[1]):
     if m.get("reason") != "compiler-artifact" or not m.get("executable") or m["target"]["kind"] != ["test"]:
         continue
     source = open(m["target"]["src_path"]).read()
-    if "cuda::" not in source:
+    if "cuda::" not in source or "CARGO_BIN_EXE" in source:
         continue
     package = os.path.basename(os.path.dirname(os.path.dirname(m["target"]["src_path"])))
     print(f"{package}-{m['target']['name']}", "gpu" if "runs on a GPU" in source else "emulated", m["executable"])

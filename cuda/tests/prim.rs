@@ -1,4 +1,4 @@
-//! Every primitive on the emulator gives what the CPU gives: all dtypes, views, ragged and empty shapes, special values.
+//! Every primitive on a GPU, or on its emulator, gives what the CPU gives: all dtypes, views, ragged and empty shapes, special values.
 
 use cuda::{Cuda, Graph};
 use engine::prim::*;
@@ -7,8 +7,9 @@ use engine::{DType, Device, Result, Tensor, dispatch, run, run1};
 const ALL: [DType; 8] = [DType::F64, DType::F32, DType::BF16, DType::F16, DType::I64, DType::I32, DType::U32, DType::U8];
 const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
 
-fn emulator() -> Device {
-    cuda::emulator().unwrap()
+/// The GPU where there is one, else the emulator.
+fn device() -> Device {
+    cuda::device(0).inspect_err(|e| eprintln!("nothing runs on a GPU: {e}")).or_else(|_| cuda::emulator()).unwrap()
 }
 fn randn(shape: &[usize], d: DType, stream: u64) -> Tensor {
     let t = Tensor::randn(shape, DType::F64, &Device::cpu(), 5, stream).unwrap();
@@ -50,10 +51,10 @@ fn close(found: &Tensor, want: &Tensor, tolerance: f64, what: &str) {
         assert!(ok, "{what} at {i}: {f} {w}");
     }
 }
-/// The function on the CPU and on the emulator.
+/// The function on the CPU and on the device.
 fn both(f: impl Fn(&[Tensor]) -> Result<Tensor>, x: &[&Tensor]) -> (Tensor, Tensor) {
     let cpu: Vec<Tensor> = x.iter().map(|t| (*t).clone()).collect();
-    let gpu: Vec<Tensor> = x.iter().map(|t| t.to_device(&emulator()).unwrap()).collect();
+    let gpu: Vec<Tensor> = x.iter().map(|t| t.to_device(&device()).unwrap()).collect();
     (f(&gpu).unwrap(), f(&cpu).unwrap())
 }
 
@@ -105,7 +106,7 @@ fn views(d: DType, stream: u64) -> Vec<(&'static str, Tensor)> {
 }
 /// On the emulator, as the very same view.
 fn on(name: &str, d: DType, stream: u64) -> Tensor {
-    let e = emulator();
+    let e = device();
     let t = |shape: &[usize]| randn(shape, d, stream).to_device(&e).unwrap();
     match name {
         "dense" => t(&[4, 6, 40]),
@@ -148,7 +149,7 @@ fn comparison_and_selection() {
                 let found = run1(Compare { kind }, &[&on(na, d, 1), &on("dense", d, 2)]).unwrap();
                 same(&found, &run1(Compare { kind }, &[&nan(a.clone()), &b]).unwrap(), &format!("{kind:?} {d} {na}"));
             }
-            let found = c.to_device(&emulator()).unwrap().select(&on(na, d, 1), &on("dense", d, 2)).unwrap();
+            let found = c.to_device(&device()).unwrap().select(&on(na, d, 1), &on("dense", d, 2)).unwrap();
             same(&found, &c.select(&a, &b).unwrap(), &format!("where {d} {na}"));
         }
     }
@@ -214,7 +215,7 @@ fn casts_between_all_dtypes() {
 fn bf16_of_f64_is_the_nearest() {
     let tie = 1.0 + 1.0 / 256.0;
     let x = Tensor::from_vec([tie, tie + 1e-15, tie - 1e-15, 1.0 + 3.0 / 256.0, 1.0 + 3.0 / 256.0 - 1e-15, -tie - 1e-15], &[6]).unwrap();
-    let y: Vec<f64> = x.to_device(&emulator()).unwrap().cast(DType::BF16).unwrap().to_vec().unwrap();
+    let y: Vec<f64> = x.to_device(&device()).unwrap().cast(DType::BF16).unwrap().to_vec().unwrap();
     let up = 1.0 + 1.0 / 128.0;
     assert_eq!(y, [1.0, up, 1.0, 1.0 + 2.0 / 128.0, up, -up]);
 }
@@ -281,7 +282,7 @@ fn transposing_copies_of_every_element_size() {
         let (f, w) = both(|x| spread(&x[0]), &[&x]);
         same(&f, &w, "repeated");
         let flat: Vec<f64> = x.to_vec().unwrap();
-        let turned: Vec<f64> = x.to_device(&emulator()).unwrap().transpose(0, 1).unwrap().contiguous().unwrap().to_vec().unwrap();
+        let turned: Vec<f64> = x.to_device(&device()).unwrap().transpose(0, 1).unwrap().contiguous().unwrap().to_vec().unwrap();
         assert!((0..70).all(|c| (0..41).all(|r| turned[c * 41 + r] == flat[r * 70 + c])), "{d}");
     }
 }
@@ -312,7 +313,7 @@ fn reductions_and_running_sums() {
             }
             for reverse in [false, true] {
                 // the CPU goes element by element, whose error grows faster: f64 tells
-                let f = run1(CumSum { reverse }, &[&x.to_device(&emulator()).unwrap()]).unwrap();
+                let f = run1(CumSum { reverse }, &[&x.to_device(&device()).unwrap()]).unwrap();
                 let w = run1(CumSum { reverse }, &[&x.cast(DType::F64).unwrap()]).unwrap().cast(d).unwrap();
                 let (f, w): (Vec<f64>, Vec<f64>) = (f.to_vec().unwrap(), w.to_vec().unwrap());
                 let largest = w.iter().fold(1.0, |m: f64, x| m.max(x.abs()));
@@ -419,7 +420,7 @@ fn sorting_arg_max_and_the_largest() {
             let (rows, cols) = (x.dim(0), x.dim(1));
             let (f, w) = both(|x| run1(ArgMax, &[&x[0]]), &[&x]);
             same(&f, &w, "argmax");
-            let g = x.to_device(&emulator()).unwrap();
+            let g = x.to_device(&device()).unwrap();
             for k in [0, 1, 3, 70, cols] {
                 if k <= cols {
                     let (f, w) = (run(TopK { k }, &[&g]).unwrap(), run(TopK { k }, &[&x]).unwrap());
@@ -476,7 +477,7 @@ fn gradients_of_products_in_every_dtype() {
             Ok([g.get(&x).expect("a gradient").clone(), g.get(&w).expect("a gradient").clone()])
         };
         let want = grads(&[x.cast(DType::F64).unwrap(), w.cast(DType::F64).unwrap()]).unwrap();
-        let found = grads(&[x.to_device(&emulator()).unwrap(), w.to_device(&emulator()).unwrap()]).unwrap();
+        let found = grads(&[x.to_device(&device()).unwrap(), w.to_device(&device()).unwrap()]).unwrap();
         for (f, w) in found.iter().zip(&want) {
             close(f, &w.cast(d).unwrap(), 4.0 * unit(d), &format!("gradient of a product in {d}"));
         }
@@ -537,9 +538,9 @@ fn elements_survive_the_way_to_the_device_and_back() {
     for d in ALL {
         dispatch!(d, |T| {
             let x = randn(&[3, 7], d, 1);
-            let y = x.to_device(&emulator()).unwrap();
+            let y = x.to_device(&device()).unwrap();
             assert_eq!(y.to_vec::<T>().unwrap(), x.to_vec::<T>().unwrap());
         });
-        same(&Tensor::full(3.0, &[5], d, &emulator()).unwrap(), &Tensor::full(3.0, &[5], d, &Device::cpu()).unwrap(), "full");
+        same(&Tensor::full(3.0, &[5], d, &device()).unwrap(), &Tensor::full(3.0, &[5], d, &Device::cpu()).unwrap(), "full");
     }
 }

@@ -3,9 +3,10 @@
 use engine::{DType, Device, Tensor};
 use ops::delta_rule::{DeltaRule, DeltaRuleInputs, delta_rule, delta_rule_step};
 
-/// The emulator, unless there is no C++ compiler here.
-fn emulator() -> Option<Device> {
-    cuda::emulator().map_err(|e| eprintln!("SKIPPED: nothing is emulated: {e}")).ok()
+/// The GPU where there is one, else the emulator, unless there is no C++ compiler here.
+fn device() -> Option<Device> {
+    let gpu = cuda::device(0).inspect_err(|e| eprintln!("nothing runs on a GPU: {e}"));
+    gpu.or_else(|_| cuda::emulator()).map_err(|e| eprintln!("SKIPPED: nothing is emulated: {e}")).ok()
 }
 fn randn(shape: &[usize], stream: u64) -> Tensor {
     Tensor::randn(shape, DType::F64, &Device::cpu(), 11, stream).unwrap()
@@ -93,7 +94,7 @@ impl Case {
     }
     #[track_caller]
     fn agrees(&self, what: &str, dtypes: &[DType]) {
-        let Some(device) = emulator() else { return };
+        let Some(device) = device() else { return };
         for d in dtypes {
             for (i, e) in self.errors(what, *d, &device) {
                 let bound = if *d == DType::F32 { 1e-5 } else { [0.005, 0.005, 0.008, 0.008, 0.008, 0.02, 0.02, 0.008][i] };
@@ -140,7 +141,7 @@ fn head_dims_up_to_256() {
     for (dk, dv) in [(60, 100), (128, 192), (192, 36), (256, 256)] {
         case([1, 67, 1, 1, dk, dv], 0.1).agrees(&format!("Dk {dk}, Dv {dv}"), &BOTH);
     }
-    let Some(device) = emulator() else { return };
+    let Some(device) = device() else { return };
     let wide = case([1, 3, 1, 1, 257, 8], 0.1).x.map(|x| x.cast(DType::F32).unwrap().to_device(&device).unwrap());
     let e = delta_rule(DeltaRule::gated_delta_net(), &wide[0], &wide[1], &wide[2], DeltaRuleInputs::default()).unwrap_err();
     assert!(e.to_string().contains("at most 256"), "{e}");
@@ -171,7 +172,7 @@ fn packed_documents() {
         c.cu = Some(cu.unwrap());
         c.agrees("packed", &BOTH);
     }
-    let Some(device) = emulator() else { return };
+    let Some(device) = device() else { return };
     let c = case([1, 20, 1, 1, 8, 8], 0.3);
     let on = |x: &Tensor| x.cast(DType::F32).unwrap().to_device(&device).unwrap();
     for bad in [[0i64, 12, 5, 20], [0, 3, 900, 20], [-4, 3, 9, 20], [0, 3, 9, 19]] {
@@ -207,7 +208,7 @@ fn pieces_of_a_sequence() {
 #[test]
 fn pieces_cost_no_digits() {
     let _alone = alone();
-    let Some(device) = emulator() else { return };
+    let Some(device) = device() else { return };
     let mut c = case([1, LONG, 1, 1, 24, 20], 1.0);
     c.decay = false;
     c.x[4] = c.x[4].affine(2.0 / 1.5, 0.0).unwrap();
@@ -263,7 +264,7 @@ fn pieces_of_packed_documents() {
         }
     }
     // bounds that ask for more chunks and pieces than there is room for
-    let Some(device) = emulator() else { return };
+    let Some(device) = device() else { return };
     let mut c = case([1, 200, 1, 1, 8, 8], 0.3);
     c.op.pieces = Some(6);
     let on = |x: &Tensor| x.cast(DType::F32).unwrap().to_device(&device).unwrap();
@@ -278,7 +279,7 @@ fn pieces_of_packed_documents() {
 #[test]
 fn the_number_of_pieces() {
     let _alone = alone();
-    let Some(device) = emulator() else { return };
+    let Some(device) = device() else { return };
     let bits = |t: usize, pieces: Option<usize>| {
         let mut c = case([1, t, 1, 1, 16, 16], 0.02);
         c.op.pieces = pieces;
@@ -327,7 +328,7 @@ fn a_zero_key_has_a_gradient_through_its_norm() {
 #[test]
 fn one_token_and_none() {
     let _alone = alone();
-    let Some(device) = emulator() else { return };
+    let Some(device) = device() else { return };
     for (dk, dv, erase) in [(24, 40, true), (100, 33, false), (192, 8, true), (256, 64, true)] {
         let mut c = case([2, 1, 1, 2, dk, dv], 0.4);
         c.op.erase = erase;
@@ -351,7 +352,7 @@ fn one_token_and_none() {
 #[test]
 fn the_same_bits_each_time() {
     let _alone = alone();
-    let Some(device) = emulator() else { return };
+    let Some(device) = device() else { return };
     let c = case([1, 66, 1, 2, 16, 16], 0.4);
     let bits = || c.run(c.rounded(DType::BF16), &device).into_iter().map(|(_, x)| x.to_vec::<f64>().unwrap()).collect::<Vec<_>>();
     assert_eq!(bits(), bits());

@@ -10,9 +10,10 @@ use ops::rope::{Positions, norm_rope, rope};
 use ops::short_conv::short_conv;
 use ops::swiglu::swiglu;
 
-/// The emulator, unless there is no C++ compiler here.
-fn emulator() -> Option<Device> {
-    cuda::emulator().map_err(|e| eprintln!("SKIPPED: nothing is emulated: {e}")).ok()
+/// The GPU where there is one, else the emulator, unless there is no C++ compiler here.
+fn device() -> Option<Device> {
+    let gpu = cuda::device(0).inspect_err(|e| eprintln!("nothing runs on a GPU: {e}"));
+    gpu.or_else(|_| cuda::emulator()).map_err(|e| eprintln!("SKIPPED: nothing is emulated: {e}")).ok()
 }
 fn randn(shape: &[usize], stream: u64) -> Tensor {
     Tensor::randn(shape, DType::F64, &Device::cpu(), 11, stream).unwrap()
@@ -58,7 +59,7 @@ fn outcome(f: F, x: &[Tensor]) -> (Vec<Tensor>, Vec<Option<Tensor>>) {
 /// Compares in f32 and bf16, from inputs that are rounded first; `f` may cast them on.
 #[track_caller]
 fn agree(what: &str, inputs: &[Tensor], f: F) {
-    let Some(device) = emulator() else { return };
+    let Some(device) = device() else { return };
     for (dtype, bound, grad_bound) in [(DType::F32, 1e-5, 1e-5), (DType::BF16, 0.005, 0.008)] {
         let x: Vec<Tensor> = inputs.iter().map(|x| x.cast(dtype).unwrap()).collect();
         let (want, want_grads) = outcome(f, &x.iter().map(|x| x.cast(DType::F64).unwrap()).collect::<Vec<_>>());
@@ -151,7 +152,7 @@ fn short_conv_of_every_form() {
             });
         }
     }
-    let Some(device) = emulator() else { return };
+    let Some(device) = device() else { return };
     let on = |t: Tensor| t.to_device(&device).unwrap();
     for bad in [[0i64, 5, 4, 7], [1, 2, 3, 7], [0, 2, 3, 6]] {
         let (x, w) = (on(randn(&[1, 7, 3], 1).cast(DType::F32).unwrap()), on(randn(&[3, 4], 2).cast(DType::F32).unwrap()));
@@ -163,7 +164,7 @@ fn short_conv_of_every_form() {
 
 #[test]
 fn adamw_of_one_and_of_many() {
-    let Some(device) = emulator() else { return };
+    let Some(device) = device() else { return };
     let sizes: Vec<Vec<usize>> = (0..53)
         .map(|i| {
             if i == 7 {
@@ -253,7 +254,7 @@ fn linear_cross_entropy_over_blocks_of_rows() {
             Ok(vec![linear_cross_entropy_per_token(&v[0].detach(), &v[1].detach(), &t.to_device(v[0].device())?)?])
         });
     }
-    let Some(device) = emulator() else { return };
+    let Some(device) = device() else { return };
     let on = |t: Tensor| t.to_device(&device).unwrap();
     let (x, w) = (on(randn(&[2, 3], 1).cast(DType::F32).unwrap()), on(randn(&[4, 3], 2).cast(DType::F32).unwrap()));
     for (bad, message) in [([1, 4], "neither in the vocabulary"), ([1, -1], "neither in the vocabulary"), ([IGNORE; 2], "no target counts")] {
@@ -265,7 +266,7 @@ fn linear_cross_entropy_over_blocks_of_rows() {
 /// A step through all of them can be captured: none waits for the device. Its replay gives the same bits.
 #[test]
 fn nothing_waits_for_the_device() {
-    let Some(device) = emulator() else { return };
+    let Some(device) = device() else { return };
     let on = |t: Tensor| t.cast(DType::BF16).unwrap().to_device(&device).unwrap();
     let (n, h, e, i, v) = (9, 16, 3, 8, 24);
     let [x, conv, norm, router, w1, w2, head] = [vec![1, n, h], vec![h, 4], vec![h], vec![n, e], vec![e, 2 * i, h], vec![e, h, i], vec![v, h]]

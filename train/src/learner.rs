@@ -88,6 +88,10 @@ impl<N: Network> Trained<N> {
         self.replays = replays;
         self
     }
+    /// Whether a captured step is there to be replayed.
+    pub fn is_replaying(&self) -> bool {
+        self.replayed.is_some()
+    }
     /// The network.
     pub fn net(&self) -> &N {
         &self.net
@@ -446,7 +450,3 @@ impl Network for Hybrid {
 #[cfg(test)]
 #[path = "learner_tests.rs"]
 mod tests;
-
-#[cfg(test)]
-#[path = "device_tests.rs"]
-mod device_tests;

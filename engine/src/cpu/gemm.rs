@@ -7,17 +7,17 @@ use std::any::TypeId;
 /// Multiply-adds that one thread is done with before two are awake.
 const ALONE: usize = 32 * 32 * 64;
 
-/// A task's block of C: the longer side of C in eight pieces, from 64 to 256 long, as every task packs its own operands; the other in pieces of 1024,
-/// which is matrixmultiply's own.
-fn blocks(m: usize, n: usize) -> (usize, usize) {
-    let piece = |x: usize| x.div_ceil(8).next_multiple_of(32).clamp(64, 256);
+/// A task's block of C: the longer side of C in two pieces a thread, at least 128 long, as every task packs the other operand anew; the shorter in
+/// pieces of 1024, which is matrixmultiply's own.
+fn blocks(m: usize, n: usize, threads: usize) -> (usize, usize) {
+    let piece = |x: usize| x.div_ceil(2 * threads).next_multiple_of(32).clamp(128, 1024);
     if m >= n { (piece(m), 1024) } else { (1024, piece(n)) }
 }
 
 /// `C = beta·C + alpha·A·B` for `A [m,k]` with strides `sa = (row, column)`, `B [k,n]` with strides `sb`, `C [m,n]` with dense rows `rsc` apart.
 ///
 /// With `beta` zero, C is written without being read. Panics when a slice is too short for its shape. The result does not depend on the number of
-/// threads: blocks follow from the shape, and k is never divided between tasks.
+/// threads: it decides the blocks of C, but an element is summed over k in one order in any of them.
 pub fn gemm<F: Real>(
     m: usize,
     n: usize,
@@ -61,7 +61,7 @@ pub fn gemm<F: Real>(
     if m * n * k <= ALONE {
         return block(0, 0, m, n);
     }
-    let (bm, bn) = blocks(m, n);
+    let (bm, bn) = blocks(m, n, rayon::current_num_threads());
     let (rows, columns) = (m.div_ceil(bm), n.div_ceil(bn));
     (0..rows * columns).into_par_iter().for_each(|t| {
         let (i, j) = (t / columns * bm, t % columns * bn);
@@ -102,6 +102,31 @@ unsafe fn product<F: Real>(
         } else {
             assert_eq!(TypeId::of::<F>(), TypeId::of::<f64>());
             matrixmultiply::dgemm(m, k, n, x, a.cast(), ra, ca, b.cast(), rb, cb, y, c.cast(), rc, 1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng;
+
+    /// Tails of tiles fall elsewhere in each cut.
+    #[test]
+    fn the_number_of_threads_does_not_change_a_bit() {
+        let (m, n, k) = (515, 301, 700);
+        let draw = |i, len| rng::normal(1, i, len).into_iter().map(|x| x as f32).collect::<Vec<f32>>();
+        let (a, b) = (draw(0, m * k), draw(1, k * n));
+        let run = |threads: usize, t: bool| {
+            let mut c = vec![0f32; m * n];
+            let (sa, sb) = if t { ((1, m), (1, k)) } else { ((k, 1), (n, 1)) };
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| gemm(m, n, k, 1.0, &a, sa, &b, sb, 0.0, &mut c, n));
+            c.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        for t in [false, true] {
+            let one = run(1, t);
+            assert!([2, 3, 8].iter().all(|n| run(*n, t) == one));
         }
     }
 }

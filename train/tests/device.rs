@@ -1,12 +1,14 @@
 //! Training on a GPU's kernels: on the emulator always, and on the GPU where there is one.
 
-use super::*;
-use crate::checkpoint::RunDir;
-use crate::config::RunConfig;
-use crate::data::{Corpus, Packing};
-use crate::presets;
-use crate::trainer;
+use engine::{DType, Device, Tensor};
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
+use train::checkpoint::RunDir;
+use train::config::RunConfig;
+use train::data::{Corpus, Packing};
+use train::learner::{Hybrid, Network};
+use train::presets;
+use train::trainer::{self, Learner, Sampling};
 
 /// One test at a time: while a step is captured, the device is one thread's.
 fn alone() -> MutexGuard<'static, ()> {
@@ -15,9 +17,8 @@ fn alone() -> MutexGuard<'static, ()> {
 }
 /// The devices, and how many steps they have the time for.
 fn devices() -> Vec<(Device, u64)> {
-    let said = |e: &engine::Error| eprintln!("SKIPPED: {e}");
-    let emulator = cuda::emulator().inspect_err(said).ok().map(|d| (d, 8));
-    let gpu = cuda::device(0).inspect_err(said).ok().map(|d| (d, 100));
+    let emulator = cuda::emulator().inspect_err(|e| eprintln!("SKIPPED: nothing is emulated: {e}")).ok().map(|d| (d, 8));
+    let gpu = cuda::device(0).inspect_err(|e| eprintln!("SKIPPED: nothing runs on a GPU: {e}")).ok().map(|d| (d, 100));
     emulator.into_iter().chain(gpu).collect()
 }
 fn on(device: &Device, compute: DType) -> nn::Placement {
@@ -42,8 +43,8 @@ fn run(place: &nn::Placement, steps: u64, replays: bool) -> (Vec<f64>, Vec<u32>,
     let mut model = Hybrid::create(&config.model, 3, place).unwrap().replays(replays);
     let dir = RunDir::open(tmp.path(), false).unwrap();
     let done = trainer::train(&mut model, &corpus, &config, &dir, None).unwrap();
-    assert_eq!(model.replayed.is_some(), replays && place.device != Device::cpu());
-    let bits = model.net.params().iter().flat_map(|p| p.1.to_vec::<f32>().unwrap()).map(f32::to_bits).collect();
+    assert_eq!(model.is_replaying(), replays && place.device != Device::cpu());
+    let bits = model.net().params().iter().flat_map(|p| p.1.to_vec::<f32>().unwrap()).map(f32::to_bits).collect();
     (losses(tmp.path()), bits, done.held_out.unwrap())
 }
 fn losses(dir: &Path) -> Vec<f64> {
