@@ -48,6 +48,7 @@ impl<R> Graph<R> {
     }
     /// Submits the captured work once more.
     pub fn replay(&self) -> Result<()> {
+        self.cuda.planned().refuse("a replay")?;
         self.recorded.replay()
     }
     /// How many kernels and copies it holds.

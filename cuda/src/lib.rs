@@ -13,6 +13,7 @@ mod gemm;
 mod graph;
 pub mod kernel;
 pub mod memory;
+mod plan;
 mod prim;
 mod runtime;
 
