@@ -58,7 +58,7 @@ impl Cuda {
     /// Reads what ran; called by [`cuda_kernel!`](crate::cuda_kernel) after each op. Hidden outputs are between an op and its backward and may hold anything where nobody looks.
     pub fn leave(&self, op: &dyn Op, x: &[View], y: &[View]) -> Result<()> {
         let check = self.check();
-        if check == Check::Off {
+        if check == Check::Off || self.planned().on() {
             return Ok(());
         }
         self.finished().map_err(|e| Error::invalid("cuda", format!("after `{}`: {e}", op.name())))?;
@@ -66,12 +66,12 @@ impl Cuda {
             let Some(found) = self.find(check, v)? else { continue };
             let mut before = String::new();
             for (j, v) in x.iter().enumerate() {
-                if let Some(f) = self.find(check, v)? {
+                if let Some(f) = self.find(Check::Finite, v)? {
                     before += &format!("; its input {j} ({}) holds {f}", kind(v));
                 }
             }
             if before.is_empty() {
-                before = "; its inputs are as they should be".into();
+                before = "; its inputs are finite".into();
             }
             return Err(Error::invalid(op.name(), format!("output {i} ({}) holds {found}{before}", kind(v))));
         }

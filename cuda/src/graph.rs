@@ -48,6 +48,7 @@ impl<R> Graph<R> {
     }
     /// Submits the captured work once more.
     pub fn replay(&self) -> Result<()> {
+        self.cuda.planned().refuse("a replay")?;
         self.recorded.replay()
     }
     /// Runs `f`, not recorded, in the graph's memory, which lies idle between replays: a step that is not like the captured one needs no room of its own.

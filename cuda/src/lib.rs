@@ -15,6 +15,7 @@ mod graph;
 pub mod kernel;
 mod libraries;
 pub mod memory;
+mod plan;
 mod prim;
 mod runtime;
 

@@ -1,8 +1,9 @@
 //! The backend: memory, compiled kernels, launches.
 
-use crate::compile::{self, Target};
+use crate::compile::{self, Binary, Target};
 use crate::driver::{Driver, Function, Shape, emulated::Emulated, real};
 use crate::memory::{CudaBuffer, Memory, Stats};
+use crate::plan::Plan;
 use crate::{Check, Fault, Gemm, Kernel, Params, Ptr, cache};
 use engine::{Backend, Buffer, Device, Error, Result};
 use std::any::Any;
@@ -22,6 +23,7 @@ struct Inner {
     /// Wait after each launch, so that an error names its kernel: `TIDEGATE_CUDA_SYNC=1`.
     synchronous: bool,
     check: Mutex<Check>,
+    plan: Plan,
     /// Where kernels report wrong data, once one is launched that can; and the messages by code.
     faults: Mutex<Option<CudaBuffer>>,
     messages: Mutex<Vec<(&'static str, &'static str)>>,
@@ -32,7 +34,8 @@ struct Inner {
 #[derive(Default)]
 struct Slot {
     function: OnceLock<Function>,
-    loading: Mutex<()>,
+    /// What was compiled ahead.
+    code: Mutex<Option<Binary>>,
 }
 
 /// Bytes of the place where kernels report.
@@ -87,6 +90,7 @@ impl Cuda {
             functions: Default::default(),
             synchronous,
             check: Mutex::new(Check::from_env()?),
+            plan: Plan::default(),
             faults: Default::default(),
             messages: Default::default(),
             model,
@@ -119,8 +123,12 @@ impl Cuda {
     pub fn set_check(&self, check: Check) {
         *self.0.check.lock().unwrap_or_else(|e| e.into_inner()) = check;
     }
+    pub(crate) fn planned(&self) -> &Plan {
+        &self.0.plan
+    }
     /// Whether work can be recorded: not in the modes that wait for it.
     pub(crate) fn can_record(&self) -> Result<()> {
+        self.0.plan.refuse("a recording")?;
         let what = match (self.0.synchronous, self.check()) {
             (true, _) => "TIDEGATE_CUDA_SYNC=1 waits after each kernel",
             (_, Check::Nan | Check::Finite) => "TIDEGATE_CUDA_CHECK reads what each op wrote",
@@ -209,20 +217,21 @@ impl Cuda {
     }
     /// Waits for the device, and gives what went wrong there.
     pub(crate) fn finished(&self) -> Result<()> {
+        self.0.plan.refuse("waiting for the device")?;
         self.0.driver.synchronize()?;
         self.told()
     }
     /// Sets bytes.
     pub fn fill(&self, at: Ptr, byte: u8, bytes: usize) -> Result<()> {
-        if bytes == 0 { Ok(()) } else { self.0.driver.fill(at.0, &[byte], bytes) }
+        if bytes == 0 || self.0.plan.on() { Ok(()) } else { self.0.driver.fill(at.0, &[byte], bytes) }
     }
     /// Copies bytes within the device.
     pub fn copy(&self, from: Ptr, to: Ptr, bytes: usize) -> Result<()> {
-        if bytes == 0 { Ok(()) } else { self.0.driver.copy(from.0, to.0, bytes) }
+        if bytes == 0 || self.0.plan.on() { Ok(()) } else { self.0.driver.copy(from.0, to.0, bytes) }
     }
     /// A matrix product; with k = 0 it gives zeros.
     pub fn gemm(&self, g: &Gemm) -> Result<()> {
-        if g.m == 0 || g.n == 0 || g.batch == 0 {
+        if g.m == 0 || g.n == 0 || g.batch == 0 || self.0.plan.on() {
             return Ok(());
         }
         if g.k == 0 {
@@ -263,6 +272,10 @@ impl Cuda {
             );
             return Err(Error::invalid("cuda", msg));
         }
+        if self.0.plan.on() {
+            self.0.plan.note(k);
+            return Ok(());
+        }
         let known = self.0.functions.read().unwrap_or_else(|e| e.into_inner()).get(k).and_then(|s| s.function.get().copied());
         let f = match known {
             Some(f) => f,
@@ -273,9 +286,12 @@ impl Cuda {
         self.0.driver.launch(k, f, shape, bytes)?;
         self.settle().map_err(|e| Error::invalid("cuda", format!("{k} with {shape:?}: {e}")))
     }
+    fn slot(&self, k: &Kernel) -> Arc<Slot> {
+        self.0.functions.write().unwrap_or_else(|e| e.into_inner()).entry(k.clone()).or_default().clone()
+    }
     fn load(&self, k: &Kernel, params: usize) -> Result<Function> {
-        let slot = self.0.functions.write().unwrap_or_else(|e| e.into_inner()).entry(k.clone()).or_default().clone();
-        let _one = slot.loading.lock().unwrap_or_else(|e| e.into_inner());
+        let slot = self.slot(k);
+        let mut code = slot.code.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(f) = slot.function.get() {
             return Ok(*f);
         }
@@ -285,7 +301,8 @@ impl Cuda {
         let driver = &self.0.driver;
         let target = driver.target();
         let file = cache::path(compile::key(k, target)?, compile::extension(target));
-        let f = match driver.load(k, &compile::compile(k, target)?, file.as_deref(), params) {
+        let ready = code.take().map_or_else(|| compile::compile(k, target), Ok)?;
+        let f = match driver.load(k, &ready, file.as_deref(), params) {
             Ok(f) => f,
             Err(first) => {
                 // an entry that is whole but can't be loaded here
@@ -298,11 +315,17 @@ impl Cuda {
         };
         Ok(*slot.function.get_or_init(|| f))
     }
-    /// Compiles kernels into the cache, several at a time, ahead of their first launch.
+    /// Compiles kernels, several at a time, ahead of their first launch; those in the cache are read from there.
     pub fn prepare(&self, kernels: &[Kernel]) -> Result<()> {
         let target = self.0.driver.target();
         let fit: Vec<Kernel> = kernels.iter().filter(|k| k.fits(target)).cloned().collect();
-        compile::compile_all(&fit, target).into_iter().try_for_each(|r| r.map(|_| ()))
+        for (k, code) in fit.iter().zip(compile::compile_all(&fit, target)) {
+            let slot = self.slot(k);
+            if slot.function.get().is_none() {
+                *slot.code.lock().unwrap_or_else(|e| e.into_inner()) = Some(code?);
+            }
+        }
+        Ok(())
     }
     /// The device's time for what `f` submits.
     pub fn time<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<(R, Duration)> {
@@ -331,6 +354,7 @@ impl Backend for Cuda {
         if count == 0 { Ok(()) } else { self.0.driver.fill(Cuda::address(dst)?.0, element, count) }
     }
     fn download(&self, src: &dyn Buffer, dst: &mut [u8]) -> Result<()> {
+        self.0.plan.refuse("a download")?;
         if dst.len() > src.bytes() {
             return Err(Error::invalid("cuda", format!("download of {} bytes from a block of {}", dst.len(), src.bytes())));
         }

@@ -385,3 +385,32 @@ fn sums_of_halves_are_f32() {
         assert_eq!(big.sum(&[0, 1], false).unwrap().item().unwrap(), big.narrow(1, 0, 1).unwrap().item().unwrap());
     }
 }
+
+#[test]
+fn a_plan_lists_the_kernels_of_a_step_and_computes_nothing() {
+    let d = emulator_alone();
+    let c = Cuda::of(&d).unwrap();
+    let w = Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0], &[2, 2], &d).unwrap();
+    let x = Tensor::ones(&[2, 2], DType::F32, &d).unwrap();
+    let step = || -> Result<Tensor> {
+        let leaf = w.requires_grad();
+        let loss = x.matmul(&leaf)?.silu()?.sum_all()?;
+        let g = loss.backward()?;
+        engine::no_grad(|| w.assign(&w.sub(g.get(&leaf).expect("a gradient"))?))?;
+        Ok(loss.detach())
+    };
+    let (kernels, r) = c.plan(step);
+    r.unwrap();
+    let calls: Vec<String> = kernels.iter().map(|k| k.call.to_string()).collect();
+    assert!(["unary<float>", "unary_backward<float>", "binary<float>"].iter().all(|k| calls.iter().any(|c| c == k)), "{calls:?}");
+    assert_eq!(w.to_vec::<f32>().unwrap(), [1.0, 2.0, 3.0, 4.0]);
+    c.prepare(&kernels).unwrap();
+    assert!(step().unwrap().item().unwrap() > 0.0);
+    assert_ne!(w.to_vec::<f32>().unwrap(), [1.0, 2.0, 3.0, 4.0]);
+    // what reads a result ends it, and the list holds what came before
+    let (kernels, r) = c.plan(|| x.exp()?.to_vec::<f32>());
+    let m = r.unwrap_err().to_string();
+    assert!(m.contains("download") && m.contains("planned") && kernels.len() == 1, "{m} {kernels:?}");
+    // and the device works on
+    assert_eq!(x.to_vec::<f32>().unwrap(), [1.0; 4]);
+}
