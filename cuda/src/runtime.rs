@@ -126,8 +126,8 @@ impl Cuda {
     pub(crate) fn planned(&self) -> &Plan {
         &self.0.plan
     }
-    /// Whether work can be recorded: not in the modes that wait for it.
-    pub(crate) fn can_record(&self) -> Result<()> {
+    /// Whether work can be recorded: not in the modes that wait for it, which the error names.
+    pub fn can_record(&self) -> Result<()> {
         self.0.plan.refuse("a recording")?;
         let what = match (self.0.synchronous, self.check()) {
             (true, _) => "TIDEGATE_CUDA_SYNC=1 waits after each kernel",

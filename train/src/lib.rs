@@ -19,6 +19,7 @@ pub mod progress;
 pub mod rng;
 pub mod schedule;
 pub mod text;
+pub mod trained;
 pub mod trainer;
 
 pub use error::{Error, Result};

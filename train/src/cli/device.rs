@@ -79,7 +79,9 @@ impl PlaceArgs {
         let device = self.at.open()?;
         let suits = if device == Device::cpu() { Precision::F32 } else { Precision::BF16 };
         let compute = self.dtype.or(otherwise).unwrap_or(suits).into();
-        say(&format!("device {}, computing in {compute}", describe(&device)));
+        if device != Device::cpu() || compute != DType::F32 {
+            say(&format!("device {}, computing in {compute}", describe(&device)));
+        }
         Ok(Placement { device, params: DType::F32, compute })
     }
 }

@@ -4,6 +4,7 @@ use super::*;
 use crate::checkpoint::{RunDir, candidates};
 use crate::config::RunConfig;
 use crate::data::Corpus;
+use crate::learner::{Hybrid, Tap};
 use crate::{presets, trainer};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
