@@ -1,7 +1,7 @@
 //! AdamW over named parameters: groups, clipping, and its state in a file.
 
 use crate::config::Optim;
-use crate::metrics::Scalars;
+use crate::observe::Seen;
 use crate::{Error, Result, groups};
 use engine::{DType, Device, Grads, Tensor};
 use nn::tensor_file::{self, TensorFile, fill};
@@ -82,60 +82,61 @@ fn many(o: &Optim, weight_decay: Vec<f64>) -> AdamWMany {
     AdamWMany { beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay, shadows: false }
 }
 
-/// The sum of squares of each tensor in f64, in one piece from the device (0 where there is none).
-fn squares(tensors: impl Iterator<Item = engine::Result<Option<Tensor>>>) -> Result<Vec<f64>> {
-    let sum = |t: engine::Result<Option<Tensor>>| t?.map(|t| sum_of_squares(&t)?.reshape(&[1])).transpose();
-    let sums = tensors.map(sum).collect::<engine::Result<Vec<Option<Tensor>>>>()?;
-    let some: Vec<&Tensor> = sums.iter().flatten().collect();
-    let mut found = if some.is_empty() { vec![] } else { Tensor::cat(&some, 0)?.to_vec::<f64>()? }.into_iter();
-    Ok(sums.iter().map(|t| t.as_ref().and_then(|_| found.next()).unwrap_or(0.0)).collect())
-}
-
 /// Which gradients aren't finite, in words; none if all are.
 pub fn not_finite(params: &[(&str, &Tensor)], grads: &Grads) -> Result<Option<String>> {
-    let sums = squares(params.iter().map(|(_, p)| Ok(grads.get(p).cloned())))?;
-    let bad: Vec<&str> = params.iter().zip(&sums).filter(|(_, s)| !s.is_finite()).map(|((name, _), _)| *name).collect();
+    let mut bad = vec![];
+    for (name, p) in params {
+        if let Some(g) = grads.get(p)
+            && !sum_of_squares(g)?.item()?.is_finite()
+        {
+            bad.push(*name);
+        }
+    }
     Ok(match bad[..] {
         [] => None,
         [name] => Some(format!("the gradient of `{name}` is not finite")),
-        [name, ..] => Some(format!("the gradients of {} of {} parameters, as `{name}`, are not finite", bad.len(), sums.len())),
+        [name, ..] => Some(format!("the gradients of {} of {} parameters, as `{name}`, are not finite", bad.len(), params.len())),
     })
 }
 
 /// What there is to see of a step: for each [part](groups::part) of the model `…grad_norm` (before clipping) and `…update_norm` (of what is added to the
 /// parameters).
 pub struct Watch {
-    gradients: Vec<f64>,
     /// The parameters before the step, negated.
     before: Vec<Tensor>,
 }
 
 impl Watch {
     /// Looks at gradients and parameters before the step.
-    pub fn before(params: &[(&str, &Tensor)], grads: &Grads) -> Result<Watch> {
-        let gradients = squares(params.iter().map(|(_, p)| Ok(grads.get(p).cloned())))?;
+    pub fn before(params: &[(&str, &Tensor)], grads: &Grads, seen: &mut Seen) -> Result<Watch> {
+        by_part(params, "grad_norm", params.iter().map(|(_, p)| grads.get(p).cloned()), seen)?;
         let before = params.iter().map(|(_, p)| p.detach().neg()).collect::<engine::Result<Vec<_>>>()?;
-        Ok(Watch { gradients, before })
+        Ok(Watch { before })
     }
     /// Looks at the parameters after it.
-    pub fn after(self, params: &[(&str, &Tensor)], out: &mut Scalars) -> Result<()> {
-        let moved = squares(params.iter().zip(&self.before).map(|((_, p), b)| p.detach().add(b).map(Some)))?;
-        let mut parts: BTreeMap<String, (f64, f64)> = BTreeMap::new();
-        for (((name, _), g), u) in params.iter().zip(self.gradients).zip(moved) {
-            let part = parts.entry(groups::part(name)).or_default();
-            *part = (part.0 + g, part.1 + u);
-        }
-        for (part, (gradient, update)) in parts {
-            out.insert(format!("{part}.grad_norm"), gradient.sqrt());
-            out.insert(format!("{part}.update_norm"), update.sqrt());
-        }
-        Ok(())
+    pub fn after(self, params: &[(&str, &Tensor)], seen: &mut Seen) -> Result<()> {
+        let moved = params.iter().zip(self.before).map(|((_, p), b)| p.detach().add(&b)).collect::<engine::Result<Vec<_>>>()?;
+        by_part(params, "update_norm", moved.into_iter().map(Some), seen)
     }
+}
+
+/// The norm of each part's tensors together.
+fn by_part(params: &[(&str, &Tensor)], what: &str, tensors: impl Iterator<Item = Option<Tensor>>, seen: &mut Seen) -> Result<()> {
+    let mut parts: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
+    for ((name, _), t) in params.iter().zip(tensors) {
+        parts.entry(groups::part(name)).or_default().extend(t);
+    }
+    for (part, tensors) in parts.iter().filter(|p| !p.1.is_empty()) {
+        let all: Vec<&Tensor> = tensors.iter().collect();
+        seen.push(format!("{part}.{what}"), &global_norm(GlobalNorm { max_norm: 0.0, scale: 1.0 }, &all)?.0)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::Scalars;
     use crate::presets;
 
     fn setup() -> (Tensor, Tensor) {
@@ -173,10 +174,11 @@ mod tests {
         let params = [("w", &w), ("b", &b)];
         let a = AdamW::new(&params).unwrap();
         let o = presets::quickstart().optim;
-        let mut seen = Scalars::new();
-        let watch = Watch::before(&params, &grads(&w, &b)).unwrap();
+        let (mut looked, mut seen) = (Seen::default(), Scalars::new());
+        let watch = Watch::before(&params, &grads(&w, &b), &mut looked).unwrap();
         let norm = step(&a, &params, &grads(&w, &b), 1, &o);
-        watch.after(&params, &mut seen).unwrap();
+        watch.after(&params, &mut looked).unwrap();
+        looked.read(&mut seen).unwrap();
         // g = 2w, and 2 for each of b.
         let expected = (4.0 * (1.0f64 + 4.0 + 9.0 + 0.25) + 8.0).sqrt();
         assert!((norm - expected).abs() < 1e-9, "{norm}");

@@ -5,10 +5,11 @@ use crate::data::Batch;
 use crate::feed::Feed;
 use crate::learner::{Loss, Network};
 use crate::metrics::Scalars;
+use crate::observe::Seen;
 use crate::optim::{self, AdamW};
 use crate::progress::say;
 use crate::trainer::{Batches, Learner, Sampling, Step, Stepped};
-use crate::{Error, Result, checkpoint, observe};
+use crate::{Error, Result, checkpoint};
 use cuda::{Cuda, Graph};
 use engine::{DType, Device, Grads, Tensor};
 use ops::adamw::{GlobalNorm, global_norm, sum_of_squares};
@@ -33,6 +34,8 @@ pub struct Trained<N> {
 
 /// A captured step.
 struct Replayed {
+    /// Whether it looks at what it computes.
+    observed: bool,
     graph: Graph<Outcome>,
     feeds: Vec<Feed>,
     schedule: Tensor,
@@ -40,9 +43,12 @@ struct Replayed {
 }
 
 /// What a step leaves on its device.
+#[derive(Clone)]
 struct Outcome {
-    /// Each micro-batch's loss and objective, then the gradients' norm, f64 `[2 · micro + 1]`.
+    /// Each micro-batch's loss and objective, the gradients' norm, and what was seen, f64.
     numbers: Tensor,
+    /// What was seen.
+    names: Vec<String>,
 }
 
 impl<N: Network> Trained<N> {
@@ -82,11 +88,6 @@ fn scalar(t: &Tensor) -> Result<f64> {
     t.item().map_err(Error::from)
 }
 
-/// The values of a tap as f32, when they are numbers.
-fn values(t: &Tensor) -> Option<Vec<f32>> {
-    t.detach().cast(DType::F32).and_then(|t| t.to_vec::<f32>()).ok()
-}
-
 /// The device's scalars as one tensor, f64.
 fn numbers(scalars: &[Tensor]) -> engine::Result<Tensor> {
     let flat = scalars.iter().map(|t| t.detach().cast(DType::F64)?.reshape(&[1])).collect::<engine::Result<Vec<_>>>()?;
@@ -111,22 +112,24 @@ impl<N: Network> Trained<N> {
     }
 
     /// A micro-batch's loss, with what there is to see of it.
-    fn observed_loss(&self, feed: &Feed, out: &mut Scalars) -> Result<Loss> {
+    fn observed_loss(&self, feed: &Feed, seen: &mut Seen) -> Result<Loss> {
+        let (mut failed, experts) = (None, self.net.experts());
         let mut tap = |name: &str, t: &Tensor| {
-            if let Some(v) = values(t) {
-                observe::summarise(out, name, t.shape(), &v, self.net.experts());
+            if failed.is_none() {
+                failed = seen.summarise(name, t, experts).err();
             }
         };
         let loss = self.net.loss(feed, Some(&mut tap))?;
-        out.insert("loss_auxiliary".into(), scalar(&loss.objective)? - scalar(&loss.nll)?);
-        for (name, value) in &loss.auxiliary {
-            out.insert(name.to_string(), scalar(value)?);
+        if let Some(e) = failed {
+            return Err(e.into());
         }
+        seen.push("loss_auxiliary", &loss.objective.detach().sub(&loss.nll.detach())?)?;
+        loss.auxiliary.iter().try_for_each(|(name, value)| seen.push(*name, value))?;
         Ok(loss)
     }
 
     /// Forward and backward of all micro-batches side by side, as many at a time as there are threads; the gradients are added in their order.
-    fn side_by_side(&self, micro: usize, batch: Batches, observed: Option<&mut Scalars>, grads: &mut Grads) -> Result<Vec<f64>> {
+    fn side_by_side(&self, micro: usize, batch: Batches, observed: Option<&mut Seen>, grads: &mut Grads) -> Result<Vec<f64>> {
         let seen = observed.map(Mutex::new);
         let one = |i: usize| -> Result<(f64, Grads)> {
             let feed = self.feed(&batch(i)?)?;
@@ -160,49 +163,58 @@ impl<N: Network> Trained<N> {
         Ok(losses)
     }
 
-    fn step_here(&self, optim: &AdamW, work: &Step, batch: Batches, mut observed: Option<&mut Scalars>) -> Result<Stepped> {
+    fn step_here(&self, optim: &AdamW, work: &Step, batch: Batches, observed: Option<&mut Scalars>) -> Result<Stepped> {
+        let mut seen = observed.is_some().then(Seen::default);
+        let done = self.take_step(optim, work, batch, seen.as_mut());
+        // of a step that failed, what was seen before it did is worth the most
+        if let (Some(seen), Some(out)) = (seen, observed) {
+            seen.read(out)?;
+        }
+        done
+    }
+
+    fn take_step(&self, optim: &AdamW, work: &Step, batch: Batches, mut seen: Option<&mut Seen>) -> Result<Stepped> {
         let mut grads = Grads::new();
-        let losses = self.side_by_side(work.micro, batch, observed.as_deref_mut(), &mut grads)?;
+        let losses = self.side_by_side(work.micro, batch, seen.as_deref_mut(), &mut grads)?;
         if losses.iter().any(|l| !l.is_finite()) {
             return Ok(Stepped { losses, grad_norm: Err("a loss is not finite".into()) });
         }
         let params = self.net.params();
-        let watch = observed.is_some().then(|| optim::Watch::before(&params, &grads)).transpose()?;
+        let watch = seen.as_deref_mut().map(|seen| optim::Watch::before(&params, &grads, seen)).transpose()?;
         let schedule = AdamW::schedule(work.optim, work.step, work.lr, &self.device)?;
         let norm = optim.step(&params, &grads, &schedule, &[], work.optim)?.item()?;
         if !norm.is_finite() {
             let why = optim::not_finite(&params, &grads)?.unwrap_or_else(|| "the norm of all gradients is not finite".into());
             return Ok(Stepped { losses, grad_norm: Err(why) });
         }
-        if let (Some(watch), Some(out)) = (watch, observed) {
-            watch.after(&params, out)?;
+        if let (Some(watch), Some(seen)) = (watch, seen) {
+            watch.after(&params, seen)?;
         }
         Ok(Stepped { losses, grad_norm: Ok(norm) })
     }
 
-    /// One step's work on a device, one micro-batch after another, without waiting for it; with what there is to see of it, which does wait.
-    fn submit(&self, optim: &AdamW, feeds: &[Feed], schedule: &Tensor, o: &Optim, mut observed: Option<&mut Scalars>) -> Result<(Outcome, Grads)> {
-        let (mut grads, mut scalars, params) = (Grads::new(), vec![], self.net.params());
+    /// One step's work on a device, one micro-batch after another, without waiting for it.
+    fn submit(&self, optim: &AdamW, feeds: &[Feed], schedule: &Tensor, o: &Optim, observed: bool) -> Result<(Outcome, Grads)> {
+        let (mut grads, mut scalars, mut seen, params) = (Grads::new(), vec![], Seen::default(), self.net.params());
         for (i, feed) in feeds.iter().enumerate() {
-            let loss = match &mut observed {
-                Some(out) if i == 0 => self.observed_loss(feed, out)?,
-                _ => self.net.loss(feed, None)?,
-            };
+            let loss = if observed && i == 0 { self.observed_loss(feed, &mut seen)? } else { self.net.loss(feed, None)? };
             scalars.extend([loss.nll.detach(), loss.objective.detach()]);
             share(loss.objective, feeds.len())?.backward_into(&mut grads)?;
         }
-        let watch = observed.is_some().then(|| optim::Watch::before(&params, &grads)).transpose()?;
+        let watch = observed.then(|| optim::Watch::before(&params, &grads, &mut seen)).transpose()?;
         let guard: Vec<&Tensor> = scalars.iter().collect();
         let norm = optim.step(&params, &grads, schedule, &guard, o)?;
-        if let (Some(watch), Some(out)) = (watch, observed) {
-            watch.after(&params, out)?;
+        if let Some(watch) = watch {
+            watch.after(&params, &mut seen)?;
         }
         scalars.push(norm);
-        Ok((Outcome { numbers: numbers(&scalars)? }, grads))
+        let (names, seen) = seen.finish()?;
+        let all = [Some(numbers(&scalars)?), seen];
+        Ok((Outcome { numbers: Tensor::cat(&all.iter().flatten().collect::<Vec<_>>(), 0)?, names }, grads))
     }
 
     /// Compiles what a step launches, side by side: one after another, at their first launches, kernels would take minutes.
-    fn prepare(&mut self, optim: &AdamW, feeds: &[Feed], schedule: &Tensor, o: &Optim) -> Result<()> {
+    fn prepare(&mut self, optim: &AdamW, feeds: &[Feed], schedule: &Tensor, o: &Optim, observed: bool) -> Result<()> {
         let cuda = Cuda::of(&self.device)?;
         if let Err(e) = cuda.can_record()
             && self.replays
@@ -210,7 +222,7 @@ impl<N: Network> Trained<N> {
             say(&format!("steps run kernel by kernel: {e}"));
             self.replays = false;
         }
-        let step = || self.submit(optim, feeds, schedule, o, None).map(drop).map_err(|e| engine::Error::invalid("training step", e.to_string()));
+        let step = || self.submit(optim, feeds, schedule, o, observed).map(drop).map_err(|e| engine::Error::invalid("training step", e.to_string()));
         let (kernels, planned) = cuda.plan(step);
         planned?;
         // the plan's memory would lie beside that of the captured step
@@ -228,50 +240,52 @@ impl<N: Network> Trained<N> {
         let feeds = batches.iter().map(|b| self.feed(b)).collect::<Result<Vec<_>>>()?;
         let schedule = AdamW::schedule(work.optim, work.step, work.lr, &self.device)?;
         if !self.prepared {
-            self.prepare(optim, &feeds, &schedule, work.optim)?;
+            self.prepare(optim, &feeds, &schedule, work.optim, observed.is_some())?;
             self.prepared = true;
         }
         let like = |r: &Replayed| r.optim == *work.optim && r.feeds.len() == feeds.len() && r.feeds.iter().zip(&feeds).all(|(a, b)| a.is_like(b));
         if self.replayed.as_ref().is_some_and(|r| !like(r)) {
             self.replayed = None;
         }
-        let outcome = match &self.replayed {
-            Some(r) if observed.is_none() => {
+        let look = observed.is_some();
+        let submit = |trained: &Self| trained.submit(optim, &feeds, &schedule, work.optim, look);
+        match &self.replayed {
+            Some(r) if r.observed == look => {
                 r.feeds.iter().zip(&feeds).try_for_each(|(to, from)| to.assign(from))?;
                 r.schedule.assign(&schedule)?;
                 r.graph.replay()?;
-                return self.outcome(&r.graph.output, work.micro, None);
+                self.outcome(&r.graph.output, work.micro, None, observed)
             }
-            Some(r) => r
-                .graph
-                .beside(|| self.submit(optim, &feeds, &schedule, work.optim, observed))
-                .and_then(|(o, g)| self.outcome(&o, work.micro, Some(&g)))?,
-            None if observed.is_some() || !self.replays => {
-                let (o, g) = self.submit(optim, &feeds, &schedule, work.optim, observed)?;
-                self.outcome(&o, work.micro, Some(&g))?
+            Some(r) => {
+                let (outcome, grads) = r.graph.beside(|| submit(self))?;
+                self.outcome(&outcome, work.micro, Some(&grads), observed)
+            }
+            None if !self.replays => {
+                let (outcome, grads) = submit(self)?;
+                self.outcome(&outcome, work.micro, Some(&grads), observed)
             }
             None => {
                 let mut first = None;
                 let graph = Graph::capture(&self.device, 1, || {
-                    let (outcome, grads) = self
-                        .submit(optim, &feeds, &schedule, work.optim, None)
-                        .map_err(|e| engine::Error::invalid("training step", e.to_string()))?;
-                    first.get_or_insert_with(|| Outcome { numbers: outcome.numbers.clone() });
-                    drop(grads);
+                    let (outcome, _) = submit(self).map_err(|e| engine::Error::invalid("training step", e.to_string()))?;
+                    first.get_or_insert_with(|| outcome.clone());
                     Ok(outcome)
                 })?;
-                let done = first.map(|o| self.outcome(&o, work.micro, None));
-                self.replayed = Some(Replayed { graph, feeds, schedule, optim: work.optim.clone() });
-                done.unwrap_or_else(|| Err(Error::Model("a captured step gave nothing".into())))?
+                let first = first.ok_or_else(|| Error::Model("a captured step gave nothing".into()))?;
+                let done = self.outcome(&first, work.micro, None, observed)?;
+                self.replayed = Some(Replayed { observed: look, graph, feeds, schedule, optim: work.optim.clone() });
+                Ok(done)
             }
-        };
-        Ok(outcome)
+        }
     }
 
     /// Waits for a step, and reads what came of it.
-    fn outcome(&self, outcome: &Outcome, micro: usize, grads: Option<&Grads>) -> Result<Stepped> {
+    fn outcome(&self, outcome: &Outcome, micro: usize, grads: Option<&Grads>, observed: Option<&mut Scalars>) -> Result<Stepped> {
         let numbers = outcome.numbers.to_vec::<f64>()?;
         let (pairs, norm) = (&numbers[..2 * micro], numbers[2 * micro]);
+        if let Some(out) = observed {
+            out.extend(outcome.names.iter().cloned().zip(numbers[2 * micro + 1..].iter().copied()));
+        }
         let losses = pairs.as_chunks::<2>().0.iter().map(|[nll, objective]| if objective.is_finite() { *nll } else { *objective }).collect();
         if norm.is_finite() {
             return Ok(Stepped { losses, grad_norm: Ok(norm) });

@@ -25,21 +25,21 @@ fn on(device: &Device, compute: DType) -> nn::Placement {
     nn::Placement { device: device.clone(), params: DType::F32, compute }
 }
 /// A hybrid of both mixers and experts, packed documents, two micro-batches a step.
-fn setup(steps: u64) -> (Corpus, RunConfig) {
+fn setup(steps: u64, observe_every: u64) -> (Corpus, RunConfig) {
     let mut c = presets::smoke();
     let m = &mut c.model;
     (m.hidden_size, m.num_hidden_layers, m.num_experts, m.moe_intermediate_size, m.shared_expert_intermediate_size) = (32, 2, 4, 16, 16);
     m.layer_types = vec![nn::LayerType::LinearAttention, nn::LayerType::FullAttention];
-    (c.train.steps, c.train.accumulate, c.train.observe_every) = (Some(steps), 2, 4);
+    (c.train.steps, c.train.accumulate, c.train.observe_every) = (Some(steps), 2, observe_every);
     (c.data.seq_len, c.data.batch, c.data.packing) = (24, 2, Packing::Documents);
     (c.eval.every, c.sample.count, c.sample.tokens, c.checkpoint.every, c.checkpoint.keep) = (0, 0, 4, 0, 9);
     let lines = ["It was the whiteness of the whale ", "that above all things ", "appalled me. ", "But how can I hope to explain myself here; "];
     (Corpus::from_documents(&lines.repeat(12)), c)
 }
 /// The losses of a run, the parameters after it, and the held-out bits.
-fn run(place: &nn::Placement, steps: u64, replays: bool) -> (Vec<f64>, Vec<u32>, f64) {
+fn run(place: &nn::Placement, steps: u64, replays: bool, observe_every: u64) -> (Vec<f64>, Vec<u32>, f64) {
     let tmp = tempfile::tempdir().unwrap();
-    let (corpus, config) = setup(steps);
+    let (corpus, config) = setup(steps, observe_every);
     let mut model = Hybrid::create(&config.model, 3, place).unwrap().replays(replays);
     let dir = RunDir::open(tmp.path(), false).unwrap();
     let done = trainer::train(&mut model, &corpus, &config, &dir, None).unwrap();
@@ -57,16 +57,17 @@ fn a_run_follows_that_of_the_cpu_and_replayed_steps_have_the_bits_of_others() {
     let _alone = alone();
     for (device, steps) in devices() {
         let f32 = on(&device, DType::F32);
-        let cpu = run(&on(&Device::cpu(), DType::F32), steps, true);
-        let replayed = run(&f32, steps, true);
+        let cpu = run(&on(&Device::cpu(), DType::F32), steps, true, 4);
+        let replayed = run(&f32, steps, true, 4);
         assert_eq!(replayed.0.len() as u64, steps);
         for (step, (a, b)) in replayed.0.iter().zip(&cpu.0).enumerate() {
             assert!((a - b).abs() < 2e-4 * b, "{}: step {}: loss {a}, on the CPU {b}", device.name(), step + 1);
         }
         assert!((replayed.2 - cpu.2).abs() < 1e-3 * cpu.2, "held out {} and {}", replayed.2, cpu.2);
-        let eager = run(&f32, steps, false);
+        let eager = run(&f32, steps, false, 4);
         assert!(replayed == eager, "{}: a replayed run differs from one whose kernels are launched one by one", device.name());
-        assert!(run(&f32, steps, true) == replayed, "{}: two runs differ", device.name());
+        assert!(run(&f32, steps, true, 4) == replayed, "{}: two runs differ", device.name());
+        assert!(run(&f32, steps, true, 1) == replayed, "{}: looking at each step changes it", device.name());
     }
 }
 
@@ -74,7 +75,7 @@ fn a_run_follows_that_of_the_cpu_and_replayed_steps_have_the_bits_of_others() {
 fn bf16_follows_f32() {
     let _alone = alone();
     for (device, steps) in devices() {
-        let (wide, narrow) = (run(&on(&device, DType::F32), steps, true), run(&on(&device, DType::BF16), steps, true));
+        let (wide, narrow) = (run(&on(&device, DType::F32), steps, true, 4), run(&on(&device, DType::BF16), steps, true, 4));
         for (step, (a, b)) in narrow.0.iter().zip(&wide.0).enumerate() {
             assert!((a - b).abs() < 0.02 * b, "{}: step {}: loss {a} in bf16, {b} in f32", device.name(), step + 1);
         }
@@ -86,7 +87,7 @@ fn a_run_resumed_on_a_device_is_the_uninterrupted_one() {
     let _alone = alone();
     for (device, steps) in devices() {
         let tmp = tempfile::tempdir().unwrap();
-        let (corpus, mut config) = setup(steps);
+        let (corpus, mut config) = setup(steps, 4);
         config.checkpoint.every = steps / 2;
         let place = on(&device, DType::BF16);
         let dir = |name: &str| RunDir::open(&tmp.path().join(name), false).unwrap();
@@ -110,7 +111,7 @@ fn a_run_resumed_on_a_device_is_the_uninterrupted_one() {
 fn what_is_not_finite_on_a_device_is_named_and_nothing_is_changed() {
     let _alone = alone();
     for (device, _) in devices() {
-        let (corpus, config) = setup(3);
+        let (corpus, config) = setup(3, 1);
         let model = Hybrid::create(&config.model, 3, &on(&device, DType::F32)).unwrap();
         let name = "model.layers.1.self_attn.o_proj.weight";
         let params = model.net().model().params();
