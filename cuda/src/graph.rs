@@ -33,7 +33,9 @@ impl<R> Graph<R> {
             cuda.driver().synchronize()?;
             cuda.memory().keep_dropped();
             cuda.driver().begin_recording()?;
+            let open = Open(cuda);
             let output = step();
+            std::mem::forget(open);
             let recorded = cuda.driver().end_recording();
             let output = output.map_err(|e| match Cuda::last_op() {
                 Some(op) => Error::invalid("cuda graph", format!("after `{op}`: {e}")),
@@ -41,7 +43,9 @@ impl<R> Graph<R> {
             })?;
             Ok((output, recorded?))
         };
+        let abandoned = Abandoned(&cuda);
         let r = run(&cuda, &mut step);
+        std::mem::forget(abandoned);
         let arena = cuda.memory().end_arena();
         let (output, recorded) = r?;
         Ok(Graph { recorded, cuda, output, arena })
@@ -54,12 +58,6 @@ impl<R> Graph<R> {
     /// Runs `f`, not recorded, in the graph's memory, which lies idle between replays: a step that is not like the captured one needs no room of its own.
     /// The next replay overwrites what `f` allocates.
     pub fn beside<T>(&self, f: impl FnOnce() -> T) -> T {
-        struct Leave<'a>(&'a Cuda);
-        impl Drop for Leave<'_> {
-            fn drop(&mut self) {
-                self.0.memory().leave();
-            }
-        }
         self.cuda.memory().enter(&self.arena);
         let _leave = Leave(&self.cuda);
         f()
@@ -71,5 +69,29 @@ impl<R> Graph<R> {
     /// Where it runs.
     pub fn cuda(&self) -> &Cuda {
         &self.cuda
+    }
+}
+
+/// Back to the memory of all, also after a panic.
+struct Leave<'a>(&'a Cuda);
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        self.0.memory().leave();
+    }
+}
+
+/// A graph whose step panicked: its memory goes back.
+struct Abandoned<'a>(&'a Cuda);
+impl Drop for Abandoned<'_> {
+    fn drop(&mut self) {
+        drop(self.0.memory().end_arena());
+    }
+}
+
+/// A recording under way: a step that panics must not leave the device recording.
+struct Open<'a>(&'a Cuda);
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        drop(self.0.driver().end_recording());
     }
 }

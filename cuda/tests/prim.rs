@@ -544,3 +544,25 @@ fn elements_survive_the_way_to_the_device_and_back() {
         same(&Tensor::full(3.0, &[5], d, &device()).unwrap(), &Tensor::full(3.0, &[5], d, &Device::cpu()).unwrap(), "full");
     }
 }
+
+#[test]
+fn a_step_that_panics_while_it_is_captured_leaves_the_device_as_it_was() {
+    let d = cuda::emulator_with_memory(1 << 24).unwrap();
+    let x = Tensor::ones(&[1000], DType::F32, &d).unwrap();
+    let live = Cuda::of(&d).unwrap().stats().live;
+    let mut calls = 0;
+    let capture = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        Graph::capture(&d, 1, || {
+            let y = x.add(&x)?;
+            calls += 1;
+            assert!(calls < 2, "as a user's step may");
+            Ok(y)
+        })
+    }));
+    assert!(capture.is_err());
+    assert_eq!(Cuda::of(&d).unwrap().stats().live, live);
+    assert_eq!(x.add(&x).unwrap().to_vec::<f32>().unwrap(), [2.0; 1000]);
+    let again = Graph::capture(&d, 1, || x.add(&x)).unwrap();
+    again.replay().unwrap();
+    assert_eq!(again.output.to_vec::<f32>().unwrap(), [2.0; 1000]);
+}
