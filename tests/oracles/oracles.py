@@ -1,0 +1,325 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.15.0", "transformers==5.23.0", "safetensors==0.8.0", "numpy==2.4.6"]
+# ///
+"""What transformers computes, for tests that have no transformers.
+
+    pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0
+    python tests/oracles/oracles.py                  # writes tests/oracles/golden/NAME/ anew, one folder for each entry of MODELS
+    python tests/oracles/oracles.py --check FOLDER   # opens FOLDER in transformers: no key may be missing, unexpected or of another shape;
+                                                     # a folder of the same name under golden/ says which logits it must give
+
+A golden folder is a checkpoint (config.json, model.safetensors or shards, perhaps generation_config.json) and golden.safetensors:
+
+    input_ids [N], cu_seqlens [D + 1]  documents of different lengths, one after another; each was given to transformers on its own
+    logits [N, V], hidden.I [N, H]     hidden.I is the residual stream after layer I, hidden.norm the final norm's output
+    router.I [N, E]                    the router's logits of layer I, where it has experts
+    loss, aux_loss                     the mean over all N - D predictions plus router_aux_loss_coef x aux_loss, which pools all layers and tokens
+    grad.NAME                          of that loss, by the names that transformers has in memory (experts fused)
+    adamw                              that loss before each of twenty updates (ADAMW; all parameters decay)
+    prompt, continuation               greedy, by model.generate, in f32
+
+All but the last are computed in f64 (transformers casts to f32 in many places: "f32" is made to mean f64) and kept in f32, so that a test's error is its
+own. The script asserts that transformers' own f32 agrees, and that no choice (argmax, top-k) hangs on less than rounding can move.
+"""
+
+import argparse
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, logging
+from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_loss_func
+
+GOLDEN = Path(__file__).parent / "golden"
+ADAMW = dict(lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=1.0)  # gentle, so that rounding does not grow; the decay shows in the loss
+COMMON = dict(initializer_range=0.1, router_aux_loss_coef=0.01, output_router_logits=True, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+EAGER = dict(attn_implementation="eager", experts_implementation="eager")  # the default sorts of product know no f64
+
+MODELS = {
+    # two key groups with two value heads each, heads of 32, a dense layer among sparse ones, documents of 1 to 70 tokens (the delta rule's chunks: 32, 64)
+    "next_d32": dict(
+        seed=51, docs=[9, 1, 64, 70, 33],
+        config=dict(
+            model_type="qwen3_next", vocab_size=61, hidden_size=32, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=12, num_experts=6,
+            num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=12, mlp_only_layers=[1],
+        ),
+    ),
+    # the older spelling of a configuration, tied embeddings, a file in bf16, every second layer sparse, one expert for a token, three key groups
+    "next_d64_old": dict(
+        seed=32, docs=[40, 40], dtype=torch.bfloat16, old=True,
+        config=dict(
+            model_type="qwen3_next", vocab_size=47, hidden_size=24, intermediate_size=20, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1,
+            head_dim=64, linear_num_key_heads=3, linear_num_value_heads=3, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=5,
+            num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8, decoder_sparse_step=2, tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.5),
+            layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        ),
+    ),
+    # experts fused in shards with an index, tensors of multi-token prediction beside them, ten experts for a token with weights that are not renormalised
+    "next_d128_shards": dict(
+        seed=23, docs=[5, 35, 2], shards=3, mtp=True,
+        config=dict(
+            model_type="qwen3_next", vocab_size=53, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=128,
+            linear_num_key_heads=1, linear_num_value_heads=3, linear_key_head_dim=32, linear_value_head_dim=32, num_experts=12, num_experts_per_tok=10,
+            norm_topk_prob=False, moe_intermediate_size=6, shared_expert_intermediate_size=6,
+            layer_types=["full_attention", "linear_attention", "linear_attention"],
+        ),
+    ),
+    # heads of 256 as published, linear heads of 128 with more value heads than key heads, four experts for a token
+    "next_d256": dict(
+        seed=64, docs=[1, 20, 3], dtype=torch.bfloat16,
+        config=dict(
+            model_type="qwen3_next", vocab_size=41, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=256,
+            linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=128, linear_value_head_dim=128, num_experts=8, num_experts_per_tok=4,
+            moe_intermediate_size=6, shared_expert_intermediate_size=6, layer_types=["linear_attention", "full_attention"],
+        ),
+    ),
+    # dense Qwen3: tied, with the output projection in the file all the same, as published; the older spelling
+    "qwen3_tied": dict(
+        seed=5, docs=[24, 1, 40], old=True, twice=True,
+        config=dict(
+            model_type="qwen3", vocab_size=43, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=32, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6),
+        ),
+    ),
+    # Qwen3 with experts, whose weights are not renormalised, and no shared one; a dense layer; in bf16
+    "qwen3_moe": dict(
+        seed=6, docs=[30, 30], dtype=torch.bfloat16,
+        config=dict(
+            model_type="qwen3_moe", vocab_size=43, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=64, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=8, mlp_only_layers=[1],
+        ),
+    ),
+}
+
+
+class Close(Exception):
+    """Something hangs on less than rounding can move: another seed is taken."""
+
+
+def create(name, how, seed):
+    """Writes the checkpoint of a random model."""
+    out = GOLDEN / name
+    shutil.rmtree(out, ignore_errors=True)
+    torch.manual_seed(seed)
+    config = dict(COMMON, **how["config"])
+    config = AutoConfig.for_model(config.pop("model_type"), **config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER)
+    with torch.no_grad():  # transformers starts these at constants, which would hide a mistake in how they enter, or where almost nothing is remembered
+        for key, p in model.named_parameters():
+            if key.endswith("norm.weight"):
+                p.add_(0.3 * torch.randn_like(p))
+            elif key.endswith("dt_bias"):
+                p.uniform_(-3, 1)
+            elif key.endswith("A_log"):
+                p.copy_(torch.empty_like(p).uniform_(0.05, 3).log())
+    model = model.to(how.get("dtype", torch.float32))
+    model.save_pretrained(out)
+    path, spelled = out / "model.safetensors", json.loads((out / "config.json").read_text())
+    if how.get("old"):
+        rope = spelled.pop("rope_parameters")
+        spelled |= dict(rope_scaling=None, rope_theta=rope["rope_theta"])
+        if "partial_rotary_factor" in rope:
+            spelled |= dict(partial_rotary_factor=rope["partial_rotary_factor"], full_attention_interval=2)
+        del spelled["layer_types"]
+        spelled["torch_dtype"] = spelled.pop("dtype")
+        (out / "config.json").write_text(json.dumps(spelled, indent=2) + "\n")
+    if how.get("twice"):
+        weights = load_file(path)
+        save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path, metadata={"format": "pt"})
+    if how.get("shards"):
+        weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+        if how.get("mtp"):
+            h = config.hidden_size
+            weights |= {"mtp.fc.weight": torch.randn(h, 2 * h), "mtp.norm.weight": torch.randn(h).to(torch.bfloat16)}
+        parts = [f"model-{i + 1:05}-of-{how['shards']:05}.safetensors" for i in range(how["shards"])]
+        index = {key: parts[i % len(parts)] for i, key in enumerate(sorted(weights))}
+        for part in parts:
+            save_file({k: weights[k] for k in weights if index[k] == part}, out / part, metadata={"format": "pt"})
+        (out / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index), indent=1) + "\n")
+        path.unlink()
+    else:
+        (out / "generation_config.json").unlink(missing_ok=True)
+    for f in out.iterdir():
+        f.chmod(0o644)
+
+
+def opened(folder, dtype):
+    """The model of a folder, and an error if a key is missing, unexpected or of another shape."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **EAGER)
+    wrong = {k: sorted(map(str, v)) for k, v in info.items() if v}
+    if wrong:
+        raise SystemExit(f"{folder}: transformers does not take it as it is: {wrong}")
+    return model.eval()
+
+
+def watched(model):
+    """Lists that fill with what passes: hidden states after each layer and the final norm, and routers' logits, by layer."""
+    seen = {}
+
+    def hook(key):
+        def see(_, __, y):
+            seen.setdefault(key, []).append((y[0] if isinstance(y, tuple) else y).flatten(0, -2))
+        return see
+
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(hook(f"hidden.{i}"))
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.gate.register_forward_hook(hook(f"router.{i}"))
+    model.model.norm.register_forward_hook(hook("hidden.norm"))
+    return seen
+
+
+def compute(model, seen, docs):
+    """Everything that one pass over the documents shows, by golden name."""
+    seen.clear()
+    logits = [model(input_ids=d[None], use_cache=False).logits[0] for d in docs]
+    out = {"logits": torch.cat(logits)} | {k: torch.cat(v) for k, v in seen.items()}
+    ahead = torch.cat([x[:-1] for x in logits]), torch.cat([d[1:] for d in docs])
+    out["loss"] = F.cross_entropy(*ahead)
+    routers = tuple(v for k, v in out.items() if k.startswith("router."))
+    if routers:
+        out["aux_loss"] = load_balancing_loss_func(routers, model.config.num_experts, model.config.num_experts_per_tok)
+        out["loss"] = out["loss"] + model.config.router_aux_loss_coef * out["aux_loss"]
+    return out
+
+
+def margin(out, config):
+    """How near a router came to another choice: the least difference of logits between the last expert taken and the first not taken."""
+    k = getattr(config, "num_experts_per_tok", 0)
+    tops = [v.topk(k + 1).values for n, v in out.items() if n.startswith("router.") and v.shape[1] > k]
+    return min([float((t[:, k - 1] - t[:, k]).min().detach()) for t in tops], default=float("inf"))
+
+
+def train(model, seen, docs):
+    """The losses before each of twenty updates, and the narrowest choice on the way."""
+    optimizer, losses, narrow = torch.optim.AdamW(model.parameters(), **ADAMW), [], float("inf")
+    for _ in range(20):
+        out = compute(model, seen, docs)
+        narrow = min(narrow, margin(out, model.config))
+        losses.append(out["loss"].detach())
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+    return torch.stack(losses), narrow
+
+
+def error(x, y):
+    return float((x.double() - y.double()).norm() / y.double().norm())
+
+
+def in_f32(name, how, seed):
+    """What transformers computes as it is."""
+    folder = GOLDEN / name
+    model = opened(folder, torch.float32)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    torch.manual_seed(1000 + seed)
+    docs = [torch.randint(0, model.config.vocab_size, (n,)) for n in how["docs"]]
+    prompt = max(docs, key=len)[:5]
+    written = model.generate(prompt[None], max_new_tokens=24, do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True)
+    top = torch.stack([x[0].topk(2).values for x in written.logits])
+    if (top[:, 0] - top[:, 1]).min() < 1e-3:
+        raise Close("the greedy continuation")
+    seen = watched(model)
+    out = compute(model, seen, docs)
+    if len(set(how["docs"])) == 1:  # equal lengths: transformers' own batch and loss
+        batch = torch.stack(docs)
+        whole = model(input_ids=batch, labels=batch, use_cache=False)
+        assert error(whole.loss, out["loss"]) < 1e-6 and error(whole.logits.flatten(0, 1), out["logits"]) < 1e-5
+    losses, narrow = train(model, seen, docs)
+    if narrow < 2e-5:
+        raise Close("a router's choice")
+    greedy = dict(prompt=prompt, continuation=written.sequences[0, len(prompt):].clone())
+    return model.config, weights, docs, greedy, {k: v.detach() for k, v in out.items()} | {"adamw": losses}
+
+
+@contextmanager
+def f32_means_f64():
+    real = torch.Tensor.float, torch.float, torch.float32
+    torch.Tensor.float, torch.float, torch.float32 = torch.Tensor.double, torch.float64, torch.float64
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.Tensor.float, torch.float, torch.float32 = real
+        torch.set_default_dtype(torch.float32)
+
+
+def in_f64(name, config, weights, docs):
+    """What transformers computes where "f32" means f64."""
+    with f32_means_f64():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, **EAGER).eval()
+        model.load_state_dict(weights)
+        seen = watched(model)
+        out = compute(model, seen, docs)
+        assert all(v.dtype == torch.float64 for v in out.values())
+        out["loss"].backward()
+        gold = {k: v.detach() for k, v in out.items()} | {"grad." + n: p.grad.clone() for n, p in model.named_parameters()}
+        model.zero_grad()
+        gold["adamw"], narrow = train(model, seen, docs)
+    assert narrow > 1e-5, f"{name}: a router's choice hangs on {narrow:.1e}"
+    return gold, narrow
+
+
+def write(names):
+    for name in names:
+        config, weights, docs, greedy, plain = drawn(name, MODELS[name])
+        gold, narrow = in_f64(name, config, weights, docs)
+        errors = {k: error(v, gold[k]) for k, v in plain.items()}
+        assert max(errors.values()) < 1e-5, f"{name}: transformers' f32 is far from its f64: {errors}"
+        losses = gold["adamw"].tolist()
+        ends = torch.tensor([0] + [len(d) for d in docs]).cumsum(0)
+        gold = {k: v.float().contiguous() for k, v in gold.items()} | {"input_ids": torch.cat(docs), "cu_seqlens": ends} | greedy
+        save_file(gold, GOLDEN / name / "golden.safetensors")
+        (GOLDEN / name / "golden.safetensors").chmod(0o644)
+        size = sum(f.stat().st_size for f in (GOLDEN / name).iterdir())
+        print(
+            f"{name}: {sum(w.numel() for w in weights.values())} numbers, {size / 1e3:.0f} kB, loss {losses[0]:.4f} to {losses[-1]:.4f}, narrowest routing "
+            f"{narrow:.1e}, transformers' f32 off by at most {max(errors.values()):.1e}, continuation {greedy['continuation'].tolist()}"
+        )
+
+
+def drawn(name, how):
+    """The checkpoint and transformers' own f32, with the first seed that leaves nothing close."""
+    for seed in range(how["seed"], how["seed"] + 1000, 10):
+        create(name, how, seed)
+        try:
+            return in_f32(name, how, seed)
+        except Close as e:
+            print(f"{name}: {e} is close with seed {seed}")
+    raise SystemExit(f"{name}: no seed leaves nothing close")
+
+
+def check(folder):
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind == "tidegate":
+        raise SystemExit(f"{folder}: its model_type is tidegate, for models that are no qwen3_next: transformers has no such model")
+    model = opened(folder, torch.float32)
+    print(f"{folder}: transformers opens it as {type(model).__name__}; every key is there and none is unknown")
+    gold = GOLDEN / folder.resolve().name / "golden.safetensors"
+    if not gold.exists():
+        return
+    gold = load_file(gold)
+    ids, ends = gold["input_ids"], gold["cu_seqlens"].tolist()
+    with torch.no_grad():
+        logits = torch.cat([model(input_ids=ids[None, a:b], use_cache=False).logits[0] for a, b in zip(ends, ends[1:])])
+    off = error(logits, gold["logits"])
+    print(f"its logits are off those of {folder.resolve().name} by {off:.1e}")
+    if not off < 1e-5:
+        raise SystemExit("that is more than 1e-5")
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--check", metavar="FOLDER", type=Path, help="only open this checkpoint in transformers")
+    options.add_argument("names", nargs="*", metavar="NAME", help=f"write only these of {', '.join(MODELS)}")
+    options = options.parse_args()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)  # the same bits everywhere
+    check(options.check) if options.check else write(options.names or list(MODELS))
