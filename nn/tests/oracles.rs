@@ -1,0 +1,205 @@
+//! Against the golden folders that `tests/oracles/oracles.py` made with transformers: checkpoints in all spellings, values, gradients, training, decoding.
+
+use engine::{DType, Tensor, no_grad};
+use nn::tensor_file::TensorFile;
+use nn::{Decoder, Generator, Losses, Sampler};
+use ops::adamw::{AdamW, adamw};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Bounds on RMS(ours − theirs) / RMS(theirs), our f32 against transformers' f64.
+const VALUES: f64 = 1e-5;
+const GRADIENTS: f64 = 1e-4;
+const TRAINING: f64 = 1e-4;
+
+const MODELS: [&str; 4] = ["next_d32", "next_d64_old", "next_d128_shards", "next_d256"];
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/oracles/golden").join(name)
+}
+
+/// A golden file, read.
+struct Gold(BTreeMap<String, Vec<f64>>);
+
+impl Gold {
+    fn of(name: &str) -> Gold {
+        let path = folder(name).join("golden.safetensors");
+        let file = TensorFile::open(&path).unwrap();
+        let read = |(name, v): (String, safetensors::tensor::TensorView)| {
+            let wide = match v.dtype() {
+                safetensors::Dtype::F32 => v.data().as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x).into()).collect(),
+                safetensors::Dtype::I64 => v.data().as_chunks::<8>().0.iter().map(|x| i64::from_le_bytes(*x) as f64).collect(),
+                other => panic!("{name} is {other:?}"),
+            };
+            (name, wide)
+        };
+        Gold(file.tensors(&path).unwrap().into_iter().map(read).collect())
+    }
+    fn get(&self, name: &str) -> &[f64] {
+        self.0.get(name).unwrap_or_else(|| panic!("no {name}"))
+    }
+    fn ids(&self, name: &str) -> Vec<u32> {
+        self.get(name).iter().map(|x| *x as u32).collect()
+    }
+    /// Where each document begins and ends.
+    fn documents(&self) -> Vec<(usize, usize)> {
+        self.get("cu_seqlens").windows(2).map(|w| (w[0] as usize, w[1] as usize)).collect()
+    }
+    /// One of our gradients, of theirs: transformers holds gate and up apart where we fuse them.
+    fn gradient(&self, name: &str) -> Vec<f64> {
+        match name.strip_suffix("gate_up_proj.weight") {
+            Some(base) => [self.get(&format!("grad.{base}gate_proj.weight")), self.get(&format!("grad.{base}up_proj.weight"))].concat(),
+            None => self.get(&format!("grad.{name}")).to_vec(),
+        }
+    }
+}
+
+/// All documents in a row, as a model takes them.
+struct Packed {
+    tokens: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+}
+
+impl Packed {
+    fn of(gold: &Gold) -> Packed {
+        let ids = gold.ids("input_ids");
+        let next = gold.documents().iter().flat_map(|(a, b)| ids[a + 1..*b].iter().map(|i| i64::from(*i)).chain([-100])).collect::<Vec<i64>>();
+        let cu: Vec<i64> = gold.get("cu_seqlens").iter().map(|x| *x as i64).collect();
+        Packed {
+            tokens: Tensor::from_slice(&ids, &[1, ids.len()], &engine::Device::cpu()).unwrap(),
+            targets: Tensor::from_vec(next, &[ids.len()]).unwrap(),
+            cu_seqlens: Tensor::from_slice(&cu, &[cu.len()], &engine::Device::cpu()).unwrap(),
+        }
+    }
+    fn loss(&self, model: &Decoder) -> Losses {
+        model.loss(&self.tokens, &self.targets, Some(&self.cu_seqlens), None).unwrap()
+    }
+}
+
+/// The worst error of each kind; those above their bound are collected.
+#[derive(Default)]
+struct Worst {
+    of: BTreeMap<&'static str, (f64, String)>,
+    wrong: Vec<String>,
+}
+
+impl Worst {
+    fn see(&mut self, kind: &'static str, name: &str, bound: f64, ours: &[f64], theirs: &[f64]) {
+        assert_eq!(ours.len(), theirs.len(), "{name}");
+        let square = |x: &mut dyn Iterator<Item = f64>| x.map(|d| d * d).sum::<f64>();
+        let d = square(&mut ours.iter().zip(theirs).map(|(x, y)| x - y));
+        let error = if d == 0.0 { 0.0 } else { (d / square(&mut theirs.iter().copied())).sqrt() };
+        if error.is_nan() || error > bound {
+            self.wrong.push(format!("{kind} {name}: {error:.1e}, at most {bound:.0e}"));
+        }
+        let worst = self.of.entry(kind).or_insert((-1.0, String::new()));
+        if error.is_nan() || error > worst.0 {
+            *worst = (error, name.to_string());
+        }
+    }
+    fn say(self, model: &str) {
+        let said: Vec<String> = self.of.iter().map(|(kind, (e, name))| format!("{kind} {e:.1e} ({name})")).collect();
+        println!("{model}: worst {}", said.join(", "));
+        assert!(self.wrong.is_empty(), "{model} is too far from transformers:\n{}", self.wrong.join("\n"));
+    }
+}
+
+fn f64s(t: &Tensor) -> Vec<f64> {
+    t.to_vec().unwrap()
+}
+
+/// Logits of tokens [B, T]; what the taps and the routers show is compared, too, if it is asked for.
+fn forward(model: &Decoder, tokens: &Tensor, cu_seqlens: Option<&Tensor>, mut compare: Option<(&mut Worst, &Gold)>) -> Vec<f64> {
+    let c = model.config();
+    let mut streams = vec![];
+    let mut tap = |name: &str, t: &Tensor| {
+        if name.ends_with("hook_resid_post") {
+            streams.push(f64s(t));
+        }
+    };
+    let (x, routers) = no_grad(|| model.forward(tokens, cu_seqlens, None, Some(&mut tap))).unwrap();
+    if let Some((worst, gold)) = &mut compare {
+        assert_eq!(streams.len(), c.num_hidden_layers);
+        for (i, stream) in streams.iter().enumerate() {
+            worst.see("hidden", &format!("{i}"), VALUES, stream, gold.get(&format!("hidden.{i}")));
+        }
+        worst.see("hidden", "norm", VALUES, &f64s(&x), gold.get("hidden.norm"));
+        let sparse: Vec<usize> = (0..c.num_hidden_layers).filter(|i| c.is_sparse(*i)).collect();
+        assert_eq!((sparse.len(), routers.len()), (routers.len(), gold.0.keys().filter(|k| k.starts_with("router.")).count()));
+        for (i, router) in sparse.iter().zip(&routers) {
+            worst.see("router", &format!("{i}"), VALUES, &f64s(router), gold.get(&format!("router.{i}")));
+        }
+    }
+    no_grad(|| model.logits(&x.reshape(&[tokens.numel(), c.hidden_size])?)).unwrap().to_vec().unwrap()
+}
+
+#[test]
+fn logits_states_losses_and_gradients_are_those_of_transformers() {
+    for name in MODELS {
+        let (gold, mut worst) = (Gold::of(name), Worst::default());
+        let model = Decoder::open(&folder(name)).unwrap();
+        let batch = Packed::of(&gold);
+        let logits = forward(&model, &batch.tokens, Some(&batch.cu_seqlens), Some((&mut worst, &gold)));
+        worst.see("logits", "packed", VALUES, &logits, gold.get("logits"));
+        let documents = gold.documents();
+        let v = model.config().vocab_size;
+        for (a, b) in &documents {
+            let alone = forward(&model, &batch.tokens.narrow(1, *a, b - a).unwrap(), None, None);
+            worst.see("logits", &format!("{} alone", b - a), VALUES, &alone, &gold.get("logits")[a * v..b * v]);
+        }
+        let long = documents[0].1;
+        if documents.iter().all(|(a, b)| b - a == long) {
+            let rows = batch.tokens.reshape(&[documents.len(), long]).unwrap();
+            worst.see("logits", "batch", VALUES, &forward(&model, &rows, None, None), gold.get("logits"));
+        }
+        let losses = batch.loss(&model);
+        worst.see("loss", "objective", VALUES, &f64s(&losses.objective), gold.get("loss"));
+        if let Some(l) = &losses.load_balancing {
+            worst.see("loss", "load balancing", VALUES, &f64s(l), gold.get("aux_loss"));
+        }
+        let grads = losses.objective.backward().unwrap();
+        for p in model.params() {
+            let ours = grads.get(&p.tensor).unwrap_or_else(|| panic!("{} got no gradient", p.name));
+            worst.see("gradient", &p.name, GRADIENTS, &f64s(ours), &gold.gradient(&p.name));
+        }
+        worst.say(name);
+    }
+}
+
+#[test]
+fn twenty_updates_lose_as_in_transformers() {
+    for name in MODELS {
+        let (gold, mut worst) = (Gold::of(name), Worst::default());
+        let model = Decoder::open(&folder(name)).unwrap();
+        let batch = Packed::of(&gold);
+        let zeros = |t: &Tensor| Tensor::zeros(t.shape(), DType::F32, t.device()).unwrap();
+        let moments: Vec<[Tensor; 2]> = model.params().iter().map(|p| [zeros(&p.tensor), zeros(&p.tensor)]).collect();
+        let theirs = gold.get("adamw");
+        assert_eq!(theirs.len(), 20);
+        for step in 1..=20 {
+            let loss = batch.loss(&model).objective;
+            worst.see("loss", &format!("{step}"), TRAINING, &f64s(&loss), &theirs[step - 1..step]);
+            let grads = loss.backward().unwrap();
+            let op = AdamW { lr: 3e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 1.0, step: step as u64, grad_scale: 1.0 };
+            for (p, [m, v]) in model.params().iter().zip(&moments) {
+                adamw(op, &p.tensor, m, v, grads.get(&p.tensor).unwrap()).unwrap();
+            }
+        }
+        worst.say(name);
+    }
+}
+
+#[test]
+fn greedy_continuations_are_those_of_transformers() {
+    let greedy = Sampler { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
+    for name in MODELS {
+        let gold = Gold::of(name);
+        let model = Decoder::open(&folder(name)).unwrap();
+        let theirs = gold.ids("continuation");
+        assert_eq!(theirs.len(), 24);
+        let ours = Generator::new(&model).generate(&gold.ids("prompt"), theirs.len(), &greedy, |_| {}).unwrap();
+        assert_eq!(ours, theirs, "{name}");
+        println!("{name}: all {} tokens", ours.len());
+    }
+}
