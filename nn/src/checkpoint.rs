@@ -1,7 +1,8 @@
 //! `model.safetensors` and `config.json`, in transformers' names: fused projections are written apart, and read in either form.
 
+use crate::aside::Aside;
 use crate::init::Source;
-use crate::tensor_file::{self, TensorFile, fill, readable};
+use crate::tensor_file::{self, Raw, TensorFile, fill, readable};
 use crate::{Decoder, Error, ModelConfig, Param, Placement, Result};
 use engine::{DType, Tensor};
 use safetensors::tensor::TensorView;
@@ -11,6 +12,10 @@ use std::path::{Path, PathBuf};
 const MODEL: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const CONFIG: &str = "config.json";
+const EMBED: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+/// Tensors of multi-token prediction begin so: transformers passes over them, too.
+const MTP: &str = "mtp.";
 
 /// A tensor as files have it: name and the part of the parameter that it is.
 fn parts(name: &str, t: &Tensor) -> Result<Vec<(String, Tensor)>> {
@@ -58,6 +63,16 @@ impl Files {
         Ok(Files(names.into_iter().map(shard).collect::<Result<_>>()?))
     }
 
+    /// Copies of the tensors that belong to no parameter and are wanted all the same.
+    fn aside(&self) -> Result<Vec<Raw>> {
+        let mut out = vec![];
+        for (path, file) in &self.0 {
+            out.extend(file.tensors(path)?.iter().filter(|(name, _)| name.starts_with(MTP)).map(|(name, v)| Raw::of(name, v)));
+        }
+        out.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(out)
+    }
+
     /// The tensors for each of `params`, in its order; an error that lists what does not fit.
     fn matched(&self, dir: &Path, params: &[Param]) -> Result<Vec<Vec<TensorView<'_>>>> {
         let (mut left, mut wrong) = (BTreeMap::new(), vec![]);
@@ -67,6 +82,13 @@ impl Files {
                     wrong.push(format!("`{name}` is in two files"));
                 }
             }
+        }
+        // files of tied models often have the output projection once more
+        if !params.iter().any(|p| p.name == HEAD)
+            && let Some(head) = left.remove(HEAD)
+            && left.get(EMBED).is_none_or(|e| (e.dtype(), e.shape(), e.data()) != (head.dtype(), head.shape(), head.data()))
+        {
+            wrong.push(format!("`{HEAD}` is not `{EMBED}`, although `tie_word_embeddings` says that they are one"));
         }
         let mut ready = vec![];
         for p in params {
@@ -83,7 +105,7 @@ impl Files {
             }
             ready.push(pieces);
         }
-        wrong.extend(left.keys().filter(|n| !n.starts_with("mtp.")).map(|n| format!("`{n}` is not of this model")));
+        wrong.extend(left.keys().filter(|n| !n.starts_with(MTP)).map(|n| format!("`{n}` is not of this model")));
         if !wrong.is_empty() {
             let more = if wrong.len() > 8 { format!("; and {} more", wrong.len() - 8) } else { String::new() };
             let path = if let [(path, _)] = &self.0[..] { path.as_path() } else { dir };
@@ -99,11 +121,14 @@ struct Index {
 }
 
 impl Decoder {
-    /// Writes `model.safetensors` and `config.json` into the folder `dir`, each synced to disk.
+    /// Writes `model.safetensors` and `config.json` into the folder `dir`, each synced to disk; and what was [aside](Self::aside) when the model was read.
     pub fn save(&self, dir: &Path) -> Result<()> {
         let named = self.params().iter().map(|p| parts(&p.name, &p.tensor.detach())).collect::<Result<Vec<_>>>()?;
-        tensor_file::write(&dir.join(MODEL), named.concat())?;
-        let config = serde_json::to_string_pretty(&self.config().to_json()?).map_err(|e| Error::Config(e.to_string()))?;
+        let mut config = self.config().to_json()?;
+        self.aside.ids.iter().for_each(|(key, x)| config[key] = x.clone());
+        let config = serde_json::to_string_pretty(&config).map_err(|e| Error::Config(e.to_string()))?;
+        tensor_file::write_with(&dir.join(MODEL), named.concat(), &self.aside.tensors)?;
+        self.aside.files.iter().try_for_each(|(name, bytes)| write_synced(&dir.join(name), bytes))?;
         write_synced(&dir.join(CONFIG), config.as_bytes())
     }
 
@@ -115,25 +140,34 @@ impl Decoder {
 
     /// The model that the folder `dir` holds, as [`open`](Self::open), in a place of your choice.
     pub fn open_on(dir: &Path, place: &Placement) -> Result<Decoder> {
-        let path = dir.join(CONFIG);
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let json = serde_json::from_str(&text).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))?;
-        let config = ModelConfig::from_json(json)?;
+        let json = read_config(dir)?;
+        let config = ModelConfig::from_json(json.clone())?;
         place.validate()?;
         config.fits(place.params.size() as u64)?;
         let files = Files::open(dir)?;
         let plan = Decoder::build(&config, place, Source::Shapes)?;
         let pieces = files.matched(dir, plan.params())?;
         let pieces: HashMap<&str, &Vec<TensorView>> = plan.params().iter().map(|p| p.name.as_str()).zip(&pieces).collect();
-        Decoder::build(&config, place, Source::File(&|name, t| fill(t, pieces.get(name).map_or(&[], |v| v))))
+        let mut model = Decoder::build(&config, place, Source::File(&|name, t| fill(t, pieces.get(name).map_or(&[], |v| v))))?;
+        model.aside = Aside::read(dir, &json, files.aside()?)?;
+        Ok(model)
     }
 
-    /// Overwrites the parameters in place with those of the folder `dir`; none of them, if the files do not fit.
-    pub fn load(&self, dir: &Path) -> Result<()> {
+    /// Overwrites the parameters in place with those of the folder `dir`, and takes over what is beside them; nothing, if the files do not fit.
+    pub fn load(&mut self, dir: &Path) -> Result<()> {
         let files = Files::open(dir)?;
         let pieces = files.matched(dir, self.params())?;
-        self.params().iter().zip(&pieces).try_for_each(|(p, pieces)| fill(&p.tensor, pieces))
+        let aside = Aside::read(dir, &read_config(dir)?, files.aside()?)?;
+        self.params().iter().zip(&pieces).try_for_each(|(p, pieces)| fill(&p.tensor, pieces))?;
+        self.aside = aside;
+        Ok(())
     }
+}
+
+fn read_config(dir: &Path) -> Result<serde_json::Value> {
+    let path = dir.join(CONFIG);
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    serde_json::from_str(&text).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -1,5 +1,6 @@
 //! The decoder: embedding, pre-norm residual blocks, final norm, output projection.
 
+use crate::aside::Aside;
 use crate::config::{LayerType, ModelConfig};
 use crate::init::{Builder, Source};
 use crate::layers::{Attention, Cache, Context, Dense, GatedDeltaNet, Param, Sparse, Taps, project};
@@ -53,6 +54,7 @@ pub struct Decoder {
     blocks: Vec<Block>,
     norm: Tensor,
     head: Tensor,
+    pub(crate) aside: Aside,
 }
 
 /// Where a model lives, and in what precision (the policy is explicit: nothing is narrowed that is not said here).
@@ -124,12 +126,16 @@ impl Decoder {
         let norm = b.constant("norm.weight", &[h], 0.0)?;
         b.prefix = String::new();
         let head = if c.tie_word_embeddings { embed.clone() } else { b.normal("lm_head.weight", &[c.vocab_size, h])? };
-        Ok(Decoder { config: c, place: b.place, params: b.params, embed, blocks, norm, head })
+        Ok(Decoder { config: c, place: b.place, params: b.params, embed, blocks, norm, head, aside: Aside::default() })
     }
 
     /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+    /// What the folder that it was read from held beside it.
+    pub fn aside(&self) -> &Aside {
+        &self.aside
     }
     /// Where it lives, and in what precision.
     pub fn place(&self) -> &Placement {

@@ -1,5 +1,6 @@
 //! Layers, mixers, the mixture-of-experts decoder, its configuration, checkpoints and generation.
 
+mod aside;
 mod checkpoint;
 mod config;
 mod decoder;
@@ -9,6 +10,7 @@ mod init;
 mod layers;
 pub mod tensor_file;
 
+pub use aside::Aside;
 pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, nearest};
 pub use decoder::{Decoder, Losses, Placement, Tap};
 pub use error::{Error, Result};

@@ -38,13 +38,67 @@ impl View for Lazy<'_> {
     }
 }
 
+/// A file's tensor as its bytes are.
+pub(crate) struct Raw {
+    pub name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl Raw {
+    /// A copy: the file may be written over.
+    pub fn of(name: &str, v: &TensorView) -> Raw {
+        Raw { name: name.into(), dtype: v.dtype(), shape: v.shape().to_vec(), bytes: v.data().to_vec() }
+    }
+}
+
+/// What a file is made of.
+enum Entry<'a> {
+    Made(Lazy<'a>),
+    Kept(&'a Raw),
+}
+
+impl View for Entry<'_> {
+    fn dtype(&self) -> Dtype {
+        match self {
+            Entry::Made(t) => t.dtype(),
+            Entry::Kept(t) => t.dtype,
+        }
+    }
+    fn shape(&self) -> &[usize] {
+        match self {
+            Entry::Made(t) => t.shape(),
+            Entry::Kept(t) => &t.shape,
+        }
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        match self {
+            Entry::Made(t) => t.data(),
+            Entry::Kept(t) => Cow::Borrowed(&t.bytes),
+        }
+    }
+    fn data_len(&self) -> usize {
+        match self {
+            Entry::Made(t) => t.data_len(),
+            Entry::Kept(t) => t.bytes.len(),
+        }
+    }
+}
+
 /// Writes a safetensors file, in f64 for f64 tensors and in f32 for all others, and syncs it to disk.
 pub fn write(path: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
+    write_with(path, tensors, &[])
+}
+
+/// The same, with tensors that another file had.
+pub(crate) fn write_with(path: &Path, tensors: Vec<(String, Tensor)>, kept: &[Raw]) -> Result<()> {
     let failed = RefCell::new(None);
-    let lazy = tensors.into_iter().map(|(name, tensor)| (name, Lazy { tensor, failed: &failed }));
+    let made = tensors.into_iter().map(|(name, tensor)| (name, Entry::Made(Lazy { tensor, failed: &failed })));
+    let entries = made.chain(kept.iter().map(|t| (t.name.clone(), Entry::Kept(t))));
     // the library that most people read these files with wants to be told whose they are
     let meta = HashMap::from([("format".to_string(), "pt".to_string())]);
-    safetensors::serialize_to_file(lazy, Some(meta), path).map_err(|e| match e {
+    safetensors::serialize_to_file(entries, Some(meta), path).map_err(|e| match e {
         SafeTensorError::IoError(source) => Error::io(path)(source),
         e => Error::checkpoint(path, e.to_string()),
     })?;

@@ -120,7 +120,7 @@ fn files_go_both_ways_and_bad_ones_are_refused() {
     std::fs::create_dir_all(&dir).unwrap();
     let m = Decoder::new(&tiny(), 3, DType::F32).unwrap();
     m.save(&dir).unwrap();
-    let back = Decoder::open(&dir).unwrap();
+    let mut back = Decoder::open(&dir).unwrap();
     for (a, b) in m.params().iter().zip(back.params()) {
         assert_eq!((&a.name, a.tensor.to_vec::<f32>().unwrap()), (&b.name, b.tensor.to_vec::<f32>().unwrap()));
     }
@@ -166,7 +166,7 @@ fn files_go_both_ways_and_bad_ones_are_refused() {
         assert!(back.load(&dir).is_err(), "header length {length}");
     }
     std::fs::write(&file, &whole).unwrap();
-    let other = Decoder::new(&ModelConfig { vocab_size: 12, ..tiny() }, 0, DType::F32).unwrap();
+    let mut other = Decoder::new(&ModelConfig { vocab_size: 12, ..tiny() }, 0, DType::F32).unwrap();
     let e = other.load(&dir).unwrap_err().to_string();
     assert!(e.contains("embed_tokens") && e.contains("[11, 6]") && e.contains("[12, 6]"), "{e}");
     std::fs::remove_dir_all(&dir).unwrap();

@@ -42,7 +42,7 @@ fn logits_losses_and_gradients_are_those_of_transformers() {
     let next: Vec<i64> = ids.chunks(t).flat_map(|row| row[1..].iter().copied().chain([-100])).collect();
     let targets = Tensor::from_vec(next, &[b * t]).unwrap();
 
-    let model = Decoder::new(&config, 0, DType::F64).unwrap();
+    let mut model = Decoder::new(&config, 0, DType::F64).unwrap();
     model.load(&dir).unwrap();
     let (x, _) = no_grad(|| model.forward(&tokens, None, None, None)).unwrap();
     let logits = no_grad(|| model.logits(&x.reshape(&[b * t, config.hidden_size])?)).unwrap().to_vec::<f64>().unwrap();
