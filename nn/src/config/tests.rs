@@ -33,7 +33,7 @@ fn knows_every_key_that_transformers_writes() {
     }"#;
     let c = ModelConfig::from_json(serde_json::from_str(written).unwrap()).unwrap();
     let ours = ModelConfig { num_hidden_layers: 4, ..Default::default() };
-    assert_eq!(c, ModelConfig { layer_types: c.layer_types.clone(), ..ours.clone() });
+    assert_eq!(c, ModelConfig { layer_types: c.layer_types.clone(), model_type: ModelType::Qwen3Next, ..ours.clone() });
     assert_eq!((0..4).map(|i| ours.layer_type(i)).collect::<Vec<_>>(), c.layer_types);
     let derived = ModelConfig::from_json(json!({"num_hidden_layers": 4, "layer_types": null, "mlp_only_layers": null})).unwrap();
     assert_eq!(derived, ours);
@@ -47,7 +47,7 @@ fn written_layer_types_are_spelled_out() {
     let back = ModelConfig::from_json(json).unwrap();
     assert!((0..3).all(|i| back.layer_type(i) == c.layer_type(i)));
     let sliding = ModelConfig { num_hidden_layers: 1, layer_types: vec![LayerType::SlidingAttention], ..Default::default() };
-    assert_eq!(ModelConfig::from_json(sliding.to_json().unwrap()).unwrap(), sliding);
+    assert_eq!(ModelConfig::from_json(sliding.to_json().unwrap()).unwrap(), ModelConfig { model_type: ModelType::Tidegate, ..sliding });
 }
 
 #[test]
@@ -80,11 +80,50 @@ fn mistakes_are_named() {
     assert!(err(json!({"num_experts": 0, "intermediate_size": 0})).contains("layer 0 is dense"));
     assert!(err(json!({"num_hidden_layers": 4, "mlp_only_layers": [4]})).contains("names layer 4"));
     assert!(err(json!({"attention_dropout": 0.1})).contains("attention_dropout"));
-    assert!(err(json!({"model_type": "llama"})).contains("qwen3_next"));
+    let e = err(json!({"model_type": "llama", "mlp_bias": false}));
+    assert!(e.contains("\"llama\" is not supported") && e.contains("qwen3_next, qwen3, qwen3_moe and tidegate"), "{e}");
+    assert!(err(json!({"model_type": 3})).contains("must be a string"));
     assert!(err(json!({"rope_parameters": {"rope_type": "yarn"}})).contains("yarn"));
     assert!(err(json!({"rope_parameters": {"mrope_section": [1]}})).contains("mrope_section"));
     assert!(err(json!({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}})).contains("contradict"));
     assert!(err(json!({"rope_parameters": 3})).contains("object"));
+}
+
+#[test]
+fn only_a_qwen3_next_is_called_one() {
+    let c = ModelConfig { num_hidden_layers: 4, ..Default::default() };
+    let gate = AttentionGate { granularity: GateGranularity::Headwise, ..Default::default() };
+    let mut sliding = vec![LayerType::LinearAttention; 4];
+    sliding[2] = LayerType::SlidingAttention;
+    for (beyond, says) in [
+        (ModelConfig { layer_types: sliding, ..c.clone() }, "sliding attention (layer 2)"),
+        (ModelConfig { attention_gate: gate, ..c.clone() }, "attention_gate"),
+        (ModelConfig { output_gate_type: OutputGate::Sigmoid, ..c.clone() }, "output_gate_type"),
+        (ModelConfig { linear_allow_neg_eigval: true, ..c.clone() }, "linear_allow_neg_eigval"),
+        (ModelConfig { shared_expert_intermediate_size: 0, ..c.clone() }, "without a shared one"),
+        (ModelConfig { zero_centered_norms: false, ..c.clone() }, "zero-centred"),
+    ] {
+        let json = beyond.to_json().unwrap();
+        assert_eq!((&json["model_type"], &json["architectures"]), (&json!("tidegate"), &json!(["TidegateForCausalLM"])), "{says}");
+        let back = ModelConfig::from_json(json.clone()).unwrap();
+        assert_eq!(back, ModelConfig { model_type: ModelType::Tidegate, layer_types: back.layer_types.clone(), ..beyond.clone() });
+        let posing = ModelConfig { model_type: ModelType::Qwen3Next, ..beyond };
+        let mut file = json;
+        file["model_type"] = json!("qwen3_next");
+        for e in [posing.to_json().unwrap_err(), posing.validate().unwrap_err(), ModelConfig::from_json(file).unwrap_err()] {
+            assert!(e.to_string().contains(says) && e.to_string().contains("tidegate"), "{e}");
+        }
+    }
+    // what no layer has does not matter
+    let linear = ModelConfig { full_attention_interval: 9, attention_gate: gate, ..c.clone() };
+    let softmax = ModelConfig { full_attention_interval: 1, output_gate_type: OutputGate::Sigmoid, linear_allow_neg_eigval: true, ..c.clone() };
+    let dense = ModelConfig { shared_expert_intermediate_size: 0, num_experts: 0, ..c.clone() };
+    for same in [&c, &linear, &softmax, &dense] {
+        assert_eq!(same.saved_type().unwrap(), ModelType::Qwen3Next);
+        assert_eq!(same.to_json().unwrap()["model_type"], json!("qwen3_next"));
+    }
+    let ours = ModelConfig { model_type: ModelType::Tidegate, ..c };
+    assert_eq!(ours.to_json().unwrap()["model_type"], json!("tidegate"));
 }
 
 #[test]
