@@ -12,7 +12,7 @@ const VALUES: f64 = 1e-5;
 const GRADIENTS: f64 = 1e-4;
 const TRAINING: f64 = 1e-4;
 
-const MODELS: [&str; 4] = ["next_d32", "next_d64_old", "next_d128_shards", "next_d256"];
+const MODELS: [&str; 6] = ["next_d32", "next_d64_old", "next_d128_shards", "next_d256", "qwen3_tied", "qwen3_moe"];
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/oracles/golden").join(name)

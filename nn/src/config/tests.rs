@@ -127,6 +127,44 @@ fn only_a_qwen3_next_is_called_one() {
 }
 
 #[test]
+fn qwen3_reads_as_ours() {
+    // the keys of a published dense file, and of one with experts as transformers 5.23.0 writes it
+    let dense = json!({
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_window_layers": 28, "rope_scaling": null, "rope_theta": 1_000_000,
+        "sliding_window": null, "use_sliding_window": false, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "eos_token_id": 151_645
+    });
+    let moe = json!({
+        "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": null, "num_local_experts": 8,
+        "mlp_only_layers": [1], "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "sliding_window": null
+    });
+    let (d, m) = (ModelConfig::from_json(dense.clone()).unwrap(), ModelConfig::from_json(moe).unwrap());
+    for c in [&d, &m] {
+        assert_eq!((c.model_type, c.attention_gate.granularity, c.zero_centered_norms), (ModelType::Tidegate, GateGranularity::None, false));
+        assert!((0..c.num_hidden_layers).all(|i| c.layer_type(i) == LayerType::FullAttention));
+        assert_eq!((c.rotary_dim(), c.rope_theta, c.shared_expert_intermediate_size), (c.head_dim, 1e6, 0));
+        assert_eq!(c.to_json().unwrap()["model_type"], json!("tidegate"));
+    }
+    assert_eq!((d.num_experts, d.head_dim, d.tie_word_embeddings), (0, 128, true));
+    assert_eq!((m.num_experts, m.num_experts_per_tok, m.moe_intermediate_size, m.norm_topk_prob), (8, 8, 768, false));
+    assert_eq!((m.num_key_value_heads, m.head_dim, m.is_sparse(1), m.is_sparse(2)), (4, 16, false, true));
+    // the published 0.6B has 596,049,920 parameters
+    assert_eq!(d.parameters().0, 596_049_920);
+    let with = |key: &str, x: Value| {
+        let mut v = dense.clone();
+        v[key] = x;
+        ModelConfig::from_json(v).unwrap_err().to_string()
+    };
+    for (key, x) in [("num_experts", json!(4)), ("partial_rotary_factor", json!(0.5)), ("shared_expert_intermediate_size", json!(8))] {
+        let e = with(key, x);
+        assert!(e.contains(key) && e.contains("qwen3"), "{e}");
+    }
+    assert!(with("use_sliding_window", json!(true)).contains("use_sliding_window"));
+    let e = ModelConfig::from_json(json!({"model_type": "qwen3_moe", "num_experts": 4, "num_local_experts": 5})).unwrap_err().to_string();
+    assert!(e.contains("contradict"), "{e}");
+}
+
+#[test]
 fn a_model_larger_than_the_machine_is_refused_before_it_is_made() {
     let largest = ModelConfig { num_experts: LARGEST, num_hidden_layers: 2, ..Default::default() };
     let huge = ModelConfig { hidden_size: LARGEST, moe_intermediate_size: LARGEST, ..largest.clone() };
