@@ -109,12 +109,12 @@ impl Decoder {
         let mut blocks = vec![];
         for i in 0..c.num_hidden_layers {
             b.prefix = format!("model.layers.{i}.");
-            let input_norm = b.constant("input_layernorm.weight", &[h], 0.0)?;
+            let input_norm = b.constant("input_layernorm.weight", &[h], c.norm_start())?;
             let mixer = match c.layer_type(i) {
                 LayerType::LinearAttention => Mixer::Delta(GatedDeltaNet::new(&mut b, &c)?),
                 kind => Mixer::Softmax(Attention::new(&mut b, &c, kind)?),
             };
-            let post_norm = b.constant("post_attention_layernorm.weight", &[h], 0.0)?;
+            let post_norm = b.constant("post_attention_layernorm.weight", &[h], c.norm_start())?;
             let feed_forward = if c.is_sparse(i) {
                 FeedForward::Sparse(Sparse::new(&mut b, &c)?)
             } else {
@@ -123,7 +123,7 @@ impl Decoder {
             blocks.push(Block { input_norm, mixer, post_norm, feed_forward });
         }
         b.prefix = "model.".into();
-        let norm = b.constant("norm.weight", &[h], 0.0)?;
+        let norm = b.constant("norm.weight", &[h], c.norm_start())?;
         b.prefix = String::new();
         let head = if c.tie_word_embeddings { embed.clone() } else { b.normal("lm_head.weight", &[c.vocab_size, h])? };
         Ok(Decoder { config: c, place: b.place, params: b.params, embed, blocks, norm, head, aside: Aside::default() })
@@ -241,8 +241,8 @@ impl Decoder {
 /// `h = stream + delta`, and its norm.
 fn add_norm(delta: Option<Tensor>, stream: Tensor, weight: &Tensor, c: &ModelConfig) -> Result<(Tensor, Tensor)> {
     Ok(match delta {
-        Some(d) => rms_norm_residual(&d, &stream, weight, c.rms_norm_eps, true)?,
-        None => (rms_norm(&stream, weight, c.rms_norm_eps, true)?, stream),
+        Some(d) => rms_norm_residual(&d, &stream, weight, c.rms_norm_eps, c.zero_centered_norms)?,
+        None => (rms_norm(&stream, weight, c.rms_norm_eps, c.zero_centered_norms)?, stream),
     })
 }
 

@@ -89,8 +89,8 @@ impl Attention {
             k_proj: b.normal("self_attn.k_proj.weight", &[c.num_key_value_heads * d, h])?,
             v_proj: b.normal("self_attn.v_proj.weight", &[c.num_key_value_heads * d, h])?,
             o_proj: b.normal("self_attn.o_proj.weight", &[h, c.num_attention_heads * d])?,
-            q_norm: b.constant("self_attn.q_norm.weight", &[d], 0.0)?,
-            k_norm: b.constant("self_attn.k_norm.weight", &[d], 0.0)?,
+            q_norm: b.constant("self_attn.q_norm.weight", &[d], c.norm_start())?,
+            k_norm: b.constant("self_attn.k_norm.weight", &[d], c.norm_start())?,
             window: (kind == LayerType::SlidingAttention).then_some(c.sliding_window),
         })
     }
@@ -101,7 +101,7 @@ impl Attention {
         let k = project(x, &self.k_proj)?.reshape(&[b, t, c.num_key_value_heads, d])?;
         let v = project(x, &self.v_proj)?.reshape(&[b, t, c.num_key_value_heads, d])?;
         let at = || ctx.positions.map_or(Positions::From(ctx.offset), Positions::Given);
-        let turn = |x: &Tensor, w: &Tensor| norm_rope(x, w, c.rms_norm_eps, true, c.rotary_dim(), c.rope_theta, at());
+        let turn = |x: &Tensor, w: &Tensor| norm_rope(x, w, c.rms_norm_eps, c.zero_centered_norms, c.rotary_dim(), c.rope_theta, at());
         let qg = qg.split(3, &[d, c.gate_dim()])?;
         let (q, mut k) = (turn(&qg[0], &self.q_norm)?, turn(&k, &self.k_norm)?);
         let mut v = v;

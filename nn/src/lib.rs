@@ -11,7 +11,7 @@ mod layers;
 pub mod tensor_file;
 
 pub use aside::Aside;
-pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, nearest};
+pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, ModelType, OutputGate, nearest};
 pub use decoder::{Decoder, Losses, Placement, Tap};
 pub use error::{Error, Result};
 pub use generate::{Generator, Sampler};

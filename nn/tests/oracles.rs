@@ -12,7 +12,7 @@ const VALUES: f64 = 1e-5;
 const GRADIENTS: f64 = 1e-4;
 const TRAINING: f64 = 1e-4;
 
-const MODELS: [&str; 4] = ["next_d32", "next_d64_old", "next_d128_shards", "next_d256"];
+const MODELS: [&str; 6] = ["next_d32", "next_d64_old", "next_d128_shards", "next_d256", "qwen3_tied", "qwen3_moe"];
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/oracles/golden").join(name)
@@ -201,5 +201,26 @@ fn greedy_continuations_are_those_of_transformers() {
         let ours = Generator::new(&model).generate(&gold.ids("prompt"), theirs.len(), &greedy, |_| {}).unwrap();
         assert_eq!(ours, theirs, "{name}");
         println!("{name}: all {} tokens", ours.len());
+    }
+}
+
+/// The folders stay, so that `oracles.py --check target/tmp/oracles/NAME` can open them in transformers.
+#[test]
+fn what_was_read_is_saved_whole() {
+    for name in MODELS {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("oracles").join(name);
+        std::fs::remove_dir_all(&dir).ok();
+        std::fs::create_dir_all(&dir).unwrap();
+        let model = Decoder::open(&folder(name)).unwrap();
+        model.save(&dir).unwrap();
+        let back = Decoder::open(&dir).unwrap();
+        for (a, b) in model.params().iter().zip(back.params()) {
+            assert_eq!((&a.name, a.tensor.to_vec::<f32>().unwrap()), (&b.name, b.tensor.to_vec::<f32>().unwrap()));
+        }
+        assert_eq!(model.aside().tensors().collect::<Vec<_>>(), back.aside().tensors().collect::<Vec<_>>());
+        assert_eq!(model.aside().files().collect::<Vec<_>>(), back.aside().files().collect::<Vec<_>>());
+        let json = std::fs::read_to_string(dir.join("config.json")).unwrap();
+        let kind = if name.starts_with("next") { "\"model_type\": \"qwen3_next\"" } else { "\"model_type\": \"tidegate\"" };
+        assert!(json.contains(kind), "{json}");
     }
 }

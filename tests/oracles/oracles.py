@@ -297,6 +297,9 @@ def drawn(name, how):
 
 
 def check(folder):
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind == "tidegate":
+        raise SystemExit(f"{folder}: its model_type is tidegate, for models that are no qwen3_next: transformers has no such model")
     model = opened(folder, torch.float32)
     print(f"{folder}: transformers opens it as {type(model).__name__}; every key is there and none is unknown")
     gold = GOLDEN / folder.resolve().name / "golden.safetensors"

@@ -1,6 +1,7 @@
 //! `config.json`, read and written.
 
-use super::ModelConfig;
+use super::kind::translate;
+use super::{ModelConfig, ModelType};
 use crate::{Error, Result};
 use serde_json::Value;
 use strsim::osa_distance;
@@ -40,8 +41,9 @@ impl ModelConfig {
     /// From JSON; an unknown key is an error that offers the nearest.
     pub fn from_json(mut v: Value) -> Result<Self> {
         let Some(map) = v.as_object_mut() else { return Err(Error::Config("must be a JSON object".into())) };
-        // transformers writes null for a list that it derives or does not need
-        map.retain(|key, x| !(x.is_null() && ["layer_types", "mlp_only_layers"].contains(&key.as_str())));
+        // transformers writes null for what it derives or does not need
+        map.retain(|key, x| !(x.is_null() && ["layer_types", "mlp_only_layers", "sliding_window"].contains(&key.as_str())));
+        translate(map)?;
         let known = serde_json::to_value(ModelConfig::default()).map_err(|e| Error::Config(e.to_string()))?;
         let names: Vec<&str> = known.as_object().into_iter().flat_map(|m| m.keys().map(String::as_str)).collect();
         for key in map.keys() {
@@ -59,7 +61,6 @@ impl ModelConfig {
         refuse(map, "hidden_act", &["silu".into()])?;
         refuse(map, "rope_scaling", &[Value::Null])?;
         refuse(map, "attention_dropout", &[0.into(), 0.0.into()])?;
-        refuse(map, "model_type", &["qwen3_next".into()])?;
         match map.remove("rope_parameters") {
             None | Some(Value::Null) => {}
             Some(Value::Object(rope)) => {
@@ -81,11 +82,13 @@ impl ModelConfig {
         Ok(c)
     }
 
-    /// For `config.json`, as transformers' `Qwen3NextConfig` reads it: the mixer of every layer is spelled out.
+    /// For `config.json`: the mixer of every layer is spelled out, and the type is `qwen3_next`, as transformers' `Qwen3NextConfig` reads it, or `tidegate`
+    /// for what goes beyond that.
     pub fn to_json(&self) -> Result<Value> {
-        let resolved = ModelConfig { layer_types: (0..self.num_hidden_layers).map(|i| self.layer_type(i)).collect(), ..self.clone() };
+        let model_type = self.saved_type()?;
+        let resolved = ModelConfig { model_type, layer_types: (0..self.num_hidden_layers).map(|i| self.layer_type(i)).collect(), ..self.clone() };
         let mut json = serde_json::to_value(resolved).map_err(|e| Error::Config(e.to_string()))?;
-        json["architectures"] = serde_json::json!(["Qwen3NextForCausalLM"]);
+        json["architectures"] = serde_json::json!([if model_type == ModelType::Qwen3Next { "Qwen3NextForCausalLM" } else { "TidegateForCausalLM" }]);
         Ok(json)
     }
 }

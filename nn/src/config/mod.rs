@@ -2,8 +2,10 @@
 
 mod counts;
 mod json;
+mod kind;
 
 pub use json::nearest;
+pub use kind::ModelType;
 
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -90,8 +92,8 @@ pub enum OutputGate {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ModelConfig {
-    /// `qwen3_next`.
-    pub model_type: String,
+    /// What it is called in files.
+    pub model_type: ModelType,
     /// Rows of the embedding and of the output projection: token ids are below it.
     pub vocab_size: usize,
     /// Width H of the residual stream.
@@ -150,6 +152,8 @@ pub struct ModelConfig {
     pub norm_topk_prob: bool,
     /// Coefficient of the load-balancing loss.
     pub router_aux_loss_coef: f64,
+    /// Ours: whether the norms (but for the delta rule's output norm) multiply by 1 + weight, as Qwen3-Next's, or by the weight, as Qwen3's.
+    pub zero_centered_norms: bool,
     /// Ours: coefficient of the router's z-loss.
     pub router_z_loss_coef: f64,
     /// Ours: the gate of softmax attention.
@@ -163,7 +167,7 @@ pub struct ModelConfig {
 impl Default for ModelConfig {
     fn default() -> Self {
         ModelConfig {
-            model_type: "qwen3_next".into(),
+            model_type: ModelType::Auto,
             vocab_size: 151_936,
             hidden_size: 2048,
             intermediate_size: 5632,
@@ -193,6 +197,7 @@ impl Default for ModelConfig {
             shared_expert_intermediate_size: 512,
             norm_topk_prob: true,
             router_aux_loss_coef: 0.001,
+            zero_centered_norms: true,
             router_z_loss_coef: 0.0,
             attention_gate: AttentionGate::default(),
             output_gate_type: OutputGate::Silu,
@@ -283,7 +288,7 @@ impl ModelConfig {
                 return fail(format!("`{name}` must be positive, found {x}"));
             }
         }
-        Ok(())
+        self.saved_type().map(drop)
     }
 
     /// The mixer of layer `i`.
@@ -303,6 +308,11 @@ impl ModelConfig {
     /// Rotated dimensions of a head.
     pub fn rotary_dim(&self) -> usize {
         (self.head_dim as f64 * self.partial_rotary_factor) as usize
+    }
+
+    /// The weight of a norm that only normalises.
+    pub(crate) fn norm_start(&self) -> f64 {
+        if self.zero_centered_norms { 0.0 } else { 1.0 }
     }
 
     /// Columns of the gate in q_proj, per head.

@@ -33,7 +33,7 @@ fn knows_every_key_that_transformers_writes() {
     }"#;
     let c = ModelConfig::from_json(serde_json::from_str(written).unwrap()).unwrap();
     let ours = ModelConfig { num_hidden_layers: 4, ..Default::default() };
-    assert_eq!(c, ModelConfig { layer_types: c.layer_types.clone(), ..ours.clone() });
+    assert_eq!(c, ModelConfig { layer_types: c.layer_types.clone(), model_type: ModelType::Qwen3Next, ..ours.clone() });
     assert_eq!((0..4).map(|i| ours.layer_type(i)).collect::<Vec<_>>(), c.layer_types);
     let derived = ModelConfig::from_json(json!({"num_hidden_layers": 4, "layer_types": null, "mlp_only_layers": null})).unwrap();
     assert_eq!(derived, ours);
@@ -47,7 +47,7 @@ fn written_layer_types_are_spelled_out() {
     let back = ModelConfig::from_json(json).unwrap();
     assert!((0..3).all(|i| back.layer_type(i) == c.layer_type(i)));
     let sliding = ModelConfig { num_hidden_layers: 1, layer_types: vec![LayerType::SlidingAttention], ..Default::default() };
-    assert_eq!(ModelConfig::from_json(sliding.to_json().unwrap()).unwrap(), sliding);
+    assert_eq!(ModelConfig::from_json(sliding.to_json().unwrap()).unwrap(), ModelConfig { model_type: ModelType::Tidegate, ..sliding });
 }
 
 #[test]
@@ -80,11 +80,88 @@ fn mistakes_are_named() {
     assert!(err(json!({"num_experts": 0, "intermediate_size": 0})).contains("layer 0 is dense"));
     assert!(err(json!({"num_hidden_layers": 4, "mlp_only_layers": [4]})).contains("names layer 4"));
     assert!(err(json!({"attention_dropout": 0.1})).contains("attention_dropout"));
-    assert!(err(json!({"model_type": "llama"})).contains("qwen3_next"));
+    let e = err(json!({"model_type": "llama", "mlp_bias": false}));
+    assert!(e.contains("\"llama\" is not supported") && e.contains("qwen3_next, qwen3, qwen3_moe and tidegate"), "{e}");
+    assert!(err(json!({"model_type": 3})).contains("must be a string"));
     assert!(err(json!({"rope_parameters": {"rope_type": "yarn"}})).contains("yarn"));
     assert!(err(json!({"rope_parameters": {"mrope_section": [1]}})).contains("mrope_section"));
     assert!(err(json!({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}})).contains("contradict"));
     assert!(err(json!({"rope_parameters": 3})).contains("object"));
+}
+
+#[test]
+fn only_a_qwen3_next_is_called_one() {
+    let c = ModelConfig { num_hidden_layers: 4, ..Default::default() };
+    let gate = AttentionGate { granularity: GateGranularity::Headwise, ..Default::default() };
+    let mut sliding = vec![LayerType::LinearAttention; 4];
+    sliding[2] = LayerType::SlidingAttention;
+    for (beyond, says) in [
+        (ModelConfig { layer_types: sliding, ..c.clone() }, "sliding attention (layer 2)"),
+        (ModelConfig { attention_gate: gate, ..c.clone() }, "attention_gate"),
+        (ModelConfig { output_gate_type: OutputGate::Sigmoid, ..c.clone() }, "output_gate_type"),
+        (ModelConfig { linear_allow_neg_eigval: true, ..c.clone() }, "linear_allow_neg_eigval"),
+        (ModelConfig { shared_expert_intermediate_size: 0, ..c.clone() }, "without a shared one"),
+        (ModelConfig { zero_centered_norms: false, ..c.clone() }, "zero-centred"),
+    ] {
+        let json = beyond.to_json().unwrap();
+        assert_eq!((&json["model_type"], &json["architectures"]), (&json!("tidegate"), &json!(["TidegateForCausalLM"])), "{says}");
+        let back = ModelConfig::from_json(json.clone()).unwrap();
+        assert_eq!(back, ModelConfig { model_type: ModelType::Tidegate, layer_types: back.layer_types.clone(), ..beyond.clone() });
+        let posing = ModelConfig { model_type: ModelType::Qwen3Next, ..beyond };
+        let mut file = json;
+        file["model_type"] = json!("qwen3_next");
+        for e in [posing.to_json().unwrap_err(), posing.validate().unwrap_err(), ModelConfig::from_json(file).unwrap_err()] {
+            assert!(e.to_string().contains(says) && e.to_string().contains("tidegate"), "{e}");
+        }
+    }
+    // what no layer has does not matter
+    let linear = ModelConfig { full_attention_interval: 9, attention_gate: gate, ..c.clone() };
+    let softmax = ModelConfig { full_attention_interval: 1, output_gate_type: OutputGate::Sigmoid, linear_allow_neg_eigval: true, ..c.clone() };
+    let dense = ModelConfig { shared_expert_intermediate_size: 0, num_experts: 0, ..c.clone() };
+    for same in [&c, &linear, &softmax, &dense] {
+        assert_eq!(same.saved_type().unwrap(), ModelType::Qwen3Next);
+        assert_eq!(same.to_json().unwrap()["model_type"], json!("qwen3_next"));
+    }
+    let ours = ModelConfig { model_type: ModelType::Tidegate, ..c };
+    assert_eq!(ours.to_json().unwrap()["model_type"], json!("tidegate"));
+}
+
+#[test]
+fn qwen3_reads_as_ours() {
+    // the keys of a published dense file, and of one with experts as transformers 5.23.0 writes it
+    let dense = json!({
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_window_layers": 28, "rope_scaling": null, "rope_theta": 1_000_000,
+        "sliding_window": null, "use_sliding_window": false, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "eos_token_id": 151_645
+    });
+    let moe = json!({
+        "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": null, "num_local_experts": 8,
+        "mlp_only_layers": [1], "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "sliding_window": null
+    });
+    let (d, m) = (ModelConfig::from_json(dense.clone()).unwrap(), ModelConfig::from_json(moe).unwrap());
+    for c in [&d, &m] {
+        assert_eq!((c.model_type, c.attention_gate.granularity, c.zero_centered_norms), (ModelType::Tidegate, GateGranularity::None, false));
+        assert!((0..c.num_hidden_layers).all(|i| c.layer_type(i) == LayerType::FullAttention));
+        assert_eq!((c.rotary_dim(), c.rope_theta, c.shared_expert_intermediate_size), (c.head_dim, 1e6, 0));
+        assert_eq!(c.to_json().unwrap()["model_type"], json!("tidegate"));
+    }
+    assert_eq!((d.num_experts, d.head_dim, d.tie_word_embeddings), (0, 128, true));
+    assert_eq!((m.num_experts, m.num_experts_per_tok, m.moe_intermediate_size, m.norm_topk_prob), (8, 8, 768, false));
+    assert_eq!((m.num_key_value_heads, m.head_dim, m.is_sparse(1), m.is_sparse(2)), (4, 16, false, true));
+    // the published 0.6B has 596,049,920 parameters
+    assert_eq!(d.parameters().0, 596_049_920);
+    let with = |key: &str, x: Value| {
+        let mut v = dense.clone();
+        v[key] = x;
+        ModelConfig::from_json(v).unwrap_err().to_string()
+    };
+    for (key, x) in [("num_experts", json!(4)), ("partial_rotary_factor", json!(0.5)), ("shared_expert_intermediate_size", json!(8))] {
+        let e = with(key, x);
+        assert!(e.contains(key) && e.contains("qwen3"), "{e}");
+    }
+    assert!(with("use_sliding_window", json!(true)).contains("use_sliding_window"));
+    let e = ModelConfig::from_json(json!({"model_type": "qwen3_moe", "num_experts": 4, "num_local_experts": 5})).unwrap_err().to_string();
+    assert!(e.contains("contradict"), "{e}");
 }
 
 #[test]
