@@ -46,10 +46,11 @@ pub struct State {
 
 /// A file as it was written.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-struct Written {
-    bytes: u64,
+pub struct Written {
+    /// Length.
+    pub bytes: u64,
     /// FNV-1a over 64-bit little-endian words, the last padded with zeros: a change of any one word changes it.
-    checksum: u64,
+    pub checksum: u64,
 }
 
 /// `state.json`.
@@ -87,7 +88,8 @@ pub struct RunDir {
     _lock: File,
 }
 
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+/// Writes a file as a whole: a reader finds the one before, or this.
+pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let tmp = path.with_extension("tmp");
     let done = fs::write(&tmp, bytes).and_then(|()| File::open(&tmp)?.sync_all()).and_then(|()| fs::rename(&tmp, path));
     done.map_err(Error::io("writing", path))
@@ -274,7 +276,7 @@ pub fn first_whole<T>(
 }
 
 /// Length and checksum of a file.
-fn written(path: &Path) -> Result<Written> {
+pub(crate) fn written(path: &Path) -> Result<Written> {
     let mut file = File::open(path).map_err(Error::io("reading", path))?;
     let (mut out, mut buffer) = (Written { bytes: 0, checksum: 0xcbf2_9ce4_8422_2325 }, Vec::with_capacity(1 << 20));
     loop {

@@ -1,24 +1,28 @@
-//! The command line: `tidegate train | generate | eval | bench | doctor`.
+//! The command line: `tidegate train | generate | eval | tokenize | bench | doctor`.
 //!
 //! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed at run time, 2 wrong usage.
 
 mod bench;
 mod device;
 mod doctor;
+mod tokenize;
 mod train;
 
 use crate::config::{MOST_TOKENS, RunConfig};
 use crate::data::Corpus;
 use crate::learner::{Hybrid, Trained};
 use crate::progress::say;
-use crate::text::{Decoder, harmless};
+use crate::text::tokenizer::{self, Tokenizer};
+use crate::text::{Codec, harmless};
 use crate::trainer::{Learner, Sampling, evaluate};
 use crate::{Error, Result, checkpoint, presets};
 use clap::{Parser, Subcommand};
 use device::PlaceArgs;
 use std::io::{IsTerminal, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,6 +48,8 @@ enum Command {
     Generate(Generate),
     /// Score held-out text in bits per byte
     Eval(Eval),
+    /// Train tokenizers, and turn text into tokens
+    Tokenize(tokenize::Args),
     /// Time operations and training steps
     Bench(bench::Args),
     /// Show the machine, and test every operation on it
@@ -106,6 +112,7 @@ pub fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate(&args),
         Command::Eval(args) => eval(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };
@@ -175,25 +182,28 @@ fn generate(args: &Generate) -> Result<()> {
         return wrong("--prompt: expected at least one byte of text to continue".into());
     }
     let (path, model) = open(&args.run, &args.place)?;
-    let vocab = model.vocab_size();
-    // Where no state says what it was trained on, the size of a vocabulary of bytes tells.
-    let trained_on = checkpoint::read_state(&path).ok().and_then(|s| s.corpus);
-    if vocab < 256 || !trained_on.map_or(vocab == 256, |c| c.bytes) {
-        let p = path.display();
-        return wrong(format!(
-            "{p}: its {vocab} tokens are not the 256 bytes of text, and tidegate has no tokenizer to write them with; `eval` scores it"
-        ));
+    let codec = codec_of(&path, model.vocab_size())?;
+    let prompt = codec.encode(&args.prompt)?;
+    if prompt.is_empty() {
+        return wrong(format!("--prompt: the tokenizer makes no token of {:?}", args.prompt));
     }
-    let prompt: Vec<u32> = args.prompt.bytes().map(u32::from).collect();
+    // an end of text, which no byte of a text is, ends what is written, too
+    let end = match &codec {
+        Codec::Bytes => None,
+        Codec::Tokenizer(t) => checkpoint::read_info(&run_of(&path)).ok().and_then(|info| info.config.data.eot).or(t.end()),
+    };
     let (tokens, top_k) = (args.tokens as usize, args.top_k as usize);
     let how = Sampling { tokens, temperature: args.temperature, top_k, top_p: args.top_p, seed: args.seed };
     let terminal = std::io::stdout().is_terminal();
     let show = |text: &str| if terminal { put(&harmless(text)) } else { put(text) };
     // The prompt and what follows are decoded as one, since a character may straddle the two.
-    let mut decoder = Decoder::default();
+    let mut decoder = codec.decoder();
     let mut reads = show(&prompt.iter().map(|&t| decoder.push(t)).collect::<String>())?;
     if reads {
         let done = model.net().write(&prompt, &how, |token| {
+            if Some(token) == end {
+                return Ok(false);
+            }
             reads = show(&decoder.push(token))?;
             Ok(reads)
         });
@@ -205,6 +215,32 @@ fn generate(args: &Generate) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// How a checkpoint's tokens are text: by the tokenizer that it or its run keeps, else as bytes.
+fn codec_of(checkpoint: &Path, vocab: usize) -> Result<Codec> {
+    for dir in [checkpoint, &run_of(checkpoint)] {
+        let path = dir.join(tokenizer::FILE);
+        if !path.is_file() {
+            continue;
+        }
+        let tokenizer = Tokenizer::open(&path)?;
+        if tokenizer.vocab_size() > vocab {
+            let n = tokenizer.vocab_size();
+            return Err(Error::data(&path, format!("its {n} tokens are more than the {vocab} of the model: it is another model's")));
+        }
+        return Ok(Codec::Tokenizer(Arc::new(tokenizer)));
+    }
+    // Where no state says what it was trained on, the size of a vocabulary of bytes tells.
+    let trained_on = checkpoint::read_state(checkpoint).ok().and_then(|s| s.corpus);
+    if vocab < 256 || !trained_on.map_or(vocab == 256, |c| c.bytes) {
+        let p = checkpoint.display();
+        return Err(Error::Usage(format!(
+            "{p}: its {vocab} tokens are not the 256 bytes of text, and there is no tokenizer to write them with; put its {} there (`eval` scores it without)",
+            tokenizer::FILE
+        )));
+    }
+    Ok(Codec::Bytes)
 }
 
 fn eval(args: &Eval) -> Result<()> {
@@ -221,15 +257,42 @@ fn eval(args: &Eval) -> Result<()> {
         say(&format!("{} has changed since this run was trained on it: its last part may not be the one that was held out", corpus.path().display()));
     }
     let range = if args.data.is_some() { 0..corpus.len() } else { corpus.split(config.data.held_out).1 };
-    let Some((bits, count)) = evaluate(&mut model, &corpus, range, &config, 0)? else {
+    same_tokens(&run_of(&path), &corpus)?;
+    let Some((bits, count)) = evaluate(&mut model, &corpus, range.clone(), &config, 0)? else {
         return Err(Error::Usage("nothing was held out in this run; name a text with --data".into()));
     };
     let what = args.data.as_ref().map_or("held out".into(), |d| d.display().to_string());
-    out(&result_line(&what, &corpus, bits, count))
+    out(&result_line(&what, &corpus, range, bits, count))
 }
 
-/// The line a run or an evaluation ends with.
-fn result_line(what: &str, corpus: &Corpus, bits: f64, count: usize) -> String {
+/// An error if a corpus's tokens are not those that a run was trained on.
+fn same_tokens(run: &Path, corpus: &Corpus) -> Result<()> {
+    let path = run.join(tokenizer::FILE);
+    let own = std::fs::read(&path).ok();
+    let (p, c) = (path.display(), corpus.path().display());
+    match (own, corpus.codec()) {
+        (Some(own), Some(Codec::Tokenizer(t))) if own != t.json() => {
+            Err(Error::Usage(format!("the tokens of {c} are not by this run's tokenizer {p}; encode the text with that one")))
+        }
+        (Some(_), Some(Codec::Bytes)) => Err(Error::Usage(format!(
+            "{c} is text, and this run was trained on tokens; encode it by `tidegate tokenize encode {} --tokenizer {} --out DIR`",
+            quoted(&c.to_string()),
+            quoted(&p.to_string())
+        ))),
+        (None, Some(Codec::Tokenizer(_))) if run.join("run.json").is_file() => {
+            Err(Error::Usage(format!("{c} is tokens, and this run keeps no tokenizer; if those are its tokens, put their tokenizer.json there: {p}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The line a run or an evaluation of `count` tokens at the end of `range` ends with.
+fn result_line(what: &str, corpus: &Corpus, range: Range<usize>, bits: f64, count: usize) -> String {
+    // the first token of a corpus isn't scored
+    if let Some(bytes) = corpus.text_bytes(range.end - count..range.end).filter(|&b| b > 0 && !corpus.is_bytes()) {
+        let per_byte = bits * count as f64 / bytes as f64;
+        return format!("{what}: {bits:.4} bits per token, {per_byte:.4} bits per byte over {count} tokens of {bytes} bytes");
+    }
     let unit = if corpus.is_bytes() { ("bits per byte", "bytes") } else { ("bits per token", "tokens") };
     // Measured over the whole file with the compressors' highest levels.
     let yardstick = if corpus.is_moby_dick() { " (compressors on the whole text: gzip -9 3.23, bzip2 -9 2.47, xz -9e 2.65)" } else { "" };

@@ -1,12 +1,14 @@
 //! `tidegate train`.
 
 use super::device::PlaceArgs;
-use super::{out, quoted, result_line, run_of, skip};
+use super::{out, quoted, result_line, run_of, same_tokens, skip};
 use crate::checkpoint::{self, RunDir, RunInfo, State};
 use crate::config::{Change, Layers, Precision, Resolved, RunConfig};
 use crate::data::Corpus;
 use crate::learner::{Hybrid, Trained};
 use crate::progress::say;
+use crate::text::Codec;
+use crate::text::tokenizer;
 use crate::{Error, Result, presets, trainer};
 use engine::DType;
 use std::path::{Path, PathBuf};
@@ -176,12 +178,16 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let config = &plan.resolved.config;
         return out(&format!("# {}\n\n{}", size(config), plan.resolved.to_toml().trim_end()));
     }
+    let corpus = Corpus::open(&plan.resolved.config.data.path, plan.resolved.config.data.eot)?;
+    if !corpus.is_bytes() {
+        plan.resolved.config.data.eot = corpus.end();
+    }
     if args.profile {
         engine::profile::start();
     }
     let place = args.place.open(plan.resolved.config.train.dtype)?;
     plan.resolved.config.train.dtype = Some(if place.compute == DType::BF16 { Precision::BF16 } else { Precision::F32 });
-    go(&plan, &place, !args.no_replay)?;
+    go(&plan, &corpus, &place, !args.no_replay)?;
     if args.profile {
         out(engine::profile::stop().to_string().trim_end())?;
     }
@@ -196,21 +202,29 @@ fn size(config: &RunConfig) -> String {
 }
 
 /// Everything that can be wrong is found before the run folder is touched.
-fn go(plan: &Plan, place: &nn::Placement, replays: bool) -> Result<()> {
+fn go(plan: &Plan, corpus: &Corpus, place: &nn::Placement, replays: bool) -> Result<()> {
     let (config, dir) = (&plan.resolved.config, plan.dir.display());
     if let Some(c) = plan.changes.iter().find(|c| c.key.starts_with("model.")) {
         return Err(Error::Usage(format!("{c}: a run keeps its model; begin another in a folder of its own by --run-dir, without --resume")));
     }
-    let corpus = Corpus::open(&config.data.path, config.data.eot)?;
-    let vocab = config.model.vocab_size;
-    if corpus.is_bytes() && vocab < 256 {
-        return Err(Error::Usage(format!("model.vocab_size: expected at least 256, as text is bytes, found {vocab}")));
+    let (vocab, least) = (config.model.vocab_size, corpus.vocab_size());
+    if vocab < least {
+        let why = if corpus.is_bytes() { "text is bytes".into() } else { format!("{} has as many tokens", corpus.path().display()) };
+        return Err(Error::Usage(format!(
+            "model.vocab_size: expected at least {least}, as {why}, found {vocab}; add --set model.vocab_size={least}"
+        )));
     }
-    trainer::sampler(&corpus, config)?;
+    if plan.resuming {
+        same_tokens(&plan.dir, corpus)?;
+    }
+    trainer::sampler(corpus, config)?;
     let mut model = Hybrid::create(&config.model, config.seed, place)?.replays(replays);
     let run = RunDir::open(&plan.dir, plan.resuming)?;
-    let from = restore(plan, &mut model, &corpus)?;
+    let from = restore(plan, &mut model, corpus)?;
     let command: Vec<String> = std::env::args().collect();
+    if let Some(Codec::Tokenizer(t)) = corpus.codec() {
+        checkpoint::write(&plan.dir.join(tokenizer::FILE), t.json())?;
+    }
     run.write_config(&plan.resolved, &command, &model.net().config_json()?)?;
 
     let (n, unit) = (corpus.len(), if corpus.is_bytes() { "bytes" } else { "tokens" });
@@ -225,15 +239,15 @@ fn go(plan: &Plan, place: &nn::Placement, replays: bool) -> Result<()> {
     if from.is_some() && config.train.minutes.is_some() {
         say("the budget is in minutes and the learning rate follows the clock: this run will not equal an uninterrupted one bit for bit");
     }
-    let done = trainer::train(&mut model, &corpus, config, &run, from)?;
+    let done = trainer::train(&mut model, corpus, config, &run, from)?;
     let (s, per_s) = (done.state, done.state.tokens as f64 / done.state.seconds.max(1e-9));
     let giga = per_s * config.model.flops_per_token(config.data.seq_len) / 1e9;
     let rate = format!("{per_s:.0} tokens/s ({giga:.0} GFLOP/s)");
     out(&format!("trained {} steps, {} tokens, {:.1} s, {rate}: {dir}", s.step, s.tokens, s.seconds))?;
     if let Some(bits) = done.held_out {
-        out(&result_line("held out", &corpus, bits, done.scored))?;
+        out(&result_line("held out", corpus, corpus.split(config.data.held_out).1, bits, done.scored))?;
     }
-    if corpus.is_bytes() {
+    if corpus.codec().is_some() {
         // as this program was called, so that the line can be typed where it was built and not installed, too
         let me = command.first().map_or("tidegate", String::as_str);
         let prompt = if config.sample.prompt.is_empty() { String::new() } else { format!(" --prompt {}", quoted(&config.sample.prompt)) };

@@ -1,20 +1,27 @@
 //! Training text: byte-level from any UTF-8 file or folder, or token shards, with document boundaries and a held-out tail.
 
 mod load;
+pub(crate) mod manifest;
 mod sampler;
 mod shard;
 #[cfg(test)]
 mod tests;
 mod text;
 
+pub(crate) use load::{bytes, files, is_jsonl, line, utf8};
+pub use manifest::{Finished, Input, MANIFEST, Manifest, Position};
 pub use sampler::{Batch, EvalWindows, Packing, Sampler};
+pub(crate) use shard::ShardWriter;
 pub use shard::{HEADER_BYTES, MAGIC_U16, MAGIC_U32, write_shard};
 
+use crate::text::Codec;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
+use shard::Shard;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use text::{Bytes, Text};
+pub(crate) use text::Bytes;
+use text::Text;
 
 /// The repository's own text, inside the program, so that `tidegate train quickstart` works from any folder.
 pub static MOBY_DICK: &[u8] = include_bytes!("../../../data/moby-dick.txt");
@@ -25,12 +32,8 @@ pub const MOBY_DICK_PATH: &str = "data/moby-dick.txt";
 #[derive(Debug)]
 enum Store {
     Text(Text),
-    /// A memory-mapped token shard; `start` is the first token's byte offset.
-    Shard {
-        map: memmap2::Mmap,
-        start: usize,
-        wide: bool,
-    },
+    /// Token shards, one after the other.
+    Shards(Vec<Shard>),
 }
 
 /// A stream of tokens with document boundaries.
@@ -41,6 +44,8 @@ pub struct Corpus {
     /// The token that ends a shard's documents.
     eot: Option<u32>,
     path: PathBuf,
+    /// How the tokens are text, where that is known.
+    codec: Option<Codec>,
 }
 
 /// What tells one corpus from another, kept in checkpoints.
@@ -63,7 +68,8 @@ fn map(path: &Path, file: &std::fs::File) -> Result<memmap2::Mmap> {
 
 impl Corpus {
     /// Opens a UTF-8 text file, a `.jsonl` file (one object with a `text` field a line, each a document), a folder of them (each file a
-    /// document, sorted by path), or a `.bin` token shard (see [`write_shard`]). [`MOBY_DICK_PATH`] falls back to the copy inside the program.
+    /// document, sorted by path), a `.bin` token shard (see [`write_shard`]), or a folder of shards with their [`Manifest`].
+    /// [`MOBY_DICK_PATH`] falls back to the copy inside the program.
     ///
     /// `eot` is the end-of-text token that ends documents in a shard whose header doesn't say; it has no meaning for text.
     pub fn open(path: &Path, eot: Option<u32>) -> Result<Corpus> {
@@ -72,6 +78,7 @@ impl Corpus {
         }
         let corpus = match path.extension().and_then(|e| e.to_str()) {
             Some("bin") if path.is_file() => shard::open(path, eot)?,
+            _ if manifest::is_here(path) => manifest::open(path)?,
             _ => load::open(path)?,
         };
         if corpus.len < 2 {
@@ -88,7 +95,7 @@ impl Corpus {
     fn of_documents(documents: impl IntoIterator<Item = Bytes>, path: &Path) -> Corpus {
         let mut text = Text::default();
         documents.into_iter().for_each(|d| text.push(d));
-        Corpus { len: text.len(), store: Store::Text(text), eot: None, path: path.into() }
+        Corpus { len: text.len(), store: Store::Text(text), eot: None, path: path.into(), codec: Some(Codec::Bytes) }
     }
 
     /// Tokens in all.
@@ -101,7 +108,37 @@ impl Corpus {
     }
     /// Whether a token is a byte of text (else an id of a shard).
     pub fn is_bytes(&self) -> bool {
-        !matches!(self.store, Store::Shard { .. })
+        matches!(self.store, Store::Text(_))
+    }
+    /// How the tokens are text; none for a shard that lies alone.
+    pub fn codec(&self) -> Option<&Codec> {
+        self.codec.as_ref()
+    }
+    /// The token that ends documents; none for text.
+    pub fn end(&self) -> Option<u32> {
+        self.eot
+    }
+    /// One past the largest token that there may be: 256 for text, else as the shards say; 0 if they don't.
+    pub fn vocab_size(&self) -> usize {
+        match &self.store {
+            Store::Text(_) => 256,
+            Store::Shards(shards) => shards.iter().map(|s| s.vocab_size).max().unwrap_or(0),
+        }
+    }
+    /// Bytes of text that the tokens of `range` are, where that is known; documents' ends are none.
+    pub fn text_bytes(&self, range: Range<usize>) -> Option<u64> {
+        const BLOCK: usize = 1 << 20;
+        let Codec::Tokenizer(tokenizer) = self.codec.as_ref()? else { return Some(range.len() as u64) };
+        let (mut decoder, mut sum, mut buffer) = (Codec::Tokenizer(tokenizer.clone()).decoder(), 0, vec![]);
+        for start in range.clone().step_by(BLOCK) {
+            buffer.clear();
+            self.read(start..range.end.min(start + BLOCK), &mut buffer);
+            for &t in buffer.iter().filter(|&&t| Some(t) != self.eot) {
+                let n = if tokenizer.is_byte_level() { tokenizer.bytes(t).map_or(0, <[u8]>::len) } else { decoder.push(t).len() };
+                sum += n as u64;
+            }
+        }
+        Some(sum + decoder.finish().len() as u64)
     }
     /// Where it came from.
     pub fn path(&self) -> &Path {
@@ -135,13 +172,11 @@ impl Corpus {
     pub fn read(&self, range: Range<usize>, out: &mut Vec<u32>) {
         match &self.store {
             Store::Text(text) => text.read(range).for_each(|part| out.extend(part.iter().map(|&b| u32::from(b)))),
-            Store::Shard { map, start, wide: false } => {
-                let bytes = &map[start + 2 * range.start..start + 2 * range.end];
-                out.extend(bytes.chunks_exact(2).map(|c| u32::from(u16::from_le_bytes([c[0], c[1]]))));
-            }
-            Store::Shard { map, start, wide: true } => {
-                let bytes = &map[start + 4 * range.start..start + 4 * range.end];
-                out.extend(bytes.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])));
+            Store::Shards(shards) => {
+                let first = shards.partition_point(|s| s.at + s.len <= range.start);
+                for s in shards[first..].iter().take_while(|s| s.at < range.end) {
+                    s.read(range.start.max(s.at) - s.at, range.end.min(s.at + s.len) - s.at, out);
+                }
             }
         }
     }
@@ -154,8 +189,8 @@ impl Corpus {
                 let first = starts.partition_point(|&s| s <= range.start);
                 starts[first..].iter().copied().take_while(|&s| s < range.end).collect()
             }
-            (Store::Shard { .. }, None) => vec![],
-            (Store::Shard { .. }, Some(eot)) => {
+            (Store::Shards(_), None) => vec![],
+            (Store::Shards(_), Some(eot)) => {
                 let inside = tokens.len().saturating_sub(1);
                 tokens[..inside].iter().enumerate().filter(|&(_, &t)| t == eot).map(|(i, _)| range.start + i + 1).collect()
             }

@@ -3,7 +3,7 @@
 use std::ops::{Deref, Range};
 
 #[derive(Debug)]
-pub(super) enum Bytes {
+pub(crate) enum Bytes {
     Static(&'static [u8]),
     Owned(Vec<u8>),
     Mapped(memmap2::Mmap),
