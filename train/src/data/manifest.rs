@@ -18,7 +18,7 @@ pub const FORMAT: &str = "tidegate tokens 1";
 /// `manifest.json`. While the folder is being filled, `complete` is false, and the file says how far it is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// The form of this file, a number that changes with it.
+    /// The form of this file: `tidegate tokens 1`.
     pub format: String,
     /// Whether all input is in the shards.
     pub complete: bool,
