@@ -264,6 +264,7 @@ fn bad_input() {
     write("bad.jsonl", b"{\"text\": \"a\"}\n\n{\"txt\": 1}\n");
     write("half.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"b");
     write("x.txt", b"some text");
+    write("blank.txt", format!("a{}b", " ".repeat(1_200_000)).as_bytes());
     let json = std::fs::read(dir.join("t.json")).unwrap();
     write("cut.json", &json[..json.len() / 2]);
     write("form.json", b"{\"model\": {\"type\": \"Magic\"}}");
@@ -272,6 +273,7 @@ fn bad_input() {
         ("empty.txt", 1, &["empty"]),
         ("bad.jsonl", 1, &["bad.jsonl", "line 3", "text"]),
         ("half.jsonl", 1, &["half.jsonl", "line 2", "EOF"]),
+        ("blank.txt", 1, &["blank.txt", "900000 blanks in a row"]),
         ("nowhere", 1, &["nowhere", "not found"]),
     ] {
         fails(dir, &encode(&["x.txt", input][usize::from(input.starts_with("empty"))..], &format!("o-{input}"), &[]), code, words);

@@ -9,6 +9,9 @@ pub(super) const PART: usize = 1 << 18;
 /// Text on either side of a cut, by which it is tried.
 const AROUND: usize = 256;
 
+/// Blanks in a row from which on the regular expressions that split words run out of stack, and would give the rest of the text as one word.
+const MOST_BLANKS: usize = 900_000;
+
 /// All files that the arguments mean, in their order.
 pub(super) fn collect(inputs: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut all = vec![];
@@ -135,7 +138,11 @@ impl<'a> Parts<'a> {
         } else {
             0
         };
-        Ok(Some((Part { text: utf8(path, &rest[..cut])?.into(), at, first: from == 0, last, read }, last)))
+        let text = utf8(path, &rest[..cut])?;
+        if text.len() > MOST_BLANKS && text.split(|c: char| !c.is_whitespace()).any(|run| run.chars().count() > MOST_BLANKS) {
+            return Err(Error::data(path, format!("has more than {MOST_BLANKS} blanks in a row, which no tokenizer splits; shorten them")));
+        }
+        Ok(Some((Part { text: text.into(), at, first: from == 0, last, read }, last)))
     }
 
     /// The last place to cut a text at, after a line or else before a word, where the tokens of both sides together are those of each.
