@@ -5,7 +5,7 @@ use crate::config::{Budget, Optim, RunConfig};
 use crate::data::{Batch, Corpus, EvalWindows, Sampler};
 use crate::metrics::{Metrics, Scalars, memory};
 use crate::progress::{Line, Progress, say};
-use crate::text::{harmless, text};
+use crate::text::harmless;
 use crate::{Error, Result, checkpoint};
 use std::ops::Range;
 use std::path::Path;
@@ -154,13 +154,16 @@ pub fn train(learner: &mut dyn Learner, corpus: &Corpus, config: &RunConfig, run
     let progress = Progress::new(config.train.log_every);
     let (first, budget) = (state, config.budget()?);
     let mut work = Loop { learner, corpus, config, run, sampler, held_out, budget, first, began: Instant::now(), state, metrics, progress };
+    let held_out_end = work.held_out.end;
     let result = work.run();
     work.progress.finish();
     result?;
     let last = evaluate(work.learner, corpus, work.held_out.clone(), config, 0);
     let last = work.stopping(last)?;
     if let Some((bits, count)) = last {
-        let fields = [("final", true.into()), ("held_out_bits", bits.into()), ("held_out_tokens", count.into())];
+        let mut fields = vec![("final", true.into()), ("held_out_bits", bits.into()), ("held_out_tokens", count.into())];
+        let bytes = corpus.text_bytes(held_out_end - count..held_out_end).filter(|&b| b > 0);
+        fields.extend(bytes.map(|b| ("held_out_bits_per_byte", (bits * count as f64 / b as f64).into())));
         work.metrics.write(work.state.step, &fields, &Scalars::new())?;
     }
     work.metrics.sync()?;
@@ -203,7 +206,7 @@ impl Loop<'_> {
                 self.stopping(done)?;
             }
             let shown = |used: f64| (used.min(1.0) * self.config.sample.count as f64).floor();
-            if shown(after) > shown(before) && self.corpus.is_bytes() {
+            if shown(after) > shown(before) {
                 let done = self.sample();
                 self.stopping(done)?;
             }
@@ -312,10 +315,11 @@ impl Loop<'_> {
 
     fn sample(&mut self) -> Result<()> {
         let (c, step) = (&self.config.sample, self.state.step);
+        // tokens of a shard that lies alone are no text
+        let Some(codec) = self.corpus.codec() else { return Ok(()) };
         let seed = self.config.seed ^ step;
         let how = Sampling { tokens: c.tokens, temperature: c.temperature, top_k: c.top_k, top_p: 1.0, seed };
-        let prompt: Vec<u32> = c.prompt.bytes().map(u32::from).collect();
-        let written = text(&self.learner.sample(&prompt, &how)?);
+        let written = codec.decode(&self.learner.sample(&codec.encode(&c.prompt)?, &how)?);
         self.metrics.write(step, &[("sample", format!("{}{written}", c.prompt).into())], &Scalars::new())?;
         self.progress.say(&harmless(&format!("--- step {step}\n{}{written}\n---", c.prompt)));
         Ok(())
