@@ -74,7 +74,7 @@ fn stem(what: &str) -> &str {
 }
 
 /// The preset or file, with `--set`s on top.
-fn layers(what: &str, set: &[String]) -> Result<Layers> {
+pub(super) fn layers(what: &str, set: &[String]) -> Result<Layers> {
     let text = |e: Error| match e {
         Error::Usage(m) if Path::new(what).exists() && Path::new(what).extension().is_none_or(|e| e != "toml") => Error::Usage(format!(
             "{m}\n(a text or a folder of them to train on is named so: tidegate train quickstart --set data.path={})",

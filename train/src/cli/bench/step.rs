@@ -5,15 +5,15 @@ use super::clock::{self, median};
 use super::table::{digits, memory, table};
 use crate::cli::device::describe;
 use crate::cli::out;
-use crate::config::{Layers, RunConfig};
+use crate::cli::train::layers;
+use crate::config::RunConfig;
 use crate::data::Batch;
 use crate::learner::Hybrid;
 use crate::progress::say;
 use crate::trainer::{Learner, Step};
-use crate::{Error, Result, presets};
+use crate::{Error, Result};
 use engine::Device;
 use serde_json::json;
-use std::path::Path;
 use std::time::Instant;
 
 const EXAMPLES: &str = "\
@@ -36,20 +36,6 @@ pub(super) struct Args {
     no_replay: bool,
     #[command(flatten)]
     common: Common,
-}
-
-fn config(what: &str, set: &[String]) -> Result<RunConfig> {
-    let path = Path::new(what);
-    let mut layers = if presets::NAMES.contains(&what) || !(path.is_file() || path.extension().is_some_and(|e| e == "toml")) {
-        Layers::preset(&presets::by_name(what)?)?
-    } else {
-        let base = Layers::base_of(path)?.unwrap_or_else(|| "quickstart".into());
-        let mut layers = Layers::preset(&presets::by_name(&base)?)?;
-        layers.file(path)?;
-        layers
-    };
-    layers.set(set)?;
-    Ok(layers.resolve()?.config)
 }
 
 /// Micro-batches of random tokens.
@@ -95,7 +81,7 @@ fn measure(model: &mut dyn Learner, config: &RunConfig, device: &Device, reps: O
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let config = config(&args.what, &args.set)?;
+    let config = layers(&args.what, &args.set)?.resolve()?.config;
     args.common.check()?;
     let place = args.common.place.open(config.train.dtype)?;
     let (device, t) = (&place.device, config.data.seq_len);
@@ -144,7 +130,7 @@ mod tests {
     fn goal_models_are_as_large_as_their_files_say() {
         for (name, total, active) in [("dense-350m", 340e6..380e6, 340e6..380e6), ("moe-1b", 0.95e9..1.08e9, 190e6..210e6)] {
             let path = format!("{}/../benches/configs/{name}.toml", env!("CARGO_MANIFEST_DIR"));
-            let c = config(&path, &[]).unwrap();
+            let c = layers(&path, &[]).unwrap().resolve().unwrap().config;
             let (all, some) = c.model.parameters();
             assert!(total.contains(&(all as f64)) && active.contains(&(some as f64)), "{name}: {all} {some}");
             let text = std::fs::read_to_string(&path).unwrap();
@@ -159,7 +145,7 @@ mod tests {
     #[test]
     fn steps_learn_their_one_batch() {
         let set = ["data.seq_len=16", "data.batch=2", "model.hidden_size=32", "model.num_hidden_layers=4", "train.accumulate=2", "optim.end=1.0"];
-        let c = config("smoke", &set.map(String::from)).unwrap();
+        let c = layers("smoke", &set.map(String::from)).unwrap().resolve().unwrap().config;
         let mut model = Hybrid::create(&c.model, 1, &nn::Placement::cpu(engine::DType::F32)).unwrap();
         let m = measure(&mut model, &c, &Device::cpu(), Some(6)).unwrap();
         assert_eq!(m.steps.len(), 6);
