@@ -128,7 +128,7 @@ fn options(target: Target) -> Vec<String> {
 
 /// The source with its entry point.
 fn text(k: &Kernel) -> String {
-    format!("{}\nTG_ENTRY({}, {}, {})\n", k.source.text, k.threads, k.min_blocks, k.call)
+    format!("{}\nTG_ENTRY({}, {}, {}, {})\n", k.source.text, k.entry(), k.threads, k.min_blocks, k.call)
 }
 
 fn headers(k: &Kernel, target: Target) -> Vec<(&'static str, &'static str)> {
@@ -308,7 +308,7 @@ pub fn resources(log: &str) -> Option<Resources> {
     let mut found = false;
     for line in log.lines() {
         if line.contains("Function properties for") || line.contains("Compiling entry function") {
-            at_entry = line.contains("tg_entry");
+            at_entry = line.contains("tg_");
         }
         if at_entry && line.contains("bytes stack frame") {
             r.stack = before(line, " bytes stack frame")?;
@@ -330,7 +330,7 @@ mod tests {
 
     #[test]
     fn a_report_is_read() {
-        let log = "ptxas info    : 0 bytes gmem\nptxas info    : Compiling entry function 'tg_entry' for 'sm_90a'\nptxas info    : Function properties for tg_entry\n    \
+        let log = "ptxas info    : 0 bytes gmem\nptxas info    : Compiling entry function 'tg_fill_f32' for 'sm_90a'\nptxas info    : Function properties for tg_fill_f32\n    \
                    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\nptxas info    : Used 40 registers, used 1 barriers, 128 bytes smem\n";
         let want = Resources { registers: 40, stack: 16, spill_stores: 8, spill_loads: 4, shared: 128 };
         assert_eq!(resources(log), Some(want));

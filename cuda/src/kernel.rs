@@ -74,6 +74,11 @@ impl Kernel {
     pub fn hopper(self) -> Self {
         Kernel { arch: 90, ..self }
     }
+    /// Its name in the compiled code, which profilers show: `swiglu_forward<bf16>` is `tg_swiglu_forward_bf16`.
+    pub fn entry(&self) -> String {
+        let words: Vec<&str> = self.call.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').filter(|w| !w.is_empty()).collect();
+        format!("tg_{}", words.join("_"))
+    }
     /// Registers that the launch bounds leave to a thread.
     pub fn register_bound(&self) -> u32 {
         (65536 / (self.threads * self.min_blocks) / 8 * 8).min(255)

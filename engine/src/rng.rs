@@ -1,6 +1,7 @@
 //! Counter-based random numbers: Philox 4×32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 //! A number is a function of (seed, stream, index), so that a resume needs no state and every device draws the same.
 
+use rayon::prelude::*;
 use std::ops::Range;
 
 /// Four 32-bit words for one counter value.
@@ -19,10 +20,17 @@ fn unit(a: u32, b: u32) -> f64 {
     (((a as u64) << 21) ^ (b as u64 >> 11)) as f64 * (1.0 / (1u64 << 53) as f64)
 }
 
-/// The numbers of a range of indices; one counter value makes two.
-fn draw(seed: u64, stream: u64, of: Range<usize>, two: impl Fn([u32; 4]) -> [f64; 2]) -> Vec<f64> {
-    let counters = of.start as u64 / 2..of.end.div_ceil(2) as u64;
-    counters.flat_map(|i| two(philox(seed, stream, i))).skip(of.start % 2).take(of.len()).collect()
+/// The numbers of a range of indices; one counter value makes two. Many are drawn by several threads: each is a function of its index.
+fn draw(seed: u64, stream: u64, of: Range<usize>, two: impl Fn([u32; 4]) -> [f64; 2] + Sync) -> Vec<f64> {
+    const PART: usize = 1 << 14;
+    let mut all = vec![0.0; of.len()];
+    all.par_chunks_mut(PART).enumerate().for_each(|(i, part)| {
+        let start = of.start + i * PART;
+        let counters = start as u64 / 2..(start + part.len()).div_ceil(2) as u64;
+        let numbers = counters.flat_map(|i| two(philox(seed, stream, i))).skip(start % 2);
+        part.iter_mut().zip(numbers).for_each(|(to, x)| *to = x);
+    });
+    all
 }
 
 /// `n` numbers uniform in [0, 1).

@@ -210,7 +210,7 @@ inline int launch(void (*body)(const void*), const void* params, const u32* grid
     struct TgStatic_##name { type value __VA_ARGS__; }; \
     static thread_local tg::Static<TgStatic_##name> tg_static_##name; \
     auto& name = tg_static_##name.get().value
-#define TG_ENTRY(threads_, min_blocks_, ...) \
+#define TG_ENTRY(name_, threads_, min_blocks_, ...) \
     template <class P> struct TgParams; \
     template <class P> struct TgParams<void (*)(const P&)> { typedef P type; }; \
     typedef typename TgParams<decltype(&__VA_ARGS__)>::type TgP; \

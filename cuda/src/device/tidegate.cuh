@@ -26,11 +26,11 @@ struct alignas(8) U2 { u32 x, y; };
 extern __shared__ __align__(1024) u8 tg_dynamic_shared[];
 // A statically sized shared variable: TG_SHARED(float, sums, [32]);
 #define TG_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
-// The entry point that the host side appends, for the instantiation in the last argument(s).
-#define TG_ENTRY(threads, min_blocks, ...) \
+// The entry point that the host side appends, for the instantiation in the last argument(s); profilers show its name.
+#define TG_ENTRY(name, threads, min_blocks, ...) \
     template <class P> struct TgParams; \
     template <class P> struct TgParams<void (*)(const P&)> { typedef P type; }; \
-    extern "C" __global__ void __launch_bounds__(threads, min_blocks) tg_entry(const __grid_constant__ typename TgParams<decltype(&__VA_ARGS__)>::type p) { __VA_ARGS__(p); }
+    extern "C" __global__ void __launch_bounds__(threads, min_blocks) name(const __grid_constant__ typename TgParams<decltype(&__VA_ARGS__)>::type p) { __VA_ARGS__(p); }
 
 // ---- indices ----
 TG_DEVICE u32 thread() { return threadIdx.x; }

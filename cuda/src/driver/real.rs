@@ -7,7 +7,7 @@ use crate::compile::{Binary, Target, present};
 use crate::{Gemm, Kernel};
 use cudarc::driver::sys::{self, CUresult};
 use engine::{Error, Result};
-use std::ffi::{CStr, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::path::Path;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -277,7 +277,8 @@ impl Driver for Real {
             unsafe { sys::cuModuleLoadData(&mut module, code.code.as_ptr().cast()) },
             || format!("cuModuleLoadData of {k}"),
         )?;
-        call!(cuModuleGetFunction(&mut f, module, c"tg_entry".as_ptr()))?;
+        let entry = CString::new(k.entry()).map_err(|_| Error::invalid("cuda", format!("{k}: a zero byte in its name")))?;
+        call!(cuModuleGetFunction(&mut f, module, entry.as_ptr()))?;
         let (mut offset, mut size) = (0, 0);
         call!(cuFuncGetParamInfo(f, 0, &mut offset, &mut size))?;
         if size != params {
