@@ -9,11 +9,17 @@ use ops::rms_norm::{NormGate, RmsNorm, rms_norm, rms_norm_gated, rms_norm_residu
 use ops::rope::{Positions, norm_rope, rope};
 use ops::short_conv::short_conv;
 use ops::swiglu::swiglu;
+use std::sync::{Mutex, MutexGuard};
 
 /// The GPU where there is one, else the emulator, unless there is no C++ compiler here.
 fn device() -> Option<Device> {
     let gpu = cuda::device(0).inspect_err(|e| eprintln!("nothing runs on a GPU: {e}"));
     gpu.or_else(|_| cuda::emulator()).map_err(|e| eprintln!("SKIPPED: nothing is emulated: {e}")).ok()
+}
+/// One test at a time on a GPU: a wrong index shows at the next download, and a capture is the whole device's.
+fn alone() -> Option<MutexGuard<'static, ()>> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    cuda::device(0).is_ok().then(|| ALONE.lock().unwrap_or_else(|e| e.into_inner()))
 }
 fn randn(shape: &[usize], stream: u64) -> Tensor {
     Tensor::randn(shape, DType::F64, &Device::cpu(), 11, stream).unwrap()
@@ -81,6 +87,7 @@ fn agree(what: &str, inputs: &[Tensor], f: F) {
 
 #[test]
 fn rms_norm_of_every_form() {
+    let _alone = alone();
     // a warp's vector, several, a block's, more than fit registers; whole vectors and ragged ones
     for (shape, masters) in [(vec![3, 5, 64], true), (vec![45, 7], false), (vec![9, 300], true), (vec![5, 1104], false), (vec![3, 8200], true)] {
         let d = shape[shape.len() - 1];
@@ -106,6 +113,7 @@ fn rms_norm_of_every_form() {
 
 #[test]
 fn swiglu_of_whole_and_ragged_vectors() {
+    let _alone = alone();
     for shape in [[3, 5, 14], [1, 2, 128], [0, 3, 4], [2, 3, 2]] {
         agree(&format!("{shape:?}"), &[randn(&shape, 1)], &|v| Ok(vec![swiglu(&v[0])?]));
     }
@@ -113,6 +121,7 @@ fn swiglu_of_whole_and_ragged_vectors() {
 
 #[test]
 fn rope_of_parts_far_out_and_after_a_norm() {
+    let _alone = alone();
     for (d, rotary) in [(40, 20), (40, 0), (40, 40), (64, 32), (128, 128), (6, 4)] {
         agree(&format!("{rotary} of {d}"), &[randn(&[2, 5, 3, d], 1)], &|v| {
             Ok(vec![rope(&strided(&v[0])?, rotary, 1e4, Positions::From(1_000_000))?])
@@ -129,6 +138,7 @@ fn rope_of_parts_far_out_and_after_a_norm() {
 
 #[test]
 fn short_conv_of_every_form() {
+    let _alone = alone();
     for (b, t, c, k) in [(2, 9, 5, 4), (1, 1, 3, 4), (2, 75, 40, 2), (1, 3, 300, 1), (1, 66, 3, 7), (1, 0, 4, 4)] {
         let x = [randn(&[b, t, c], 1), randn(&[c, k], 2), randn(&[b, k - 1, c], 3)];
         for silu in [false, true] {
@@ -164,6 +174,7 @@ fn short_conv_of_every_form() {
 
 #[test]
 fn adamw_of_one_and_of_many() {
+    let _alone = alone();
     let Some(device) = device() else { return };
     let sizes: Vec<Vec<usize>> = (0..53)
         .map(|i| {
@@ -213,6 +224,7 @@ fn adamw_of_one_and_of_many() {
 
 #[test]
 fn moe_with_empty_experts_and_several_tiles() {
+    let _alone = alone();
     // (tokens, width, experts, width of an expert, choices)
     for (n, h, e, i, k) in [(5, 4, 3, 2, 1), (7, 3, 40, 3, 2), (6, 8, 3, 16, 3), (140, 136, 2, 72, 2), (0, 8, 3, 4, 2), (37, 16, 70, 8, 5)] {
         let x = [randn(&[n, h], 1), randn(&[n, e], 2), randn(&[e, 2 * i, h], 3), randn(&[e, h, i], 4)];
@@ -242,6 +254,7 @@ fn targets(n: usize, v: usize) -> Tensor {
 
 #[test]
 fn linear_cross_entropy_over_blocks_of_rows() {
+    let _alone = alone();
     for (n, h, v) in [(37, 40, 70), (50, 5, 301), (1, 3, 2), (3, 8, 5000)] {
         let t = targets(n, v);
         let x = [randn(&[n, h], 1), randn(&[v, h], 2)];
@@ -266,6 +279,7 @@ fn linear_cross_entropy_over_blocks_of_rows() {
 /// A step through all of them can be captured: none waits for the device. Its replay gives the same bits.
 #[test]
 fn nothing_waits_for_the_device() {
+    let _alone = alone();
     let Some(device) = device() else { return };
     let on = |t: Tensor| t.cast(DType::BF16).unwrap().to_device(&device).unwrap();
     let (n, h, e, i, v) = (9, 16, 3, 8, 24);

@@ -11,6 +11,7 @@ use engine::Result;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::ptr::null_mut;
+use std::time::Duration;
 
 /// Bytes of a staging buffer, and how many there may be: the host waits for the oldest copy when all are under way.
 const STAGE: usize = 4 << 20;
@@ -45,6 +46,12 @@ impl Event {
             CUresult::CUDA_ERROR_NOT_READY => Ok(false),
             r => super::real::check(r, || "cuEventQuery".into()).map(|()| true),
         }
+    }
+    /// Time between two events that have come.
+    pub fn since(&self, from: &Event) -> Result<Duration> {
+        let mut ms = 0f32;
+        call!(cuEventElapsedTime_v2(&mut ms, from.0, self.0))?;
+        Ok(Duration::from_secs_f64(ms as f64 / 1e3))
     }
     /// The host waits.
     pub fn wait(&self) -> Result<()> {

@@ -324,11 +324,9 @@ impl Driver for Real {
         let (from, to) = (timed()?, timed()?);
         from.record(s.stream)?;
         Ok(Box::new(move || {
-            let mut ms = 0f32;
             to.record(s.stream)?;
             to.wait()?;
-            call!(cuEventElapsedTime_v2(&mut ms, from.0, to.0))?;
-            Ok(Duration::from_secs_f64(ms as f64 / 1e3))
+            to.since(&from)
         }))
     }
     fn begin_recording(&self) -> Result<()> {
