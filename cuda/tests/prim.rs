@@ -463,7 +463,7 @@ fn products_of_every_view() {
             (t(&[0, 3], 1), t(&[3, 4], 2), |x| Ok(x.clone()), |x| Ok(x.clone())),
         ];
         for (i, (a, b, fa, fb)) in shapes.iter().enumerate() {
-            let (f, w) = both(|x| run1(MatMul, &[&fa(&x[0])?, &fb(&x[1])?]), &[a, b]);
+            let (f, w) = both(|x| run1(MatMul::default(), &[&fa(&x[0])?, &fb(&x[1])?]), &[a, b]);
             close(&f, &w, 4.0 * unit(d), &format!("product {i} {d}"));
         }
     }

@@ -61,6 +61,26 @@ fn matrix_products_in_every_transpose_and_batch() {
     check(|x| x[0].matmul(&x[1]), &[randn(&[4], 9), randn(&[4], 10)]);
 }
 
+/// A master weight's gradient has the digits of f32, whatever x's dtype is.
+#[test]
+fn a_master_weight_s_gradient_is_not_rounded() {
+    for d in [DType::BF16, DType::F16] {
+        let x = randn(&[2, 90, 7], 1).cast(d).unwrap();
+        let w = randn(&[5, 7], 2).cast(DType::F32).unwrap().requires_grad();
+        let y = x.linear(&w).unwrap();
+        assert_eq!((y.shape(), y.dtype()), (&[2, 90, 5][..], d));
+        let g = y.cast(DType::F32).unwrap().sum_all().unwrap().backward().unwrap();
+        let found = g.get(&w).unwrap();
+        assert_eq!(found.dtype(), DType::F32);
+        let want = x.cast(DType::F64).unwrap().sum(&[0, 1], false).unwrap().to_vec::<f64>().unwrap();
+        for (i, f) in found.to_vec::<f64>().unwrap().iter().enumerate() {
+            assert!((f - want[i % 7]).abs() < 1e-5 * want[i % 7].abs().max(1.0), "{d}: {f} {}", want[i % 7]);
+        }
+        let e = x.linear(&Tensor::ones(&[5, 6], DType::F32, &Device::cpu()).unwrap()).unwrap_err().to_string();
+        assert!(e.contains("[180, 7]") && e.contains("[5, 6]"), "{e}");
+    }
+}
+
 #[test]
 fn products_agree_across_dtypes_and_layouts() {
     for (m, k, n) in [(1, 7, 5), (64, 64, 64), (65, 130, 33), (300, 17, 200), (5, 0, 3)] {

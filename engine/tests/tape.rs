@@ -61,7 +61,7 @@ fn a_wrong_number_of_inputs_is_an_error() {
     use engine::prim;
     let a = Tensor::ones(&[2, 2], DType::F64, &Device::cpu()).unwrap();
     let errors = [
-        run1(prim::MatMul, &[&a]).err(),
+        run1(prim::MatMul::default(), &[&a]).err(),
         run1(prim::Select, &[&a, &a]).err(),
         run1(prim::Gather { axis: 0 }, &[&a]).err(),
         run1(prim::Contiguous, &[&a, &a]).err(),

@@ -22,7 +22,7 @@ pub struct Param {
 
 /// `x wᵀ`, with the weight brought to x's dtype: parameters may be kept wider than they are computed with.
 pub(crate) fn project(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    x.linear(&w.cast(x.dtype())?)
+    if x.dtype().size() == 2 && w.dtype() == DType::F32 { x.linear(w) } else { x.linear(&w.cast(x.dtype())?) }
 }
 
 /// The dtype that must not be narrow: f32, or f64 in checks.

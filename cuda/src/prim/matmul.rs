@@ -2,7 +2,7 @@
 
 use crate::memory::CudaBuffer;
 use crate::{Cuda, Gemm, Ptr, cuda_kernel};
-use engine::prim::{Contiguous, MatMul};
+use engine::prim::{Contiguous, MasterLinear, MatMul};
 use engine::{Buffer, Layout, Result, View};
 
 /// A matrix `[r, c]` that is row-major, or column-major (`true`), with its leading dimension.
@@ -49,7 +49,7 @@ fn matmul(_: &MatMul, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
     let (shape, strides) = Layout::merged(&[&lead(&a.layout), &lead(&b.layout)]);
     let (batch, outer): (usize, usize) = (shape[shape.len() - 1], shape[..shape.len() - 1].iter().product());
     let last = shape.len() - 1;
-    let size = x[0].dtype.size();
+    let (size, size_c) = (x[0].dtype.size(), y[0].dtype.size());
     let c = Ptr::of(&y[0])?;
     for i in 0..outer {
         let (mut rest, mut at) = (i, [0usize; 2]);
@@ -68,10 +68,19 @@ fn matmul(_: &MatMul, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
             b_trans: b.trans,
             b_ld: b.ld,
             b_stride: if batch == 1 { 0 } else { strides[1][last] as usize },
-            ..Gemm::new(x[0].dtype, (m, n, k), 0, 0, c.byte_add(i * batch * m * n * size).0)
+            c_dtype: y[0].dtype,
+            ..Gemm::new(x[0].dtype, (m, n, k), 0, 0, c.byte_add(i * batch * m * n * size_c).0)
         };
         cuda.gemm(&g)?;
     }
     Ok(())
 }
 cuda_kernel!(MatMul => matmul);
+
+fn linear(_: &MasterLinear, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
+    let l = x[2].layout;
+    let turned = Layout { shape: vec![l.shape[1], l.shape[0]], strides: vec![l.strides[1], l.strides[0]], offset: l.offset };
+    let (a, w) = (View { buf: x[0].buf, layout: x[0].layout, dtype: x[0].dtype }, View { buf: x[2].buf, layout: &turned, dtype: x[2].dtype });
+    matmul(&MatMul::default(), cuda, &[a, w], y)
+}
+cuda_kernel!(MasterLinear => linear);

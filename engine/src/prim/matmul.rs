@@ -3,12 +3,15 @@
 use super::{float, same_dtype};
 use crate::cpu::simd::Real;
 use crate::cpu::{Inputs, Outputs};
-use crate::{Error, Layout, Meta, Op, Result, Saved, Tensor, Want, broadcast_shape, cpu_kernel, dispatch_real, run1};
+use crate::{DType, Error, Layout, Meta, Op, Result, Saved, Tensor, Want, broadcast_shape, cpu_kernel, dispatch_real, run1};
 use std::ops::RangeInclusive;
 
 /// `y[.., m, n] = Σ_k a[.., m, k] · b[.., k, n]`; f32 accumulation for bf16 and f16.
-#[derive(Debug)]
-pub struct MatMul;
+#[derive(Debug, Default)]
+pub struct MatMul {
+    /// Give the f32 sums of bf16 and f16 as they are.
+    pub wide: bool,
+}
 
 impl Op for MatMul {
     fn name(&self) -> &'static str {
@@ -30,7 +33,8 @@ impl Op for MatMul {
         }
         let mut y = a.clone();
         y[r - 1] = b[r - 1];
-        Ok(vec![Meta { shape: y, dtype: x[0].dtype }])
+        let dtype = if self.wide && x[0].dtype.size() < 4 { DType::F32 } else { x[0].dtype };
+        Ok(vec![Meta { shape: y, dtype }])
     }
     fn want(&self, _: usize) -> Want {
         Want::Any
@@ -41,15 +45,68 @@ impl Op for MatMul {
     fn backward(&self, s: &Saved, dy: &[Option<Tensor>], need: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let Some(dy) = &dy[0] else { return Ok(vec![None, None]) };
         let (a, b) = (s.input(0)?, s.input(1)?);
-        let r = dy.rank();
+        let (r, dy) = (dy.rank(), &dy.cast(a.dtype())?);
         let t = |x: &Tensor| x.transpose(r - 2, r - 1);
-        Ok(vec![need[0].then(|| run1(MatMul, &[dy, &t(b)?])).transpose()?, need[1].then(|| run1(MatMul, &[&t(a)?, dy])).transpose()?])
+        let product = |a: &Tensor, b: &Tensor| run1(MatMul::default(), &[a, b]);
+        // the gradient of what lies column by column, a transposed weight, is made in that order
+        let turned = b.layout().strides[r - 2] == 1 && b.layout().strides[r - 1] != 1;
+        let db = || if turned { t(&product(&t(dy)?, a)?) } else { product(&t(a)?, dy) };
+        Ok(vec![need[0].then(|| product(dy, &t(b)?)).transpose()?, need[1].then(db).transpose()?])
     }
 }
 cpu_kernel!(MatMul => |_, x, y| dispatch_real!(x.dtype(0), |F| kernel::<F>(x, y)));
 
+/// `x Wᵀ` for a weight that is kept in f32 and computed with in x's bf16 or f16. The weight's gradient is the f32 sum, never rounded to x's dtype, so
+/// that micro-batches and clipping see all its digits. Inputs: x `[rows, in]`, W `[out, in]` in f32, W in x's dtype.
+#[derive(Debug)]
+pub struct MasterLinear;
+
+impl Op for MasterLinear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+    fn arity(&self) -> RangeInclusive<usize> {
+        3..=3
+    }
+    fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
+        let (a, w, narrow) = (&x[0], &x[1], &x[2]);
+        if a.dtype.size() != 2 || w.dtype != DType::F32 || narrow.dtype != a.dtype {
+            return Err(Error::dtype("linear", "the weight", "f32 beside x in bf16 or f16, and a copy in x's dtype", w.dtype));
+        }
+        if a.shape.len() != 2 || w.shape.len() != 2 || a.shape[1] != w.shape[1] || narrow.shape != w.shape {
+            return Err(Error::invalid(
+                "linear",
+                format!("x [rows, in] and weight [out, in] must agree in `in`, found {:?} and {:?}", a.shape, w.shape),
+            ));
+        }
+        Ok(vec![Meta { shape: vec![a.shape[0], w.shape[0]], dtype: a.dtype }])
+    }
+    fn want(&self, _: usize) -> Want {
+        Want::Any
+    }
+    fn saves(&self) -> (Vec<usize>, Vec<usize>) {
+        (vec![0, 2], vec![])
+    }
+    fn backward(&self, s: &Saved, dy: &[Option<Tensor>], need: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let Some(dy) = &dy[0] else { return Ok(vec![None, None, None]) };
+        let (x, w) = (s.input(0)?, s.input(2)?);
+        let dx = need[0].then(|| run1(MatMul::default(), &[dy, w])).transpose()?;
+        let dw = need[1].then(|| run1(MatMul { wide: true }, &[&dy.transpose(0, 1)?, x])).transpose()?;
+        Ok(vec![dx, dw, None])
+    }
+}
+cpu_kernel!(MasterLinear => |_, x, y| {
+    let turned = |l: &Layout| Layout { shape: vec![l.shape[1], l.shape[0]], strides: vec![l.strides[1], l.strides[0]], offset: l.offset };
+    product::<f32>(x, [0, 2], [x.layout(0).clone(), turned(x.layout(2))], y)
+});
+
 fn kernel<F: Real>(x: &Inputs, y: &mut Outputs) -> Result<()> {
-    let (a, la, b, lb, mut c) = (x.real::<F>(0)?, x.layout(0), x.real::<F>(1)?, x.layout(1), y.real::<F>(0)?);
+    product::<F>(x, [0, 1], [x.layout(0).clone(), x.layout(1).clone()], y)
+}
+
+/// Of two inputs as these layouts show them.
+fn product<F: Real>(x: &Inputs, of: [usize; 2], layouts: [Layout; 2], y: &mut Outputs) -> Result<()> {
+    let (a, la, b, lb, mut c) = (x.real::<F>(of[0])?, &layouts[0], x.real::<F>(of[1])?, &layouts[1], y.real::<F>(0)?);
     let r = la.shape.len();
     let (m, k, n) = (la.shape[r - 2], la.shape[r - 1], lb.shape[r - 1]);
     let batch: usize = la.shape[..r - 2].iter().product();
@@ -101,16 +158,22 @@ impl Tensor {
             // one product with all rows, where they lie evenly: the weight's gradient is then one product too, instead of a sum over the batch
             let mut s = self.shape().to_vec();
             s[self.rank() - 1] = b.shape()[1];
-            return run1(MatMul, &[&self.reshape(&[rows, k])?, b])?.reshape(&s);
+            return run1(MatMul::default(), &[&self.reshape(&[rows, k])?, b])?.reshape(&s);
         }
         let (ra, rb) = (self.rank(), b.rank());
         let lead = broadcast_shape(&self.shape()[..ra - 2], &b.shape()[..rb - 2])
             .ok_or_else(|| Error::invalid("matmul", format!("leading axes of {:?} and {:?} do not broadcast", self.shape(), b.shape())))?;
         let full = |t: &Tensor| t.expand(&[&lead[..], &t.shape()[t.rank() - 2..]].concat());
-        run1(MatMul, &[&full(self)?, &full(b)?])
+        run1(MatMul::default(), &[&full(self)?, &full(b)?])
     }
-    /// `x Wᵀ` for a weight stored as `[out, in]`, as checkpoints have it.
+    /// `x Wᵀ` for a weight stored as `[out, in]`, as checkpoints have it. A weight in f32 beside x in bf16 or f16 is brought to x's dtype, and its gradient
+    /// is the product's f32 sums.
     pub fn linear(&self, w: &Tensor) -> Result<Tensor> {
-        self.matmul(&w.transpose(0, 1)?)
+        if self.dtype().size() != 2 || w.dtype() != DType::F32 || self.rank() == 0 || w.rank() != 2 {
+            return self.matmul(&w.transpose(0, 1)?);
+        }
+        let (lead, k) = (&self.shape()[..self.rank() - 1], self.dim(self.rank() - 1));
+        let narrow = w.detach().cast(self.dtype())?;
+        run1(MasterLinear, &[&self.reshape(&[lead.iter().product(), k])?, w, &narrow])?.reshape(&[lead, &w.shape()[..1]].concat())
     }
 }

@@ -14,7 +14,7 @@ mod unary;
 pub use binary::{Binary, BinaryKind, Compare, CompareKind, Select};
 pub use cast::Cast;
 pub use index::{Gather, IndexAdd, IndexSelect, ScatterAdd};
-pub use matmul::MatMul;
+pub use matmul::{MasterLinear, MatMul};
 pub use reduce::{ArgMax, CumSum, MaxReduce, Sum};
 pub use shape::{AddAssign, Assign, Cat, Contiguous, Pad, ViewOp};
 pub use softmax::{Softmax, SoftmaxBackward};

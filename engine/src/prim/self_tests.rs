@@ -26,6 +26,10 @@ self_test!("matmul", [[2, 37, 65], [65, 41], [2, 29, 37]], |x| {
     let y = x[0].matmul(&x[1])?;
     Ok(vec![x[2].matmul(&y)?.transpose(1, 2)?, x[2].transpose(1, 2)?.matmul(&x[2])?])
 });
+self_test!("linear of a master weight", [[2, 37, 65], [41, 65]], |x| {
+    let master = if x[1].dtype().size() == 2 { x[1].cast(DType::F32)? } else { x[1].clone() };
+    Ok(vec![x[0].linear(&master)?])
+});
 self_test!("reductions", [[5, 37, 65]], |x| {
     let x = &x[0];
     [x.sum(&[2], false), x.sum(&[0, 2], true), x.mean(&[1], false), x.max(&[2], false), x.cumsum(2), x.cumsum(1)].into_iter().collect()
