@@ -6,8 +6,8 @@ use crate::op::Meta;
 use crate::tape::{self, Edge, Grads, Node, no_grad};
 use crate::{Buffer, DType, Device, Element, Error, Layout, Result, dtype, prim, rng};
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// Elements that the host makes at a time for a tensor that it fills.
 const PART: usize = 1 << 18;
@@ -16,6 +16,13 @@ const PART: usize = 1 << 18;
 struct Storage {
     buf: Arc<dyn Buffer>,
     version: AtomicU64,
+    copy: Mutex<Option<Copy>>,
+}
+
+/// The same elements in another dtype, as long as neither was written since.
+struct Copy {
+    tensor: Tensor,
+    versions: [u64; 2],
 }
 
 /// A tensor: a reference-counted buffer, a layout, a dtype, a device, and an edge into the tape. Cloning is cheap and shares the buffer.
@@ -37,7 +44,7 @@ impl Tensor {
         Ok(Self::over(device.0.alloc(n * dtype.size())?, shape, dtype, device))
     }
     fn over(buf: Arc<dyn Buffer>, shape: &[usize], dtype: DType, device: &Device) -> Tensor {
-        let storage = Arc::new(Storage { buf, version: AtomicU64::new(0) });
+        let storage = Arc::new(Storage { buf, version: AtomicU64::new(0), copy: Mutex::new(None) });
         Tensor(Arc::new(Inner { storage, layout: Layout::contiguous(shape), dtype, device: device.clone(), edge: None }))
     }
     fn derive(&self, layout: Layout, edge: Option<Edge>) -> Tensor {
@@ -49,12 +56,42 @@ impl Tensor {
     }
     /// The same elements seen through another layout, recorded as `op`.
     pub(crate) fn view_as(&self, layout: Layout, op: impl crate::Op) -> Tensor {
-        let edge = self.edge().filter(|_| tape::grad_enabled()).map(|e| {
-            let saved = tape::Saved::new(op.name(), vec![self.detach()], vec![], vec![], vec![]);
-            let meta = Meta::new(&layout.shape, self.dtype());
-            Edge { node: Node::new(Some(Arc::new(op)), vec![Some(e.clone())], Some(saved), vec![meta], 1), slot: 0 }
-        });
+        let edge = self.edge_to(Meta::new(&layout.shape, self.dtype()), op);
         self.derive(layout, edge)
+    }
+    /// The edge of an output that needed no kernel.
+    fn edge_to(&self, meta: Meta, op: impl crate::Op) -> Option<Edge> {
+        self.edge().filter(|_| tape::grad_enabled()).map(|e| {
+            let saved = tape::Saved::new(op.name(), vec![self.detach()], vec![], vec![], vec![]);
+            Edge { node: Node::new(Some(Arc::new(op)), vec![Some(e.clone())], Some(saved), vec![meta], 1), slot: 0 }
+        })
+    }
+    /// Says that `copy` holds this tensor's elements in its own dtype, as an optimizer that writes both keeps it: [`cast`](Self::cast) gives it instead of
+    /// computing it, until one of the two is written by anything else.
+    pub fn keep_copy(&self, copy: &Tensor) -> Result<()> {
+        if copy.shape() != self.shape() || copy.device() != self.device() || [self, copy].iter().any(|t| !t.is_whole()) {
+            return Err(Error::invalid(
+                "keep_copy",
+                format!("needs whole contiguous tensors of one shape on one device, found {self:?} and {copy:?}"),
+            ));
+        }
+        let kept = Copy { tensor: copy.detach(), versions: [self.version(), copy.version()] };
+        *self.0.storage.copy.lock().unwrap_or_else(|e| e.into_inner()) = Some(kept);
+        Ok(())
+    }
+    /// The copy in this dtype that was [kept](Self::keep_copy), if it holds what this tensor does.
+    pub fn kept_copy(&self, dtype: DType) -> Option<Tensor> {
+        let kept = self.0.storage.copy.lock().unwrap_or_else(|e| e.into_inner());
+        let c = kept.as_ref().filter(|c| c.tensor.dtype() == dtype && c.versions == [self.version(), c.tensor.version()])?;
+        (self.is_whole() && self.numel() == c.tensor.numel()).then(|| c.tensor.derive(Layout::contiguous(self.shape()), None))
+    }
+    fn is_whole(&self) -> bool {
+        self.layout().is_contiguous() && self.layout().offset == 0
+    }
+    /// `copy`, recorded as what `op` makes of this tensor.
+    pub(crate) fn made_before(&self, copy: Tensor, op: impl crate::Op) -> Tensor {
+        let edge = self.edge_to(copy.meta(), op);
+        copy.derive(copy.0.layout.clone(), edge)
     }
     pub(crate) fn edge(&self) -> Option<&Edge> {
         self.0.edge.as_ref()

@@ -16,14 +16,25 @@ pub struct AdamW {
     names: Vec<String>,
     m: Vec<Tensor>,
     v: Vec<Tensor>,
+    /// In bf16, if that is what is computed with; they are written with the parameters.
+    copies: Vec<Tensor>,
 }
 
 impl AdamW {
-    /// Zero moments for these parameters.
-    pub fn new(params: &[(&str, &Tensor)]) -> Result<AdamW> {
+    /// Zero moments for these parameters, of which copies are kept in the dtype that is computed with if that is bf16.
+    pub fn new(params: &[(&str, &Tensor)], compute: DType) -> Result<AdamW> {
         let zeros =
             || params.iter().map(|(_, t)| Tensor::zeros(t.shape(), DType::F32, t.device())).collect::<engine::Result<Vec<_>>>().map_err(Error::from);
-        Ok(AdamW { names: params.iter().map(|(n, _)| n.to_string()).collect(), m: zeros()?, v: zeros()? })
+        let copy = |(_, t): &(&str, &Tensor)| {
+            let copy = t.detach().cast(compute)?;
+            t.keep_copy(&copy).map(|()| copy)
+        };
+        let copies = if compute == DType::BF16 { params.iter().map(copy).collect::<engine::Result<Vec<_>>>()? } else { vec![] };
+        Ok(AdamW { names: params.iter().map(|(n, _)| n.to_string()).collect(), m: zeros()?, v: zeros()?, copies })
+    }
+    /// Whether the copies hold what the parameters do: not if something else wrote these since the last step.
+    pub fn copies_hold(&self, params: &[(&str, &Tensor)]) -> bool {
+        self.copies.is_empty() || params.iter().all(|(_, p)| p.kept_copy(DType::BF16).is_some())
     }
 
     /// What step number `step` (from 1) reads of the schedule, on the parameters' device; see [`AdamWMany::schedule`].
@@ -45,8 +56,13 @@ impl AdamW {
             return Ok(Tensor::zeros(&[], DType::F64, schedule.device())?);
         }
         let (norm, coefficient) = global_norm(GlobalNorm { max_norm: o.clip, scale: 1.0 }, &summed)?;
-        let op = many(o, with.iter().map(decay).collect());
-        adamw_many(op, &p, &m, &v, &[], schedule, &coefficient, &g)?;
+        let copies: Vec<&Tensor> = if self.copies.is_empty() { vec![] } else { with.iter().map(|(i, _)| &self.copies[*i]).collect() };
+        let op = AdamWMany { shadows: !copies.is_empty(), ..many(o, with.iter().map(decay).collect()) };
+        // the copy of a parameter that something else wrote: it would stay old if the step is none
+        let old = copies.iter().zip(&p).filter(|(_, p)| p.kept_copy(DType::BF16).is_none());
+        old.into_iter().try_for_each(|(c, p)| c.assign(&p.detach().cast(DType::BF16)?))?;
+        adamw_many(op, &p, &m, &v, &copies, schedule, &coefficient, &g)?;
+        p.iter().zip(&copies).try_for_each(|(p, c)| p.keep_copy(c))?;
         Ok(norm)
     }
 
@@ -155,10 +171,38 @@ mod tests {
     }
 
     #[test]
+    fn copies_follow_the_parameters() {
+        let w = Tensor::randn(&[5, 7], DType::F32, &Device::cpu(), 1, 1).unwrap().requires_grad();
+        let params = [("w", &w)];
+        let a = AdamW::new(&params, DType::BF16).unwrap();
+        let o = presets::smoke().optim;
+        let same = || {
+            let (kept, want) = (w.cast(DType::BF16).unwrap(), w.detach().affine(1.0, 0.0).unwrap().cast(DType::BF16).unwrap());
+            assert_eq!(kept.to_vec::<f32>().unwrap(), want.to_vec::<f32>().unwrap());
+        };
+        for step in 1..4 {
+            assert_eq!(a.copies_hold(&params), step < 3);
+            let x = w.cast(DType::BF16).unwrap();
+            let grads = x.mul(&x).unwrap().cast(DType::F32).unwrap().sum_all().unwrap().backward().unwrap();
+            let before = w.to_vec::<f32>().unwrap();
+            a.step(&params, &grads, &AdamW::schedule(&o, step, 0.1, &Device::cpu()).unwrap(), &[], &o).unwrap();
+            assert_ne!(w.to_vec::<f32>().unwrap(), before);
+            same();
+            assert!(a.copies_hold(&params));
+            if step == 2 {
+                // written by something else: the copy is not taken, and the next step mends it
+                w.assign(&Tensor::ones(&[5, 7], DType::F32, &Device::cpu()).unwrap()).unwrap();
+                assert!(!a.copies_hold(&params));
+                same();
+            }
+        }
+    }
+
+    #[test]
     fn a_guard_that_is_not_finite_keeps_everything_as_it_is() {
         let (w, b) = setup();
         let (params, o) = ([("w", &w), ("b", &b)], presets::quickstart().optim);
-        let a = AdamW::new(&params).unwrap();
+        let a = AdamW::new(&params, DType::F32).unwrap();
         let schedule = AdamW::schedule(&o, 1, 0.1, &Device::cpu()).unwrap();
         for (guard, taken) in [(f64::NAN, false), (f64::INFINITY, false), (3.0, true)] {
             let guard = Tensor::full(guard, &[], DType::F32, &Device::cpu()).unwrap();
@@ -172,7 +216,7 @@ mod tests {
     fn groups_clipping_and_the_formula() {
         let (w, b) = setup();
         let params = [("w", &w), ("b", &b)];
-        let a = AdamW::new(&params).unwrap();
+        let a = AdamW::new(&params, DType::F32).unwrap();
         let o = presets::quickstart().optim;
         let (mut looked, mut seen) = (Seen::default(), Scalars::new());
         let watch = Watch::before(&params, &grads(&w, &b), &mut looked).unwrap();
@@ -208,7 +252,7 @@ mod tests {
         let mut o = Optim { eps: 100.0, clip: 0.5, weight_decay: 0.0, ..presets::quickstart().optim };
         let take = |o: &Optim| {
             let before = [w.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap()].concat();
-            let norm = step(&AdamW::new(&params).unwrap(), &params, &grads(&w, &b), 1, o);
+            let norm = step(&AdamW::new(&params, DType::F32).unwrap(), &params, &grads(&w, &b), 1, o);
             let after = [w.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap()].concat();
             w.assign(&Tensor::from_slice(&before[..4], &[2, 2], w.device()).unwrap()).unwrap();
             b.assign(&Tensor::from_slice(&before[4..], &[2], b.device()).unwrap()).unwrap();
@@ -233,13 +277,13 @@ mod tests {
         let path = tmp.path().join("o.safetensors");
         let o = presets::quickstart().optim;
         let (w, b) = setup();
-        let a = AdamW::new(&[("w", &w), ("b", &b)]).unwrap();
+        let a = AdamW::new(&[("w", &w), ("b", &b)], DType::F32).unwrap();
         step(&a, &[("w", &w), ("b", &b)], &grads(&w, &b), 1, &o);
         a.save(&path).unwrap();
         let (w2, b2) = (w.detach().add(&w.detach()).unwrap(), b.detach());
         let w2 = Tensor::from_vec(w2.to_vec::<f32>().unwrap().iter().map(|x| x / 2.0).collect::<Vec<_>>(), &[2, 2]).unwrap().requires_grad();
         let b2 = Tensor::from_vec(b2.to_vec::<f32>().unwrap(), &[2]).unwrap().requires_grad();
-        let mut c = AdamW::new(&[("w", &w2), ("b", &b2)]).unwrap();
+        let mut c = AdamW::new(&[("w", &w2), ("b", &b2)], DType::F32).unwrap();
         c.load(&path).unwrap();
         step(&a, &[("w", &w), ("b", &b)], &grads(&w, &b), 2, &o);
         step(&c, &[("w", &w2), ("b", &b2)], &grads(&w2, &b2), 2, &o);
@@ -249,7 +293,7 @@ mod tests {
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() - 3]).unwrap();
         assert!(c.load(&path).unwrap_err().to_string().contains("older checkpoint"));
-        let mut other = AdamW::new(&[("x", &w2)]).unwrap();
+        let mut other = AdamW::new(&[("x", &w2)], DType::F32).unwrap();
         std::fs::write(&path, &bytes).unwrap();
         assert!(other.load(&path).unwrap_err().to_string().contains("`m.x`"));
     }
@@ -258,7 +302,7 @@ mod tests {
     fn a_gradient_that_is_not_finite_is_named() {
         let (w, b) = setup();
         let params = [("layers.0.w", &w), ("layers.0.b", &b)];
-        let a = AdamW::new(&params).unwrap();
+        let a = AdamW::new(&params, DType::F32).unwrap();
         let bad = Tensor::from_vec([f32::INFINITY, 1.0], &[2]).unwrap();
         let g = b.mul(&bad).unwrap().sum(&[0], false).unwrap().backward().unwrap();
         assert!(!step(&a, &params, &g, 1, &presets::quickstart().optim).is_finite());

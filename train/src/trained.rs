@@ -247,6 +247,10 @@ impl<N: Network> Trained<N> {
         if self.replayed.as_ref().is_some_and(|r| !like(r)) {
             self.replayed = None;
         }
+        // a captured step reads the copies without asking
+        if !optim.copies_hold(&self.net.params()) {
+            self.replayed = None;
+        }
         let look = observed.is_some();
         let submit = |trained: &Self| trained.submit(optim, &feeds, &schedule, work.optim, look);
         match &self.replayed {
@@ -299,7 +303,7 @@ impl<N: Network> Learner for Trained<N> {
     fn step(&mut self, work: &Step, batch: Batches, observed: Option<&mut Scalars>) -> Result<Stepped> {
         let optim = match self.optim.take() {
             Some(optim) => optim,
-            None => AdamW::new(&self.net.params())?,
+            None => AdamW::new(&self.net.params(), self.net.compute())?,
         };
         let done =
             if self.device == Device::cpu() { self.step_here(&optim, work, batch, observed) } else { self.step_there(&optim, work, batch, observed) };
@@ -347,13 +351,13 @@ impl<N: Network> Learner for Trained<N> {
         self.net.save(dir)?;
         match &self.optim {
             Some(state) => state.save(&dir.join(checkpoint::OPTIMIZER)),
-            None => AdamW::new(&self.net.params())?.save(&dir.join(checkpoint::OPTIMIZER)),
+            None => AdamW::new(&self.net.params(), self.net.compute())?.save(&dir.join(checkpoint::OPTIMIZER)),
         }
     }
 
     fn load(&mut self, dir: &Path) -> Result<()> {
         self.net.load(dir)?;
-        let mut state = AdamW::new(&self.net.params())?;
+        let mut state = AdamW::new(&self.net.params(), self.net.compute())?;
         state.load(&dir.join(checkpoint::OPTIMIZER))?;
         (self.optim, self.replayed) = (Some(state), None);
         Ok(())

@@ -36,6 +36,12 @@ fn cast_kernel(op: &Cast, x: &Inputs, y: &mut Outputs) -> Result<()> {
 impl Tensor {
     /// The same values in another dtype; its gradient is cast back.
     pub fn cast(&self, to: DType) -> Result<Tensor> {
-        if to == self.dtype() { Ok(self.clone()) } else { run1(Cast { to }, &[self]) }
+        if to == self.dtype() {
+            return Ok(self.clone());
+        }
+        match self.kept_copy(to) {
+            Some(copy) => Ok(self.made_before(copy, Cast { to })),
+            None => run1(Cast { to }, &[self]),
+        }
     }
 }
