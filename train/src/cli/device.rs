@@ -54,10 +54,8 @@ pub(super) struct DeviceArg {
 /// The options `--device` and `--dtype`; flattened into a command's own.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct PlaceArgs {
-    // not auto: no kernel has run on a GPU yet, and what nobody checked must be asked for
-    /// Where to compute: cpu, cuda (the first GPU), cuda:N, or auto (the first GPU that can be used, else the CPU)
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    device: Choice,
+    #[command(flatten)]
+    at: DeviceArg,
     /// Precision of activations and products, f32 or bf16; parameters are f32 always [default: f32 on the CPU, bf16 on a GPU]
     #[arg(long, value_name = "DTYPE", value_parser = dtype)]
     pub dtype: Option<Precision>,
@@ -78,7 +76,7 @@ impl DeviceArg {
 impl PlaceArgs {
     /// Where a model is to live: parameters in f32, computation in `--dtype`, else in `otherwise`, else in what suits the device.
     pub fn open(&self, otherwise: Option<Precision>) -> Result<Placement> {
-        let device = DeviceArg { device: self.device }.open()?;
+        let device = self.at.open()?;
         let suits = if device == Device::cpu() { Precision::F32 } else { Precision::BF16 };
         let compute = self.dtype.or(otherwise).unwrap_or(suits).into();
         if device != Device::cpu() || compute != DType::F32 {
@@ -149,9 +147,9 @@ mod tests {
         for (s, c) in
             [("auto", Choice::Auto), ("cpu", Choice::Cpu), ("cuda", Choice::Cuda(0)), ("cuda:3", Choice::Cuda(3)), ("emulated", Choice::Emulated)]
         {
-            assert_eq!(parse(&["--device", s]).unwrap().device, c);
+            assert_eq!(parse(&["--device", s]).unwrap().at.device, c);
         }
-        assert_eq!(parse(&[]).unwrap().device, Choice::Cpu);
+        assert_eq!(parse(&[]).unwrap().at.device, Choice::Auto);
         for s in ["gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", ""] {
             let e = parse(&["--device", s]).unwrap_err();
             assert!(e.contains("--device") && e.contains("cuda:N"), "{s}: {e}");
@@ -181,7 +179,7 @@ mod tests {
         if !cuda::present() {
             let e = parse(&["--device", "cuda"]).unwrap().open(None).unwrap_err().to_string();
             assert!(e.contains("no CUDA driver") && e.contains("cpu"), "{e}");
-            assert_eq!(parse(&["--device", "auto"]).unwrap().open(None).unwrap().device, Device::cpu());
+            assert_eq!(parse(&[]).unwrap().open(None).unwrap().device, Device::cpu());
         }
     }
 }
