@@ -12,6 +12,9 @@ struct Rows {
     // Where row i starts.
     TG_DEVICE i64 at(u64 i) const {
         i64 to = 0;
+#ifndef TG_EMULATE
+#pragma unroll 1 // few axes, and a long body
+#endif
         for (int d = (int)axes - 1; d > 0; d--) {
             u64 q;
             u32 r;

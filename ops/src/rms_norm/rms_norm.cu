@@ -156,9 +156,9 @@ template <class T, class W, int N, int TEAM, int VECS> TG_DEVICE void rms_norm_b
     auto fetch = [&](Held<T, N, SLOTS>& to, Pack<T, N>(&dy_to)[SLOTS], int j, u32 c) {
         to.x[j].get(x + c);
         dy_to[j].get(dy + c);
-        if (p.third) to.other[j].get(third + c);
+        if (p.third) to.other[0].get(third + c);
     };
-    auto sigmoid_of = [&](int j, int i) { return Sigmoid<T>::of(load(now.other[j].t[i])); };
+    auto sigmoid_of = [&](int i) { return Sigmoid<T>::of(load(now.other[0].t[i])); };
     u64 step = (u64)grid_x() * team.COUNT, base = (u64)block_x() * team.COUNT + team.warps; // a warp's rows end together
     auto row_of = [&](u64 base) { return min_of<u64>(base + (team.index - team.warps), p.n - 1); };
     if (VECS == 1 && base < p.n) {
@@ -176,14 +176,18 @@ template <class T, class W, int N, int TEAM, int VECS> TG_DEVICE void rms_norm_b
         float square = 0.f, inner = 0.f;
         sweep<VECS, TEAM, N>(team.me, p.d, [&](int j, u32 c) {
             if (VECS != 1) fetch(now, g, j, c), weights(c);
-            TG_UNROLL for (int i = 0; i < N; i++) {
-                float xi = load(now.x[j].t[i]), gi = load(g[j].t[i]);
-                if (p.gate) {
-                    kept[i] = sigmoid_of(j, i);
-                    gi *= p.gate == 1 ? load(now.other[j].t[i]) * kept[i] : kept[i];
+            float ga[N]; // dy · act
+            TG_UNROLL for (int i = 0; i < N; i++) ga[i] = load(g[j].t[i]);
+            if (p.gate) {
+                TG_UNROLL for (int i = 0; i < N; i++) {
+                    kept[i] = sigmoid_of(i);
+                    ga[i] *= p.gate == 1 ? load(now.other[0].t[i]) * kept[i] : kept[i];
                 }
+            }
+            TG_UNROLL for (int i = 0; i < N; i++) {
+                float xi = load(now.x[j].t[i]);
                 square += xi * xi;
-                inner += xi * gi * weight[i];
+                inner += xi * ga[i] * weight[i];
             }
         });
         team_sums<TEAM>(square, inner, scratch, turn);
@@ -192,22 +196,28 @@ template <class T, class W, int N, int TEAM, int VECS> TG_DEVICE void rms_norm_b
         u64 out = row_of(base) * p.d;
         sweep<VECS, TEAM, N>(team.me, p.d, [&](int j, u32 c) {
             if (VECS == 0) fetch(now, g, j, c);
+            if (VECS > 1 && p.third) now.other[0].get(third + c); // it would take too many registers
             if (VECS != 1) weights(c);
-            Pack<T, N> to, dgate;
-            TG_UNROLL for (int i = 0; i < N; i++) {
-                float xi = load(now.x[j].t[i]), gi = load(g[j].t[i]), xr = xi * r;
-                if (p.gate) {
-                    float b = load(now.other[j].t[i]), s = VECS == 1 ? kept[i] : sigmoid_of(j, i), act = p.gate == 1 ? b * s : s;
-                    dgate.t[i] = store<T>(gi * xr * weight[i] * (p.gate == 1 ? s + act * (1.f - s) : s * (1.f - s)));
-                    gi *= act;
+            Pack<T, N> to;
+            float ga[N];
+            TG_UNROLL for (int i = 0; i < N; i++) ga[i] = load(g[j].t[i]);
+            if (p.gate) {
+                TG_UNROLL for (int i = 0; i < N; i++) {
+                    float b = load(now.other[0].t[i]), s = VECS == 1 ? kept[i] : sigmoid_of(i), act = p.gate == 1 ? b * s : s;
+                    to.t[i] = store<T>(ga[i] * load(now.x[j].t[i]) * r * weight[i] * (p.gate == 1 ? s + act * (1.f - s) : s * (1.f - s)));
+                    ga[i] *= act;
                 }
-                if (VECS > 0) dw[j][i] += gi * xr;
-                else part[c + i] += gi * xr;
-                float dx = r * (gi * weight[i] - xi * m);
-                if (p.third && !p.gate) dx += load(now.other[j].t[i]);
-                to.t[i] = store<T>(dx);
+                to.put((T*)p.dgate + out + c);
             }
-            if (p.gate) dgate.put((T*)p.dgate + out + c);
+            float dx[N];
+            TG_UNROLL for (int i = 0; i < N; i++) {
+                float xi = load(now.x[j].t[i]);
+                if (VECS > 0) dw[j][i] += ga[i] * xi * r;
+                else part[c + i] += ga[i] * xi * r;
+                dx[i] = r * (ga[i] * weight[i] - xi * m);
+            }
+            if (p.third && !p.gate) TG_UNROLL for (int i = 0; i < N; i++) dx[i] += load(now.other[0].t[i]);
+            TG_UNROLL for (int i = 0; i < N; i++) to.t[i] = store<T>(dx[i]);
             to.put((T*)p.dx + out + c);
         });
     }
