@@ -258,8 +258,10 @@ fn copies_padding_and_concatenation() {
 /// Against element by element on the host: sides at, above and below whole tiles, axes in between and outside, gaps, a repeated axis.
 #[test]
 fn transposing_copies_of_every_element_size() {
-    let shapes: [(&[usize], &[usize]); 10] = [
+    let shapes: [(&[usize], &[usize]); 12] = [
         (&[32, 32], &[1, 0]),
+        (&[2, 66, 130], &[0, 2, 1]),
+        (&[40, 3, 70], &[2, 1, 0]),
         (&[16, 100], &[1, 0]),
         (&[33, 31], &[1, 0]),
         (&[15, 40], &[1, 0]),

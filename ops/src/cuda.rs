@@ -82,7 +82,7 @@ params! { struct ColumnsParams { parts: Ptr, out: Ptr, rows: u32, cols: u32 } }
 
 /// `sum_columns` of a source that includes ops.cuh.
 pub(crate) fn columns_kernel(source: &'static Source, dtype: DType) -> Kernel {
-    Kernel::new(source, format!("sum_columns<{}>", cpp(dtype)), 256)
+    Kernel::new(source, format!("sum_columns<{}>", cpp(dtype)), 1024)
 }
 
 /// out `[cols]` = the sum of the rows of parts `[rows, cols]` (f32), in an order that depends on the shape alone.

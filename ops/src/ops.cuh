@@ -12,6 +12,9 @@ struct Rows {
     // Where row i starts.
     TG_DEVICE i64 at(u64 i) const {
         i64 to = 0;
+#ifndef TG_EMULATE
+#pragma unroll 1 // few axes, and a long body
+#endif
         for (int d = (int)axes - 1; d > 0; d--) {
             u64 q;
             u32 r;
@@ -78,25 +81,30 @@ template <int N, class T> TG_DEVICE void write(T* p, const float (&v)[N], bool w
 template <class T> struct Sigmoid { static TG_DEVICE float of(float x) { return fast_reciprocal(1.f + fast_exp(-x)); } };
 template <> struct Sigmoid<float> { static TG_DEVICE float of(float x) { return sigmoid(x); } };
 
-// out[c] = Σ_r parts[r][c], the second stage of a sum over rows. A block of 256 threads takes 32 columns; eight groups take rows in turn, and their sums
-// are added in order.
+// out[c] = Σ_r parts[r][c], the second stage of a sum over rows. A block of 1024 threads takes 32 columns; its warps take rows in turn, four reads at a
+// time, and their sums are added in order.
 struct ColumnsParams {
     const float* parts;
     void* out;
     u32 rows, cols;
 };
 template <class W> TG_DEVICE void sum_columns(const ColumnsParams& p) {
-    TG_SHARED(float, sums, [8][33]);
+    constexpr int WARPS = 32, AHEAD = 4;
+    TG_SHARED(float, sums, [WARPS][32]);
     u32 c = block_x() * 32 + lane();
     float sum = 0.f;
     if (c < p.cols) {
-        for (u32 r = warp(); r < p.rows; r += 8) sum += p.parts[(u64)r * p.cols + c];
+        for (u32 r = warp(); r < p.rows; r += WARPS * AHEAD) {
+            float x[AHEAD];
+            TG_UNROLL for (int i = 0; i < AHEAD; i++) x[i] = r + WARPS * i < p.rows ? p.parts[(u64)(r + WARPS * i) * p.cols + c] : 0.f;
+            TG_UNROLL for (int i = 0; i < AHEAD; i++) sum += x[i];
+        }
     }
     sums[warp()][lane()] = sum;
     sync();
     if (warp() == 0 && c < p.cols) {
         sum = 0.f;
-        TG_UNROLL for (int i = 0; i < 8; i++) sum += sums[i][lane()];
+        TG_UNROLL for (int i = 0; i < WARPS; i++) sum += sums[i][lane()];
         ((W*)p.out)[c] = store<W>(sum);
     }
 }

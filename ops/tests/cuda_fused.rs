@@ -88,8 +88,16 @@ fn agree(what: &str, inputs: &[Tensor], f: F) {
 #[test]
 fn rms_norm_of_every_form() {
     let _alone = alone();
-    // a warp's vector, several, a block's, more than fit registers; whole vectors and ragged ones
-    for (shape, masters) in [(vec![3, 5, 64], true), (vec![45, 7], false), (vec![9, 300], true), (vec![5, 1104], false), (vec![3, 8200], true)] {
+    // a vector a thread of teams of every size, several, more than fit registers; ragged rows of all lengths; rows that a team takes in turn
+    for (shape, masters) in [
+        (vec![3, 5, 64], true),
+        (vec![150, 24], true),
+        (vec![45, 7], false),
+        (vec![7, 200], true),
+        (vec![9, 300], true),
+        (vec![5, 1104], false),
+        (vec![3, 8200], true),
+    ] {
         let d = shape[shape.len() - 1];
         let x = [randn(&shape, 1), randn(&[d], 2), randn(&shape, 3)];
         let w = move |v: &[Tensor]| if masters { master(&v[1]) } else { Ok(v[1].clone()) };
@@ -255,7 +263,8 @@ fn targets(n: usize, v: usize) -> Tensor {
 #[test]
 fn linear_cross_entropy_over_blocks_of_rows() {
     let _alone = alone();
-    for (n, h, v) in [(37, 40, 70), (50, 5, 301), (1, 3, 2), (3, 8, 5000)] {
+    // logits that a block holds, by halves of its registers and all, and more
+    for (n, h, v) in [(37, 40, 70), (50, 5, 301), (1, 3, 2), (3, 8, 5000), (3, 2, 16390), (3, 2, 32771)] {
         let t = targets(n, v);
         let x = [randn(&[n, h], 1), randn(&[v, h], 2)];
         let what = format!("{:?}", (n, h, v));

@@ -36,6 +36,7 @@ fn cast(op: &Cast, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
         DType::U32 => 6,
         DType::U8 => 7,
     };
-    cuda.launch(&k, blocks(&k, n, 8), 0, &CastParams { x: Ptr::of(&x[0])?, out: Ptr::of(&y[0])?, n: n as u64, to, unused: 0 })
+    let per = if SHORT.contains(&x[0].dtype) && SHORT.contains(&op.to) { 16 } else { 8 };
+    cuda.launch(&k, blocks(&k, n, per), 0, &CastParams { x: Ptr::of(&x[0])?, out: Ptr::of(&y[0])?, n: n as u64, to, unused: 0 })
 }
 cuda_kernel!(Cast => cast);

@@ -49,6 +49,37 @@ template <int BYTES> TG_DEVICE void copy_turned(const TurnParams& p) {
     }
 }
 
+// The same for elements of 2 bytes where both sides can be moved in pairs: tiles of 64 by 64. A word of shared memory holds a pair along the source's fast
+// axis; a thread takes the words of two neighbouring columns and writes their low halves to one row, their high halves to the next.
+template <int> TG_DEVICE void copy_turned_pairs(const TurnParams& p) {
+    constexpr int SIDE = 64, STEP = 8;
+    TG_SHARED(u32, tile, [SIDE][SIDE / 2 + 1]);
+    u32 x = lane(), y = warp();
+    u64 plane = p.down * p.across, tiles = plane * p.nest.n;
+    for (u64 t = block_x(); t < tiles; t += grid_x()) {
+        u64 batch = t / plane, rest = t - batch * plane, across = rest / p.down;
+        u64 row = (rest - across * p.down) * SIDE, col = across * SIDE;
+        i64 at[2];
+        offsets(p.nest, batch, at);
+        const u16* from = (const u16*)p.x + at[0] + row + 2 * x;
+        u16* to = (u16*)p.out + at[1] + col + 2 * x;
+        u32 words[SIDE / STEP];
+        TG_UNROLL for (u32 i = 0; i < SIDE / STEP; i++)
+            if (row + 2 * x < p.rows && col + y + i * STEP < p.cols) words[i] = *(const u32*)(from + (i64)(col + y + i * STEP) * p.x_col);
+        TG_UNROLL for (u32 i = 0; i < SIDE / STEP; i++) tile[y + i * STEP][x] = words[i];
+        sync();
+        TG_UNROLL for (u32 i = 0; i < SIDE / 2; i += STEP) {
+            u64 r = row + 2 * (y + i);
+            u32 a = tile[2 * x][y + i], b = tile[2 * x + 1][y + i];
+            if (r < p.rows && col + 2 * x < p.cols) {
+                *(u32*)(to + (i64)r * p.out_row) = (a & 0xffffu) | b << 16;
+                *(u32*)(to + (i64)(r + 1) * p.out_row) = a >> 16 | (b & 0xffff0000u);
+            }
+        }
+        sync();
+    }
+}
+
 // out[r][at + c] = x[r][c] for c < width: concatenation and padding.
 struct BlockParams {
     const void* x;

@@ -16,6 +16,10 @@ params! {
 fn kernel(name: &str, bytes: usize) -> Kernel {
     Kernel::new(&SOURCE, format!("{name}<{bytes}>"), THREADS)
 }
+/// The transposing copy of 2-byte elements in pairs.
+fn pairs() -> Kernel {
+    Kernel::new(&SOURCE, "copy_turned_pairs<0>", THREADS)
+}
 fn pick_kernel(bytes: usize, each: bool) -> Kernel {
     Kernel::new(&SOURCE, format!("pick<{bytes}, {each}>"), THREADS)
 }
@@ -23,7 +27,7 @@ fn kernels() -> Vec<Kernel> {
     let sizes = [1, 2, 4, 8, 16];
     let plain = ["copy_nest", "copy_block"].into_iter().flat_map(|n| sizes.map(|b| kernel(n, b)));
     let turned = [1, 2, 4, 8].map(|b| kernel("copy_turned", b));
-    plain.chain(turned).chain(sizes.map(|b| pick_kernel(b, false))).chain([1, 2, 4, 8].map(|b| pick_kernel(b, true))).collect()
+    plain.chain(turned).chain([pairs()]).chain(sizes.map(|b| pick_kernel(b, false))).chain([1, 2, 4, 8].map(|b| pick_kernel(b, true))).collect()
 }
 
 /// The largest unit, up to 16 bytes, of which all these byte counts and addresses are multiples.
@@ -35,8 +39,9 @@ fn unit(size: usize, of: &[u64]) -> usize {
     bytes
 }
 
-/// Side of the tiles of a transposing copy.
+/// Sides of the tiles of a transposing copy, by elements and by pairs.
 const SIDE: usize = 32;
+const PAIRS_SIDE: usize = 64;
 
 /// The axis along which the source of a merged (source, dense result) runs fastest, where that is another than the result's and both are long enough for tiles.
 fn turned(shape: &[usize], source: &[isize]) -> Option<usize> {
@@ -66,12 +71,20 @@ fn turn(
         shape.push(1);
         strides.iter_mut().for_each(|s| s.push(0));
     }
-    let (down, across) = (rows.div_ceil(SIDE), cols.div_ceil(SIDE));
+    let even = |s: isize| s % 2 == 0;
+    let in_pairs = size == 2
+        && (from.0 | to.0).is_multiple_of(4)
+        && (rows | cols).is_multiple_of(2)
+        && even(x_col)
+        && even(out_row)
+        && strides.iter().flatten().all(|s| even(*s));
+    let (k, side) = if in_pairs { (pairs(), PAIRS_SIDE) } else { (kernel("copy_turned", size), SIDE) };
+    let (down, across) = (rows.div_ceil(side), cols.div_ceil(side));
     let tiles = shape.iter().product::<usize>() * down * across;
     let nest = Nest::from_merged(op.name(), (shape, strides))?;
     let (x_col, out_row) = (x_col as i64, out_row as i64);
     let p = TurnParams { x: from, out: to, rows: rows as u64, cols: cols as u64, x_col, out_row, down: down as u64, across: across as u64, nest };
-    cuda.launch(&kernel("copy_turned", size), [tiles.min(i32::MAX as usize) as u32, 1, 1], 0, &p)
+    cuda.launch(&k, [tiles.min(i32::MAX as usize) as u32, 1, 1], 0, &p)
 }
 
 pub(super) fn contiguous(op: &Contiguous, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {

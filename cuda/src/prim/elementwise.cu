@@ -1,4 +1,4 @@
-// Elementwise functions of one, two and three tensors. Bound by memory: the dense case moves 16 bytes at a time, others go element by element with
+// Elementwise functions of one, two and three tensors. Bound by memory: where rows are whole vectors (or one element for all) 16 bytes are moved at a time, other views go element by element with
 // neighbours in neighbouring threads. Which function it is, is a number that all threads share, so a switch costs next to nothing.
 #include "prim.cuh"
 
@@ -109,7 +109,7 @@ template <class T> TG_DEVICE void unary_backward(const UnaryParams& p) {
 struct NestParams {
     const void* x[3];
     void* out;
-    u32 kind, dense; // dense: every view is a row with stride 1 (or one element, stride 0), aligned to 16 bytes
+    u32 kind, vectors; // vectors: along the last axis every view has stride 1 and whole vectors aligned to 16 bytes, or stride 0
     Nest nest;
 };
 enum BinaryKind { ADD, SUB, MUL, DIV, MAX, MIN };
@@ -146,23 +146,26 @@ template <class T> TG_DEVICE void binary(const NestParams& p) {
     constexpr int N = 16 / sizeof(T);
     const T *a = (const T*)p.x[0], *b = (const T*)p.x[1];
     T* out = (T*)p.out;
+    auto one = [&](u64 i) {
+        i64 o[2];
+        offsets(p.nest, i, o);
+        out[i] = W::down(arithmetic(p.kind, W::up(a[o[0]]), W::up(b[o[1]])));
+    };
+    if (!p.vectors) return each(p.nest.n, N, one);
     u64 at = ((u64)block_x() * threads() + thread()) * N;
-    bool full = (u64)(block_x() + 1) * threads() * N <= p.nest.n;
-    if (p.dense && full) {
+    if (at + N <= p.nest.n) {
         Pack<T> x, y, z;
-        i64 sa = p.nest.stride[0][0], sb = p.nest.stride[1][0];
-        if (sa) x.u = *(const U4*)(a + at);
-        else TG_UNROLL for (int i = 0; i < N; i++) x.t[i] = a[0];
-        if (sb) y.u = *(const U4*)(b + at);
-        else TG_UNROLL for (int i = 0; i < N; i++) y.t[i] = b[0];
+        i64 o[2];
+        offsets(p.nest, at, o);
+        u32 last = p.nest.dims - 1;
+        if (p.nest.stride[0][last]) x.u = *(const U4*)(a + o[0]);
+        else TG_UNROLL for (int i = 0; i < N; i++) x.t[i] = a[o[0]];
+        if (p.nest.stride[1][last]) y.u = *(const U4*)(b + o[1]);
+        else TG_UNROLL for (int i = 0; i < N; i++) y.t[i] = b[o[1]];
         TG_UNROLL for (int i = 0; i < N; i++) z.t[i] = W::down(arithmetic(p.kind, W::up(x.t[i]), W::up(y.t[i])));
         *(U4*)(out + at) = z.u;
     } else {
-        each(p.nest.n, N, [&](u64 i) {
-            i64 o[2];
-            offsets(p.nest, i, o);
-            out[i] = W::down(arithmetic(p.kind, W::up(a[o[0]]), W::up(b[o[1]])));
-        });
+        for (u64 i = at; i < p.nest.n; i++) one(i);
     }
 }
 

@@ -10,7 +10,7 @@ cuda_source!(static SOURCE = "elementwise.cu", kernels: kernels, headers: ["prim
 
 params! {
     struct UnaryParams { x: Ptr, dy: Ptr, out: Ptr, n: u64, a: f64, b: f64, kind: u32, unused: u32 }
-    struct NestParams { x: [Ptr; 3], out: Ptr, kind: u32, dense: u32, nest: Nest }
+    struct NestParams { x: [Ptr; 3], out: Ptr, kind: u32, vectors: u32, nest: Nest }
 }
 
 fn kernel(name: &str, d: DType) -> Kernel {
@@ -61,14 +61,20 @@ cuda_kernel!(UnaryBackward => |op, cuda, x, y| unary(cuda, "unary_backward", op.
 /// Launches a kernel over views of one shape.
 fn nest(op: &dyn Op, cuda: &Cuda, k: &Kernel, kind: u32, per: usize, x: &[&View], y: &View) -> Result<()> {
     let nest = Nest::new(op.name(), &x.iter().map(|v| v.layout).collect::<Vec<_>>())?;
-    let mut p = NestParams { x: [Ptr::NULL; 3], out: Ptr::of(y)?, kind, dense: 0, nest };
+    let mut p = NestParams { x: [Ptr::NULL; 3], out: Ptr::of(y)?, kind, vectors: 0, nest };
     let aligned = |p: Ptr| p.0.is_multiple_of(16);
-    let mut dense = nest.dims == 1 && aligned(p.out);
+    // elements of 16 bytes: rows must be whole vectors, but for a single row's end
+    let (last, n) = (nest.dims as usize - 1, 16 / y.dtype.size() as u64);
+    let mut vectors = aligned(p.out) && (last == 0 || nest.length[last].is_multiple_of(n));
     for (i, v) in x.iter().enumerate() {
         p.x[i] = Ptr::of(v)?;
-        dense &= (nest.stride[i][0] == 1 && aligned(p.x[i])) || nest.stride[i][0] == 0;
+        let whole = |s: &i64| (*s as u64).is_multiple_of(n);
+        vectors &= match nest.stride[i][last] {
+            1 => aligned(p.x[i]) && nest.stride[i][..last].iter().all(whole),
+            s => s == 0,
+        };
     }
-    p.dense = dense as u32;
+    p.vectors = vectors as u32;
     cuda.launch(k, blocks(k, nest.n as usize, per), 0, &p)
 }
 fn arithmetic(kind: BinaryKind) -> u32 {

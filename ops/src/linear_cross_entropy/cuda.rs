@@ -21,8 +21,12 @@ const EMULATED_LOGITS: usize = 1 << 10;
 /// Rows of a block at least.
 const ROWS: usize = 16;
 
-fn loss(d: DType) -> Kernel {
-    Kernel::new(&SOURCE, format!("loss<{}>", cpp(d)), 512).min_blocks(2)
+const THREADS: usize = 512;
+/// Vectors of 4 logits of a row that a thread holds (0: rows are read twice), and blocks that a multiprocessor holds.
+const HELD: [(usize, u32); 3] = [(8, 2), (16, 1), (0, 2)];
+
+fn loss(d: DType, (held, blocks): (usize, u32)) -> Kernel {
+    Kernel::new(&SOURCE, format!("loss<{}, {held}>", cpp(d)), THREADS as u32).min_blocks(blocks)
 }
 fn one(name: &str) -> Kernel {
     Kernel::new(&SOURCE, format!("{name}<0>"), 1024)
@@ -31,7 +35,7 @@ fn round() -> Kernel {
     Kernel::new(&SOURCE, "round_to<bf16>", 256)
 }
 fn kernels() -> Vec<Kernel> {
-    FLOATS.map(loss).into_iter().chain([one("count_targets"), one("mean_loss"), round()]).collect()
+    FLOATS.into_iter().flat_map(|d| HELD.map(|h| loss(d, h))).chain([one("count_targets"), one("mean_loss"), round()]).collect()
 }
 
 cuda_kernel!(LinearCrossEntropy => forward);
@@ -63,6 +67,7 @@ fn forward(op: &LinearCrossEntropy, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
     let most = (held / stride.max(1)).max(ROWS);
     let parts = n.div_ceil(most).max(1);
     let rows = n.div_ceil(parts).next_multiple_of(ROWS);
+    let kernel = loss(d, HELD.into_iter().find(|(held, _)| vocab <= held * 4 * THREADS).unwrap_or(HELD[2]));
     let (_z, z) = cuda.scratch(4 * rows.min(n) * stride)?;
     // over several blocks, the weight's gradient is summed in f32
     let wide = dw.is_some() && d != DType::F32 && rows < n;
@@ -79,7 +84,7 @@ fn forward(op: &LinearCrossEntropy, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
         let (targets, losses) = (targets.byte_add(8 * at), Ptr::of(&y[1])?.byte_add(4 * at));
         let grad = (dx.is_some() || dw.is_some()) as u32;
         let p = LossParams { z, targets, losses, counted, vocab: vocab as u32, stride: stride as u32, grad, unused: 0 };
-        cuda.launch(&loss(d), [m as u32, 1, 1], 0, &p)?;
+        cuda.launch(&kernel, [m as u32, 1, 1], 0, &p)?;
         let dz_ld = stride * 4 / d.size();
         if let Some(dx) = dx {
             cuda.gemm(&Gemm { a_ld: dz_ld, ..Gemm::new(d, (m, h, vocab), z.0, w.0, dx.byte_add(at * h * d.size()).0) })?;
@@ -91,7 +96,7 @@ fn forward(op: &LinearCrossEntropy, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
     }
     if let (Some((_, from)), Some(to)) = (&sum, dw) {
         let n = vocab * h;
-        cuda.launch(&round(), [blocks(name, n, 1024)?, 1, 1], 0, &RoundParams { from: *from, to, n: n as u64 })?;
+        cuda.launch(&round(), [blocks(name, n, 2048)?, 1, 1], 0, &RoundParams { from: *from, to, n: n as u64 })?;
     }
     cuda.launch(&one("mean_loss"), [1, 1, 1], 0, &MeanParams { losses: Ptr::of(&y[1])?, counted, out: Ptr::of(&y[0])?, n: n as u64 })
 }

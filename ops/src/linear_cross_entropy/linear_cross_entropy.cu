@@ -1,9 +1,11 @@
 // Cross-entropy of projected rows: what happens between the matrix products. Rows go in blocks whose logits (f32, from cublasLt) fit a buffer of bounded
 // size; for each block: logits = x Wᵀ; `loss` turns them into losses and, in place, into their gradient; dx = dz W and dW += dzᵀ x follow.
 //
-// A block of 512 threads has a row: maximum and sum of exponentials in one pass, rescaled when the maximum grows; the second pass writes
-// (softmax − onehot) / counted in the element type over the logits that it has read (element c of T lies at or before element c of f32: a barrier
-// between the reads and writes of each step makes that safe). Bound by memory: 4 bytes a logit forward, 10 with the gradient in bf16, beside 6·H FLOP.
+// A block has a row. Where a row's logits fit its registers (HELD vectors of 4 a thread), they are read once: maximum, sum of exponentials, and
+// (softmax − onehot) / counted in the element type over the logits, which all threads have read by then: a barrier makes that safe. Longer rows are read
+// twice: maximum and sum of exponentials in one pass, rescaled when the maximum grows, then the gradient, step by step: element c of T lies at or before
+// element c of f32, and a barrier stands between the reads and the writes of each step. Bound by memory: 4 bytes a logit forward; with the gradient in
+// bf16 6, or 10 where rows are read twice; beside 6·H FLOP.
 //
 // How many targets count is found on the device; wrong targets are told as faults and count as ignored until then.
 #include "tidegate.cuh"
@@ -39,44 +41,71 @@ struct LossParams {
 };
 template <class T> TG_DEVICE float exp_of(float x) { return fast_exp(x); }
 template <> TG_DEVICE float exp_of<float>(float x) { return expf(x); }
-// Adds v to a sum of exponentials relative to `top`.
-template <class T> TG_DEVICE void gather(float& top, float& sum, float v) {
-    if (v > top) {
-        sum = sum * exp_of<T>(top - v) + 1.f;
-        top = v;
-    } else sum += exp_of<T>(v - top);
+template <class T> TG_DEVICE void put4(T* to, const float (&v)[4]);
+template <> TG_DEVICE void put4(float* to, const float (&v)[4]) { store16(to, v); }
+template <> TG_DEVICE void put4(bf16* to, const float (&v)[4]) {
+    U2 x = {pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])};
+    *(U2*)to = x;
 }
-template <class T> TG_DEVICE void loss(const LossParams& p) {
+
+// Rows are padded to whole vectors: what is read beyond a row's end is not used, and what is written there is not read.
+template <class T, int HELD> TG_DEVICE void loss(const LossParams& p) {
+    constexpr int THREADS = 512, AHEAD = HELD > 0 ? HELD : 4, SIDE = THREADS * 4, STEP = SIDE * AHEAD; // AHEAD: vectors that a thread reads at a time
     TG_SHARED(float, scratch, [32]);
     u64 row = block_x();
     float* z = p.z + row * p.stride;
     T* dz = (T*)z;
+    i32 end = HELD > 0 ? 1 : (i32)p.vocab, mine = (i32)thread() * 4;
+    float v[AHEAD][4]; // where a row is held: exponentials relative to `top`, once the sum is known
+    auto fetch = [&](i32 start) {
+        const float* from = z + start + mine;
+        i32 left = (i32)p.vocab - start - mine;
+        TG_UNROLL for (int j = 0; j < AHEAD; j++) {
+            if (left > j * SIDE) load16(v[j], from + j * SIDE);
+            TG_UNROLL for (int i = 0; i < 4; i++) if (left <= j * SIDE + i) v[j][i] = -infinity();
+        }
+    };
+    if (HELD > 0) fetch(0); // before anything is waited for
     i64 target = p.targets[row];
     bool counts = target >= 0 && (u64)target < p.vocab;
-    float lse = 0.f, share = 0.f;
+    float lse = 0.f, share = 0.f, logit = 0.f, top = -infinity(), sum = 0.f;
     if (counts) {
-        float top = -infinity(), sum = 0.f;
-        for (u32 c = thread() * 4; c < p.vocab; c += threads() * 4) {
-            float v[4];
-            load16(v, z + c); // rows are padded to whole vectors
-            TG_UNROLL for (int i = 0; i < 4; i++) if (c + i < p.vocab) gather<T>(top, sum, v[i]);
+        logit = z[target], share = 1.f / *p.counted;
+        for (i32 start = 0; start < end; start += STEP) {
+            if (HELD == 0) fetch(start);
+            float most = top;
+            TG_UNROLL for (int j = 0; j < AHEAD; j++)
+                TG_UNROLL for (int i = 0; i < 4; i++) most = max_of(most, v[j][i]);
+            float base = most == -infinity() ? 0.f : most; // none yet: e^-∞ is 0
+            sum *= exp_of<T>(top - base);
+            top = most;
+            TG_UNROLL for (int j = 0; j < AHEAD; j++) {
+                TG_UNROLL for (int i = 0; i < 4; i++) {
+                    float e = exp_of<T>(v[j][i] - base);
+                    sum += e;
+                    if (HELD > 0) v[j][i] = e;
+                }
+            }
         }
         float most = block_max(top, scratch);
         lse = most + logf(block_sum(top == -infinity() ? sum : sum * exp_of<T>(top - most), scratch));
-        share = 1.f / *p.counted;
     }
-    if (thread() == 0) p.losses[row] = counts ? lse - z[target] : 0.f;
+    if (thread() == 0) p.losses[row] = lse - logit;
     if (!p.grad) return;
     sync();
-    for (u32 start = 0; start < p.vocab; start += threads() * 4) {
-        u32 c = start + thread() * 4;
-        float v[4] = {};
-        if (c < p.vocab && counts) {
-            load16(v, z + c);
-            TG_UNROLL for (int i = 0; i < 4; i++) v[i] = (exp_of<T>(v[i] - lse) - (c + i == (u64)target ? 1.f : 0.f)) * share;
+    float scale = top == -infinity() ? 0.f : exp_of<T>(top - lse) * share;
+    for (i32 start = 0; start < end; start += STEP) {
+        if (HELD == 0 && counts) fetch(start);
+        if (HELD == 0) sync();
+        i32 left = (i32)p.vocab - start - mine, hit = (i32)target - start - mine;
+        T* to = dz + start + mine;
+        TG_UNROLL for (int j = 0; j < AHEAD; j++) {
+            TG_UNROLL for (int i = 0; i < 4; i++) {
+                float g = HELD > 0 ? v[j][i] * scale : exp_of<T>(v[j][i] - lse) * share;
+                v[j][i] = counts ? g - (hit == j * SIDE + i ? share : 0.f) : 0.f;
+            }
+            if (left > j * SIDE) put4(to + j * SIDE, v[j]);
         }
-        sync();
-        TG_UNROLL for (int i = 0; i < 4; i++) if (c + i < p.vocab) dz[c + i] = store<T>(v[i]);
     }
 }
 
@@ -100,6 +129,17 @@ struct RoundParams {
 };
 // The weight's gradient is summed over blocks of rows in f32.
 template <class T> TG_DEVICE void round_to(const RoundParams& p) {
-    u64 at = ((u64)block_x() * threads() + thread()) * 4;
-    TG_UNROLL for (int i = 0; i < 4; i++) if (at + i < p.n) ((T*)p.to)[at + i] = store<T>(p.from[at + i]);
+    constexpr int N = 8;
+    u64 at = ((u64)block_x() * threads() + thread()) * N;
+    const float* from = p.from + at;
+    T* to = (T*)p.to + at;
+    if (at + N <= p.n && aligned16(to)) {
+        float a[4], b[4], v[N];
+        load16(a, from);
+        load16(b, from + 4);
+        TG_UNROLL for (int i = 0; i < 4; i++) v[i] = a[i], v[i + 4] = b[i];
+        store16(to, v);
+    } else {
+        for (int i = 0; i < N && at + i < p.n; i++) to[i] = store<T>(from[i]);
+    }
 }
