@@ -24,7 +24,8 @@ struct GroupedParams {
     const u32 *starts, *tiles; // first row and first tile of each expert, and the ends
     FastDiv k, across;  // across: tiles of columns
     u32 experts, rows_of, cols, depth; // of C: rows (of an expert's matrix) and columns; depth of the product
-    u32 gather, unused; // whether A's rows (grouped_rows) are read through the permutation
+    u32 gather;         // whether A's rows (grouped_rows) are read through the permutation
+    FastDiv each;       // grouped_hopper.cu alone
 };
 
 // Two neighbouring fragments of B.
