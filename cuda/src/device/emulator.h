@@ -285,6 +285,11 @@ inline u32 ballot(bool x) {
 }
 TG_DEVICE bool warp_any(bool x) { return ballot(x) != 0; }
 TG_DEVICE bool warp_all(bool x) { return ballot(x) == ~0u; }
+inline u32 warp_largest(u32 x) {
+    for (u32 m = 16; m > 0; m >>= 1) { u32 y = shuffle_xor(x, m); x = x > y ? x : y; }
+    return x;
+}
+inline u32 warp_smallest(u32 x) { return ~warp_largest(~x); }
 
 // threads take turns, so plain memory accesses are atomic
 namespace tg { template <class T, class F> inline T swap(T* p, F f) { T old = *p; *p = f(old); return old; } }
