@@ -74,7 +74,7 @@ template <int KIND> struct Copies {
     const Grouped<KIND>& g;
     u32 tile, tiles, step, stage, row, piece;
     Place x;
-    u32 source[KIND < 3 ? 4 : 2]; // rows of A, or of the operand that is gathered
+    u32 source[KIND < 3 ? 4 : 2]; // rows of A; slots of the rows of the operand that is gathered, so that nothing waits for them a step ahead
 
     TG_DEVICE void begin() {
         if (tile >= tiles) return;
@@ -93,7 +93,7 @@ template <int KIND> struct Copies {
         } else {
             TG_UNROLL for (u32 j = 0; j < 2; j++) {
                 u32 r = step * BK + row + 32 * j;
-                source[j] = r < x.rows ? p.k.div(p.order[x.first + r]) : 0;
+                source[j] = r < x.rows ? p.order[x.first + r] : 0;
             }
         }
     }
@@ -119,10 +119,10 @@ template <int KIND> struct Copies {
                 }
             } else {
                 TG_UNROLL for (u32 j = 0; j < 2; j++) {
-                    u32 r = step * BK + row + 32 * j, at = x.first + r;
+                    u32 r = step * BK + row + 32 * j, at = x.first + r, token = p.k.div(source[j]);
                     bool in = r < x.rows;
-                    pieces<2>(a + j * 4096, p.a + (u64)(KIND == 3 ? source[j] : at) * p.rows_of, x.m0, p.rows_of, in);
-                    pieces<4>(b + j * 4096, p.b + (u64)(KIND == 4 ? source[j] : at) * p.cols, x.n0, p.cols, in);
+                    pieces<2>(a + j * 4096, p.a + (u64)(KIND == 3 ? token : at) * p.rows_of, x.m0, p.rows_of, in);
+                    pieces<4>(b + j * 4096, p.b + (u64)(KIND == 4 ? token : at) * p.cols, x.n0, p.cols, in);
                 }
             }
             step++;
