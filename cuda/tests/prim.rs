@@ -420,14 +420,14 @@ fn sorting_arg_max_and_the_largest() {
     let nan = f64::NAN;
     let odd = [1.0, nan, -0.0, 0.0, f64::INFINITY, nan, -1.0, f64::NEG_INFINITY, 1.0, 0.0];
     for d in ALL {
-        let mut inputs = vec![randn(&[5, 37], d, 1), randn(&[1, 3000], d, 2), randn(&[3, 1], d, 3), randn(&[2, 1024], d, 4)];
+        let mut inputs = vec![randn(&[5, 37], d, 1), randn(&[1, 3000], d, 2), randn(&[3, 1], d, 3), randn(&[2, 1024], d, 4), randn(&[9, 300], d, 5)];
         inputs.push(Tensor::from_vec(odd, &[2, 5]).unwrap().cast(d).unwrap());
         for x in inputs {
             let (rows, cols) = (x.dim(0), x.dim(1));
             let (f, w) = both(|x| run1(ArgMax, &[&x[0]]), &[&x]);
             same(&f, &w, "argmax");
             let g = x.to_device(&device()).unwrap();
-            for k in [0, 1, 3, 70, cols] {
+            for k in [0, 1, 3, 32, 70, cols] {
                 if k <= cols {
                     let (f, w) = (run(TopK { k }, &[&g]).unwrap(), run(TopK { k }, &[&x]).unwrap());
                     same(&f[1], &w[1], &format!("top {k} of [{rows}, {cols}] {d}, places"));

@@ -1,4 +1,4 @@
-//! Every op's self-test on the CUDA backend: in f32 and bf16, emulated, and on the GPU where there is one.
+//! Every op's self-test on the CUDA backend: in f32 and bf16, emulated (with the kernels of sm_80 and with those of Hopper), and on the GPU where there is one.
 
 use engine::{DType, Device, Result, SelfTest, self_tests};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -19,7 +19,7 @@ fn main() {
     let args = Arguments::from_args();
     let mut devices: Vec<(&str, fn() -> Result<Device>)> = vec![];
     match cuda::emulator() {
-        Ok(_) => devices.push(("emulated", cuda::emulator)),
+        Ok(_) => devices.extend([("emulated", cuda::emulator as fn() -> _), ("hopper", cuda::hopper_emulator)]),
         Err(e) => eprintln!("SKIPPED: nothing is emulated: {e}"),
     }
     match cuda::device(0) {
@@ -29,7 +29,8 @@ fn main() {
     let mut trials = vec![];
     for (device, open) in devices {
         for t in self_tests() {
-            for dtype in [DType::F32, DType::BF16] {
+            // variants for Hopper are in bf16 alone
+            for dtype in [DType::F32, DType::BF16].into_iter().filter(|d| device != "hopper" || *d == DType::BF16) {
                 trials.push(Trial::test(format!("{device}::{dtype}::{}", t.name), move || check(t, open, dtype)));
             }
         }

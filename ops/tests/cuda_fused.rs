@@ -66,10 +66,19 @@ fn outcome(f: F, x: &[Tensor]) -> (Vec<Tensor>, Vec<Option<Tensor>>) {
 #[track_caller]
 fn agree(what: &str, inputs: &[Tensor], f: F) {
     let Some(device) = device() else { return };
-    for (dtype, bound, grad_bound) in [(DType::F32, 1e-5, 1e-5), (DType::BF16, 0.005, 0.008)] {
+    agree_on(&device, &[(DType::F32, 1e-5, 1e-5), (DType::BF16, 0.005, 0.008)], what, inputs, f);
+    // what has kernels of its own for Hopper
+    let hopper = cuda::hopper_emulator();
+    if let (true, Ok(device)) = (cuda::Cuda::of(&device).is_ok_and(cuda::Cuda::is_emulator), hopper) {
+        agree_on(&device, &[(DType::BF16, 0.005, 0.008)], &format!("{what}, Hopper"), inputs, f);
+    }
+}
+#[track_caller]
+fn agree_on(device: &Device, bounds: &[(DType, f64, f64)], what: &str, inputs: &[Tensor], f: F) {
+    for &(dtype, bound, grad_bound) in bounds {
         let x: Vec<Tensor> = inputs.iter().map(|x| x.cast(dtype).unwrap()).collect();
         let (want, want_grads) = outcome(f, &x.iter().map(|x| x.cast(DType::F64).unwrap()).collect::<Vec<_>>());
-        let (found, grads) = outcome(f, &x.iter().map(|x| x.to_device(&device).unwrap()).collect::<Vec<_>>());
+        let (found, grads) = outcome(f, &x.iter().map(|x| x.to_device(device).unwrap()).collect::<Vec<_>>());
         for (i, (y, w)) in found.iter().zip(&want).enumerate() {
             let e = ratio(y, w);
             assert!(e <= bound, "{what}, {dtype}: output {i}: {e:e} > {bound}");
@@ -254,6 +263,22 @@ fn moe_with_empty_experts_and_several_tiles() {
     agree("losses", &[randn(&[9, 4], 1), randn(&[9, 4], 2)], &|v| {
         Ok(vec![router_z_loss(&[&v[0], &v[1]])?, load_balancing_loss(&[&v[0], &v[1]], 2)?])
     });
+}
+
+/// Several tiles of rows, columns and depth, none of them whole, on fewer blocks than tiles; experts of very different sizes, one without rows.
+#[test]
+fn moe_on_hopper_takes_ragged_tiles() {
+    let _alone = alone();
+    let Ok(device) = cuda::hopper_emulator() else { return println!("SKIPPED: nothing is emulated") };
+    for (n, h, i, k) in [(330, 328, 152, 2), (150, 72, 264, 3)] {
+        let lift = Tensor::from_vec([0.0, 2.0, -1.0, 0.0, -1e3], &[5]).unwrap();
+        let logits = randn(&[n, 5], 2).add(&lift).unwrap();
+        let x = [randn(&[n, h], 1), logits, randn(&[5, 2 * i, h], 3), randn(&[5, h, i], 4)];
+        agree_on(&device, &[(DType::BF16, 0.005, 0.008)], &format!("{:?}", (n, h, i, k)), &x, &|v| {
+            let (y, counts) = moe(Moe { top_k: k, norm_topk: true }, &v[0], &v[1], &v[2], &v[3])?;
+            Ok(vec![y, counts])
+        });
+    }
 }
 
 fn targets(n: usize, v: usize) -> Tensor {

@@ -68,6 +68,8 @@ template <class T> TG_DEVICE T shuffle_down(T x, u32 by) { return __shfl_down_sy
 TG_DEVICE u32 ballot(bool x) { return __ballot_sync(~0u, x); }
 TG_DEVICE bool warp_any(bool x) { return __any_sync(~0u, x); }
 TG_DEVICE bool warp_all(bool x) { return __all_sync(~0u, x); }
+TG_DEVICE u32 warp_largest(u32 x) { return __reduce_max_sync(~0u, x); } // one instruction, for 32-bit integers alone
+TG_DEVICE u32 warp_smallest(u32 x) { return __reduce_min_sync(~0u, x); }
 
 // ---- atomics on global or shared memory; each returns the old value ----
 TG_DEVICE float atomic_add(float* p, float x) { return atomicAdd(p, x); }

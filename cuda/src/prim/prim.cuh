@@ -75,6 +75,15 @@ template <class T> struct OrderedFloat {
         return (u64)b << 31; // below NaN's key, and below its complement's
     }
 };
+// The same order in 32 bits, for types of at most as many.
+template <class T> struct Narrow { static TG_DEVICE u32 key(T x) { return (u32)x; } };
+template <> struct Narrow<i32> { static TG_DEVICE u32 key(i32 x) { return (u32)x ^ 0x80000000u; } };
+template <class T> struct NarrowFloat {
+    static TG_DEVICE u32 key(T v) { float x = load(v); return x != x ? ~0u : (u32)(OrderedFloat<T>::key(v) >> 31); }
+};
+template <> struct Narrow<float> : NarrowFloat<float> {};
+template <> struct Narrow<bf16> : NarrowFloat<bf16> {};
+template <> struct Narrow<f16> : NarrowFloat<f16> {};
 template <> struct Ordered<float> : OrderedFloat<float> {};
 template <> struct Ordered<bf16> : OrderedFloat<bf16> {};
 template <> struct Ordered<f16> : OrderedFloat<f16> {};

@@ -40,6 +40,32 @@ template <class T> TG_DEVICE void top(const PickParams& p) {
     }
 }
 
+// The same for short rows: a warp for each, with elements lane + 32v, v < V, as 32-bit keys in registers; k is at most 32, and lane j keeps the j-th.
+template <class T, int V> TG_DEVICE void top_short(const PickParams& p) {
+    u64 row = (u64)block_x() * (threads() / 32) + warp();
+    if (row >= p.rows) return;
+    const T* x = (const T*)p.x + row * p.cols;
+    u32 key[V], left = 0, mine = 0; // left: bit v is set while the element is not taken
+    TG_UNROLL for (u32 v = 0; v < V; v++) {
+        u32 i = lane() + 32 * v;
+        key[v] = i < p.cols ? Narrow<T>::key(x[i]) : 0;
+        left |= (u32)(i < p.cols) << v;
+    }
+    for (u32 j = 0; j < p.k; j++) {
+        u32 best = 0, at = ~0u;
+        TG_UNROLL for (u32 v = 0; v < V; v++)
+            if (left >> v & 1 && (at == ~0u || key[v] > best)) best = key[v], at = v;
+        u32 largest = warp_largest(best), place = at != ~0u && best == largest ? lane() + 32 * at : ~0u;
+        u32 first = warp_smallest(place);
+        if (place == first) left &= ~(1u << at);
+        if (lane() == j) mine = first;
+    }
+    if (lane() < p.k) {
+        p.index[row * p.k + lane()] = mine;
+        if (p.values) ((T*)p.values)[row * p.k + lane()] = x[mine];
+    }
+}
+
 // Bitonic sorting (Batcher, 1968) of rows padded to a power of two, keys and places in memory of their own; strides below a tile's go in shared memory.
 struct SortParams {
     const void* x;

@@ -18,6 +18,8 @@ params! {
 const TILE: usize = 1024;
 /// The largest k for which passing k times over a row is worth it.
 const FEW: usize = 64;
+/// Elements of a short row that a lane has.
+const PER_LANE: [usize; 2] = [4, 16];
 
 fn typed(name: &str, d: DType) -> Kernel {
     Kernel::new(&SOURCE, format!("{name}<{}>", cpp(d)), THREADS)
@@ -28,10 +30,20 @@ fn fixed(call: &'static str) -> Kernel {
 fn values_kernel(bytes: usize) -> Kernel {
     Kernel::new(&SOURCE, format!("sort_values<{bytes}>"), THREADS)
 }
+/// A warp for each row of at most 32 · `per_lane` elements.
+fn short_kernel(d: DType, per_lane: usize) -> Kernel {
+    Kernel::new(&SOURCE, format!("top_short<{}, {per_lane}>", cpp(d)), THREADS)
+}
+/// Of the kernels above, the one for a row: none if it is too long, takes more than one choice a lane, or its keys are of 64 bits.
+fn short(d: DType, cols: usize, k: usize) -> Option<Kernel> {
+    let per_lane = PER_LANE.into_iter().find(|n| cols <= 32 * n).filter(|_| k <= 32 && d.size() <= 4)?;
+    Some(short_kernel(d, per_lane))
+}
 fn kernels() -> Vec<Kernel> {
+    let short = ALL.into_iter().filter(|d| d.size() <= 4).flat_map(|d| PER_LANE.map(|n| short_kernel(d, n)));
     let typed = ["top", "sort_keys"].into_iter().flat_map(|n| ALL.map(|d| typed(n, d)));
     let fixed = ["sort_pass<0>", "sort_tile<true>", "sort_tile<false>"].map(fixed);
-    typed.chain(fixed).chain([1, 2, 4, 8].map(values_kernel)).collect()
+    typed.chain(short).chain(fixed).chain([1, 2, 4, 8].map(values_kernel)).collect()
 }
 
 fn top(op: &'static str, cuda: &Cuda, k: usize, x: &View, values: Option<&View>, index: &View) -> Result<()> {
@@ -46,6 +58,10 @@ fn top(op: &'static str, cuda: &Cuda, k: usize, x: &View, values: Option<&View>,
         k: k as u32,
         unused: 0,
     };
+    if let Some(kernel) = short(x.dtype, cols, k) {
+        let rows_of_block = THREADS as usize / 32;
+        return cuda.launch(&kernel, [if k == 0 { 0 } else { rows.div_ceil(rows_of_block) as u32 }, 1, 1], 0, &p);
+    }
     cuda.launch(&typed("top", x.dtype), [if k == 0 { 0 } else { rows as u32 }, 1, 1], 0, &p)
 }
 fn check(op: &'static str, cols: usize) -> Result<()> {

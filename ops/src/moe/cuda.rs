@@ -1,4 +1,4 @@
-//! Launches on CUDA; the algorithms are at the heads of routing.cu and grouped.cu.
+//! Launches on CUDA; the algorithms are at the heads of routing.cu, grouped.cu and grouped_hopper.cu.
 
 use super::{Moe, MoeBackward, sizes};
 use crate::cuda::{FLOATS, aligned, blocks, float};
@@ -9,6 +9,7 @@ use engine::{DType, Error, Result, View};
 
 cuda_source!(static ROUTING = "routing.cu", kernels: routing_kernels, headers: ["../ops.cuh"]);
 cuda_source!(static GROUPED = "grouped.cu", kernels: grouped_kernels);
+cuda_source!(static HOPPER = "grouped_hopper.cu", kernels: || (0..5).map(on_hopper).collect());
 
 params! {
     struct RouteParams { logits: Ptr, expert: Ptr, weight: Ptr, total: Ptr, counts: Ptr, n: u32, e: u32, k: u32, norm: u32 }
@@ -22,7 +23,7 @@ params! {
     struct RouterParams { logits: Ptr, dlogits: Ptr, expert: Ptr, weight: Ptr, total: Ptr, dweight: Ptr, n: u32, e: u32, k: u32, norm: u32 }
     struct GroupedParams {
         a: Ptr, b: Ptr, c: Ptr, act: Ptr, order: Ptr, starts: Ptr, tiles: Ptr, k: FastDiv, across: FastDiv, experts: u32, rows_of: u32, cols: u32,
-        depth: u32, gather: u32, unused: u32,
+        depth: u32, gather: u32, each: FastDiv,
     }
 }
 
@@ -58,6 +59,13 @@ fn grouped_kernels() -> Vec<Kernel> {
     let each = |d| [("rows", "0"), ("rows", "1"), ("rows", "2"), ("weights", "true"), ("weights", "false")].map(|(name, arg)| grouped(name, d, arg));
     FLOATS.into_iter().flat_map(each).collect()
 }
+/// As in grouped_hopper.cu: rows with a product B[columns, depth], the same with the activation, B[depth, columns], a weight's gradient with A or B
+/// read through the permutation.
+fn on_hopper(kind: u32) -> Kernel {
+    Kernel::new(&HOPPER, format!("grouped<{kind}>"), THREADS).hopper()
+}
+const WIDE_TILE: usize = 256;
+const HOPPER_SHARED: u32 = 4 * (128 + 256) * 64 * 2;
 /// Bytes of a stage of a tile of 32 × 128 that lies along the depth or across it, as `Tile` pads it; and stages.
 fn tile_bytes(d: DType, across: bool) -> u32 {
     match (d, across) {
@@ -149,25 +157,46 @@ impl<'a> Routed<'a> {
     fn params(&self, [a, b, c]: [Ptr; 3]) -> GroupedParams {
         let (k, across) = (FastDiv::new(self.k), FastDiv::new(1));
         let (order, starts, tiles, experts) = (self.order, self.starts, self.tiles, self.e as u32);
-        GroupedParams { a, b, c, act: Ptr::NULL, order, starts, tiles, k, across, experts, rows_of: 0, cols: 0, depth: 0, gather: 0, unused: 0 }
+        GroupedParams { a, b, c, act: Ptr::NULL, order, starts, tiles, k, across, experts, rows_of: 0, cols: 0, depth: 0, gather: 0, each: across }
+    }
+    /// Whether Hopper's kernels can be used: all rows are whole pieces of 16 bytes.
+    fn hopper(&self, abc: [Ptr; 3], act: Ptr, widths: [usize; 2]) -> bool {
+        let whole = abc.iter().chain([&act]).all(|p| p.0.is_multiple_of(16)) && widths.iter().all(|n| n.is_multiple_of(8));
+        self.cuda.arch() == 90 && self.dtype == DType::BF16 && whole
+    }
+    /// Launches one of Hopper's kernels, on no more blocks than there may be tiles.
+    fn launch_hopper(&self, kind: u32, tiles: usize, p: &GroupedParams) -> Result<()> {
+        let grid = tiles.min(self.cuda.processors() as usize);
+        self.cuda.launch(&on_hopper(kind), [blocks("moe", grid, 1)?, 1, 1], HOPPER_SHARED, p)
     }
     /// C `[slots, cols]` = A · B of the row's expert, A `[slots, depth]`, or of tokens if `gather`.
     fn rows(&self, mode: u32, (cols, depth): (usize, usize), gather: bool, abc: [Ptr; 3], act: Ptr) -> Result<()> {
-        let across = if mode == 1 { (cols / 2).div_ceil(TILE / 2) } else { cols.div_ceil(TILE) };
+        let width = if mode == 1 { cols / 2 } else { cols };
+        let hopper = self.hopper(abc, act, [width, depth]);
+        let tile = if hopper { WIDE_TILE } else { TILE };
+        let across = width.div_ceil(if mode == 1 { tile / 2 } else { tile });
         let p =
             GroupedParams { act, across: FastDiv::new(across), cols: cols as u32, depth: depth as u32, gather: gather as u32, ..self.params(abc) };
         // every expert may have one tile that is not full
         let tiles = self.slots / TILE + self.e.min(self.slots);
+        if hopper {
+            return self.launch_hopper(mode, tiles * across, &p);
+        }
         let shared = stages(self.dtype) * (tile_bytes(self.dtype, false) + tile_bytes(self.dtype, mode == 2));
         self.cuda.launch(&grouped("rows", self.dtype, &mode.to_string()), [blocks("moe", tiles * across, 1)?, 1, 1], shared, &p)
     }
     /// C `[experts, rows, cols]` = Aᵀ B over each expert's rows, one of both of tokens, read through the permutation.
     fn weights(&self, (rows, cols): (usize, usize), gather_a: bool, abc: [Ptr; 3]) -> Result<()> {
-        let across = cols.div_ceil(TILE);
-        let p = GroupedParams { across: FastDiv::new(across), rows_of: rows as u32, cols: cols as u32, ..self.params(abc) };
+        let hopper = self.hopper(abc, Ptr::NULL, [rows, cols]);
+        let across = cols.div_ceil(if hopper { WIDE_TILE } else { TILE });
+        let each = rows.div_ceil(TILE) * across;
+        let p = GroupedParams { across: FastDiv::new(across), each: FastDiv::new(each), rows_of: rows as u32, cols: cols as u32, ..self.params(abc) };
+        if hopper {
+            return self.launch_hopper(if gather_a { 3 } else { 4 }, each * self.e, &p);
+        }
         let shared = stages(self.dtype) * 2 * tile_bytes(self.dtype, true);
         let kernel = grouped("weights", self.dtype, if gather_a { "true" } else { "false" });
-        self.cuda.launch(&kernel, [blocks("moe", rows.div_ceil(TILE) * across, 1)?, self.e as u32, 1], shared, &p)
+        self.cuda.launch(&kernel, [blocks("moe", each, 1)?, self.e as u32, 1], shared, &p)
     }
     fn combine(&self, rows: Ptr, weight: Ptr, y: &View) -> Result<()> {
         let per_row = self.h.div_ceil(16 / self.dtype.size());

@@ -1,4 +1,4 @@
-// Matrix products of a mixture of experts on tensor cores (mma.sync, from sm_80 on): for each expert the rows that were sorted to it, with its matrix.
+// Matrix products of a mixture of experts on tensor cores (mma.sync, from sm_80 on; on Hopper those in bf16 are grouped_hopper.cu's): for each expert the rows that were sorted to it, with its matrix.
 //
 // grouped_rows: C[row] = A[row] · B[expert of row]. Blocks take tiles of 128 rows of one expert × 128 columns; which expert a tile belongs to is found by
 // bisection in the scan of tiles that routing left in memory, so the launch has as many tiles as there could be at most, and those beyond end at once.
@@ -24,7 +24,8 @@ struct GroupedParams {
     const u32 *starts, *tiles; // first row and first tile of each expert, and the ends
     FastDiv k, across;  // across: tiles of columns
     u32 experts, rows_of, cols, depth; // of C: rows (of an expert's matrix) and columns; depth of the product
-    u32 gather, unused; // whether A's rows (grouped_rows) are read through the permutation
+    u32 gather;         // whether A's rows (grouped_rows) are read through the permutation
+    FastDiv each;       // grouped_hopper.cu alone
 };
 
 // Two neighbouring fragments of B.

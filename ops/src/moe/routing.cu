@@ -53,12 +53,10 @@ template <class L> TG_DEVICE void route(const RouteParams& p) {
                 float x = probs[i];
                 if (x != -1.f && (at == ~0u || x > best)) best = x, at = i; // -1: taken
             }
-            TG_UNROLL for (u32 m = 16; m > 0; m >>= 1) {
-                float x = shuffle_xor(best, m);
-                u32 i = shuffle_xor(at, m);
-                if (i != ~0u && (at == ~0u || x > best || (x == best && i < at))) best = x, at = i;
-            }
-            best = shuffle(best, 0), at = shuffle(at, 0); // lanes differ if there are NaN
+            // probabilities are not negative, so their bits have their order (and NaN, above all numbers, still names an expert)
+            u32 largest = warp_largest(at == ~0u ? 0 : float_bits(best));
+            at = warp_smallest(at != ~0u && float_bits(best) == largest ? at : ~0u);
+            best = bits_float(largest);
             total += best;
             if (lane() == 0) probs[at] = -1.f, chosen[j] = best, experts[j] = at, atomic_add(&counts[at], 1u);
             sync_warp();
@@ -150,12 +148,19 @@ template <class T> TG_DEVICE void combine(const CombineParams& p) {
     if (i >= p.n) return;
     u64 token = i / p.per_row;
     u32 c = (u32)(i - token * p.per_row) * N;
-    float y[N] = {}, x[N];
-    for (u32 j = 0; j < p.k; j++) {
+    float y[N] = {};
+    // four slots at a time: their places are read before their rows, their rows before they are added
+    for (u32 j = 0; j < p.k; j += 4) {
         u64 slot = token * p.k + j;
-        float w = p.weight ? p.weight[slot] : 1.f;
-        read(x, (const T*)p.rows + (u64)p.place[slot] * p.width + c, p.wide, (int)(p.width - c));
-        TG_UNROLL for (int u = 0; u < N; u++) y[u] += w * x[u];
+        int some = (int)min_of<u32>(p.k - j, 4);
+        u32 place[4];
+        float w[4];
+        Pack<T, N> row[4];
+        TG_UNROLL for (int s = 0; s < 4; s++) place[s] = s < some ? p.place[slot + s] : 0, w[s] = s < some && p.weight ? p.weight[slot + s] : 1.f;
+        TG_UNROLL for (int s = 0; s < 4; s++)
+            if (s < some) read_raw(row[s], (const T*)p.rows + (u64)place[s] * p.width + c, p.wide, (int)(p.width - c));
+        TG_UNROLL for (int s = 0; s < 4; s++)
+            if (s < some) { TG_UNROLL for (int u = 0; u < N; u++) y[u] += w[s] * load(row[s].t[u]); }
     }
     write((T*)p.y + token * p.width + c, y, p.wide, (int)(p.width - c));
 }
