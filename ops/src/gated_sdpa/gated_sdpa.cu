@@ -9,7 +9,7 @@
 // shared: Q [ROWS × HD], one tile of K and one of V [KEYS × HD], rows padded by 16 bytes so that ldmatrix meets no bank twice. V comes while S is
 //     computed, the next K while the softmax and P V are: one buffer each is enough, and two blocks fit on a multiprocessor.
 // masks: a tile that all rows see in full skips the comparisons; one that none sees is never visited.
-// order: blocks of one head follow each other (K and V stay in L2), those with most keys first under a causal mask.
+// order: those with most keys first under a causal mask, see turn_of.
 // epilogue: u = O / sum goes in f32 to the place of Q, K and V; then rows are read, gated and written by 16-byte vectors. The gate costs reading the logits
 //     and writing u. log-sum-exp in f32.
 // few rows, many keys (decoding): blocks share a head's keys; each writes its normalised part in f32, and sdpa_combine joins them and applies the gate.
@@ -30,8 +30,8 @@ template <class T, int HD, int M, int WARPS, int KEYS> TG_DEVICE void sdpa_forwa
     int *lo = shared<int>(QTile::BYTES + 2 * KTile::BYTES), *hi = lo + ROWS;
 
     if (block_x() == 0 && block_y() == 0) check_documents(p);
-    u32 bh, rank, b, hk;
-    p.tiles.divmod(block_x(), bh, rank);
+    auto [bh, rank] = turn_of(p);
+    u32 b, hk;
     p.heads.divmod(bh, b, hk);
     int r0 = (p.n_tiles - 1 - (int)rank) * ROWS, n = min_of(ROWS, p.R - r0);
     int from = 0, to = p.keys; // of a split

@@ -27,7 +27,7 @@ struct SdpaParams {
     const void* cu;                             // document boundaries, or null
     float* pattern;                             // [B, H, T, S]
     Fault fault;                                // cu does not rise from 0 to T
-    FastDiv group, heads, tiles, rows;          // H / Hkv, Hkv, tiles of a head, R
+    FastDiv group, heads, tiles, rows, section; // H / Hkv, Hkv, tiles of a head, R, heads whose tiles are in turn
     i32 queries, keys, R, H, Hkv, d, dv_cols;   // T, S, T group
     i32 window, causal;                         // window: at most S, which is none
     i32 n_tiles, cu_count, cu_wide;
@@ -41,6 +41,17 @@ enum { VEC_Q = 1, VEC_K = 2, VEC_V = 4, VEC_O = 16, VEC_DU = 32, VEC_DQ = 64, VE
 enum { SIGMOID, SILU, NS_SIGMOID, IDENTITY };
 
 constexpr float LOG2E = 1.44269504088896f, LN2 = 0.693147180559945f;
+
+// ---- order ----
+// Which tile a block has. The tiles with most work of all heads of a section come first, so that no long one is left for the end; a section has as many
+// heads as leave what they stream in L2.
+struct Turn { u32 bh, rank; };
+TG_DEVICE Turn turn_of(const SdpaParams& p) {
+    u32 x, head, section, rank;
+    p.section.divmod(block_x(), x, head);
+    p.tiles.divmod(x, section, rank);
+    return {section * p.section.divisor + head, rank};
+}
 
 // ---- rows ----
 // Query rows of one key/value head.
@@ -160,11 +171,13 @@ TG_DEVICE float activate(u32 kind, float x) {
     float s = fast_sigmoid(x);
     return kind == SIGMOID ? s : kind == SILU ? x * s : 0.5f + 0.5f * s;
 }
-// The activation's derivative.
-TG_DEVICE float slope(u32 kind, float x) {
-    if (kind == IDENTITY) return 1.f;
-    float s = fast_sigmoid(x), d = s * fast_sigmoid(-x);
-    return kind == SIGMOID ? d : kind == SILU ? s + x * d : 0.5f * d;
+// The activation and its derivative, from one exponential.
+struct Activated { float value, slope; };
+TG_DEVICE Activated activate_both(u32 kind, float x) {
+    float e = fast_exp(-fabsf(x)), r = fast_reciprocal(1.f + e), s = x < 0.f ? e * r : r, d = e * r * r;
+    if (kind == SILU) return {x * s, s + x * d};
+    float m = kind == SIGMOID ? 1.f : kind == NS_SIGMOID ? 0.5f : 0.f;
+    return {m * s + (kind == IDENTITY ? x : kind == NS_SIGMOID ? 0.5f : 0.f), kind == IDENTITY ? 1.f : m * d};
 }
 TG_DEVICE float gated(const SdpaParams& p, float u, float logit) {
     float a = activate(p.activation, logit);
