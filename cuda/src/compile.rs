@@ -10,8 +10,13 @@ use std::sync::{LazyLock, Mutex};
 use std::{env, fs, process};
 
 /// The headers that every kernel may include.
-const HEADERS: [(&str, &str); 2] = [("tidegate.cuh", include_str!("device/tidegate.cuh")), ("tile.cuh", include_str!("device/tile.cuh"))];
-const EMULATOR: (&str, &str) = ("emulator.h", include_str!("device/emulator.h"));
+const HEADERS: [(&str, &str); 3] = [
+    ("tidegate.cuh", include_str!("device/tidegate.cuh")),
+    ("tile.cuh", include_str!("device/tile.cuh")),
+    ("hopper.cuh", include_str!("device/hopper.cuh")),
+];
+const EMULATOR: [(&str, &str); 2] =
+    [("emulator.h", include_str!("device/emulator.h")), ("hopper_emulator.h", include_str!("device/hopper_emulator.h"))];
 
 /// What code is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -134,7 +139,7 @@ fn text(k: &Kernel) -> String {
 fn headers(k: &Kernel, target: Target) -> Vec<(&'static str, &'static str)> {
     // a header may lie in another folder: sources include it by its file name
     let own = k.source.headers.iter().map(|(path, text)| (path.rsplit('/').next().unwrap_or(path), *text));
-    HEADERS.into_iter().chain((target == Target::Host).then_some(EMULATOR)).chain(own).collect()
+    HEADERS.into_iter().chain(EMULATOR.into_iter().filter(|_| target == Target::Host)).chain(own).collect()
 }
 
 /// What the code depends on.

@@ -12,7 +12,7 @@ pub struct Source {
     pub name: &'static str,
     /// Its text.
     pub text: &'static str,
-    /// Headers of its own, by name, beside `tidegate.cuh` and `tile.cuh`.
+    /// Headers of its own, by name, beside `tidegate.cuh`, `tile.cuh` and `hopper.cuh`.
     pub headers: &'static [(&'static str, &'static str)],
     /// Every instantiation that may be launched: the compile test builds them all, and a launch of another is an error.
     pub kernels: fn() -> Vec<Kernel>,
@@ -57,7 +57,7 @@ pub struct Kernel {
     pub threads: u32,
     /// Blocks that must fit on a multiprocessor at once: with `threads` this bounds the registers.
     pub min_blocks: u32,
-    /// 80 for what runs from compute capability 8.0 on, 90 for what needs Hopper (and is not run by the emulator).
+    /// 80 for what runs from compute capability 8.0 on, 90 for what needs Hopper.
     pub arch: u32,
 }
 
@@ -83,9 +83,9 @@ impl Kernel {
     pub fn register_bound(&self) -> u32 {
         (65536 / (self.threads * self.min_blocks) / 8 * 8).min(255)
     }
-    /// Whether it can be compiled for a target: what runs from sm_80 on for all, what is for Hopper for Hopper alone (its instructions exist nowhere else).
+    /// Whether it can be compiled for a target: what runs from sm_80 on for all, what is for Hopper for Hopper (its instructions exist nowhere else) and the emulator.
     pub fn fits(&self, target: Target) -> bool {
-        self.arch == 80 || target == Target::Gpu(self.arch)
+        self.arch == 80 || target == Target::Gpu(self.arch) || target == Target::Host
     }
     /// Whether the source lists it.
     pub(crate) fn is_listed(&self) -> bool {

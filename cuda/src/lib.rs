@@ -25,4 +25,4 @@ pub use gemm::Gemm;
 pub use graph::Graph;
 pub use kernel::{FastDiv, Fault, Kernel, Params, Ptr, Source};
 pub use libraries::{Library, driver_version, libraries, present, usable};
-pub use runtime::{Cuda, available, device, emulator, emulator_with_memory};
+pub use runtime::{Cuda, available, device, emulator, emulator_with_memory, hopper_emulator};

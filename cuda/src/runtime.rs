@@ -65,19 +65,33 @@ pub fn device(n: usize) -> Result<Device> {
 /// The emulator: one instance per process. Needs a host C++ compiler.
 pub fn emulator() -> Result<Device> {
     static ONE: Mutex<Option<Device>> = Mutex::new(None);
-    let mut one = ONE.lock().unwrap_or_else(|e| e.into_inner());
+    shared_emulator(&ONE, 80)
+}
+
+/// The emulator as a Hopper GPU: ops take their variants for it, since `Cuda::arch` is 90. One instance per process, another device than [`emulator`].
+pub fn hopper_emulator() -> Result<Device> {
+    static ONE: Mutex<Option<Device>> = Mutex::new(None);
+    shared_emulator(&ONE, 90)
+}
+
+fn shared_emulator(one: &Mutex<Option<Device>>, arch: u32) -> Result<Device> {
+    let mut one = one.lock().unwrap_or_else(|e| e.into_inner());
     if let Some(d) = &*one {
         return Ok(d.clone());
     }
-    let d = emulator_with_memory(4 << 30)?;
+    let d = new_emulator(4 << 30, arch)?;
     *one = Some(d.clone());
     Ok(d)
 }
 
 /// Another emulator, with so many bytes of memory.
 pub fn emulator_with_memory(bytes: usize) -> Result<Device> {
+    new_emulator(bytes, 80)
+}
+
+fn new_emulator(bytes: usize, arch: u32) -> Result<Device> {
     compile::host_compiler()?;
-    Ok(Device::new(Cuda::new(Arc::new(Emulated::new(bytes)), "emulator".into())?))
+    Ok(Device::new(Cuda::new(Arc::new(Emulated::new(bytes, arch)), "emulator".into())?))
 }
 
 impl Cuda {
@@ -144,9 +158,9 @@ impl Cuda {
     pub fn is_emulator(&self) -> bool {
         self.0.driver.target() == Target::Host
     }
-    /// Compute capability times ten, 90 on Hopper; 80 for the emulator, which runs what runs from sm_80 on.
+    /// Compute capability times ten, 90 on Hopper; what the emulator stands for, 80 or 90.
     pub fn arch(&self) -> u32 {
-        if let Target::Gpu(arch) = self.0.driver.target() { arch } else { 80 }
+        self.0.driver.arch()
     }
     /// Multiprocessors.
     pub fn processors(&self) -> u32 {

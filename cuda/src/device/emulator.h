@@ -4,11 +4,13 @@
 // out for all. Blocks run one after the other. What a race could hide is made visible: shared memory starts as NaN, asynchronous copies land when they
 // are waited for and not before, and a barrier or collective that not all reach is an error that says who waits where.
 #pragma once
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <vector>
 #include <sys/mman.h>
@@ -50,6 +52,8 @@ inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to)
 #endif
 
 struct Copy { void* to; const void* from; bool valid; };
+struct Product; // of hopper_emulator.h
+struct Pending { std::shared_ptr<Product> of; float* d; int add; };
 struct Fibre {
     Context context;
     u32 id;
@@ -59,6 +63,10 @@ struct Fibre {
     bool done;
     std::vector<Copy> open;                 // not committed
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
+    std::vector<u32> landed;                // pieces that came by copies since the last fence_async
+    bool fenced;                            // wgmma_fence was called for the batch that begins
+    std::vector<Pending> products;          // not committed
+    std::vector<std::vector<Pending>> batches;
 };
 struct Barrier { u32 arrived, turn; };
 struct Warp { u32 arrived, turn; const char* what; void* slot[32]; };
@@ -69,6 +77,9 @@ struct Block {
     Fibre* now;
     Barrier barriers[16];
     Warp warps[32];
+    std::vector<u8> unfenced;                          // of each 16 bytes: copied and not seen by wgmma yet
+    std::vector<std::array<u64, 4>> products[8];       // what each warpgroup started
+    u32 started[32];                                   // how many each warp did
     Fibre* fibres;
     Context scheduler;
     void (*body)(const void*);
@@ -104,7 +115,12 @@ inline void arrive(Barrier& b, u32 count, const char* where) {
     if (++b.arrived == count) { b.arrived = 0; b.turn++; } else wait(b.turn, where);
 }
 inline void land(std::vector<Copy>& group) {
-    for (Copy& c : group) { if (c.valid) memcpy(c.to, c.from, 16); else memset(c.to, 0, 16); }
+    for (Copy& c : group) {
+        if (c.valid) memcpy(c.to, c.from, 16);
+        else memset(c.to, 0, 16);
+        u64 at = (u64)((u8*)c.to - block->shared) / 16;
+        if (at < block->unfenced.size()) block->unfenced[at] = 1, block->now->landed.push_back((u32)at);
+    }
     group.clear();
 }
 // Runs `all(slots)` once the warp's 32 lanes are here, each with its own slot.
@@ -123,6 +139,7 @@ inline void enter() {
     if (!f->open.empty()) fail("ends with asynchronous copies that were not committed");
     for (auto& g : f->groups) land(g);
     f->groups.clear();
+    if (!f->products.empty() || !f->batches.empty()) fail("ends with matrix products that were not waited for (wgmma_wait)");
     f->done = true;
     b->alive--;
     // who has ended no longer holds up a barrier of the whole block
@@ -144,12 +161,16 @@ inline bool run_block(Block& b) {
     for (auto& s : statics) memset(s.p, 0xff, s.n);
     memset(b.barriers, 0, sizeof b.barriers);
     memset(b.warps, 0, sizeof b.warps);
+    memset(b.started, 0, sizeof b.started);
+    for (auto& p : b.products) p.clear();
+    b.unfenced.assign(b.shared_bytes / 16, 0);
     b.alive = b.n;
     for (u32 i = 0; i < b.n; i++) {
         Fibre& f = b.fibres[i];
         f.id = i;
         f.waits = nullptr;
-        f.done = false;
+        f.done = f.fenced = false;
+        f.landed.clear();
         make_context(f.context, stacks.at + i * STACK, enter);
     }
     while (b.alive) {
@@ -183,8 +204,7 @@ inline int launch(void (*body)(const void*), const void* params, const u32* grid
         if (p == MAP_FAILED) { snprintf(error, error_bytes, "no memory for the threads' stacks"); return 1; }
         stacks.at = (char*)p;
     }
-    Block b;
-    memset((void*)&b, 0, sizeof b);
+    Block b{};
     std::vector<Fibre> fibres(n);
     b.fibres = fibres.data();
     b.n = n;

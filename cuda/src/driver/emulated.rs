@@ -44,6 +44,7 @@ struct State {
 
 pub(crate) struct Emulated {
     limit: usize,
+    arch: u32,
     state: Arc<Mutex<State>>,
 }
 
@@ -52,8 +53,9 @@ fn lock(s: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 impl Emulated {
-    pub fn new(limit: usize) -> Self {
-        Emulated { limit, state: Default::default() }
+    /// With so many bytes of memory, standing for a GPU of this compute capability.
+    pub fn new(limit: usize, arch: u32) -> Self {
+        Emulated { limit, arch, state: Default::default() }
     }
     /// Runs a command, or records it while recording.
     fn submit(&self, c: Command) -> Result<()> {
@@ -125,6 +127,9 @@ impl Driver for Emulated {
     }
     fn target(&self) -> Target {
         Target::Host
+    }
+    fn arch(&self) -> u32 {
+        self.arch
     }
     fn processors(&self) -> u32 {
         // few, so that kernels that loop over work do loop at small shapes

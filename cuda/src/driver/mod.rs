@@ -43,6 +43,8 @@ pub(crate) trait Recorded: Send + Sync {
 pub(crate) trait Driver: Send + Sync {
     fn name(&self) -> String;
     fn target(&self) -> Target;
+    /// Compute capability times ten.
+    fn arch(&self) -> u32;
     /// Multiprocessors.
     fn processors(&self) -> u32;
     /// Dynamic shared memory that a block can have, in bytes.

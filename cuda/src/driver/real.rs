@@ -185,6 +185,9 @@ impl Driver for Real {
     fn target(&self) -> Target {
         Target::Gpu(self.0.arch)
     }
+    fn arch(&self) -> u32 {
+        self.0.arch
+    }
     fn processors(&self) -> u32 {
         self.0.processors
     }
