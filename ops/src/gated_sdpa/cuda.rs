@@ -6,6 +6,7 @@ use cuda::{Cuda, Kernel, Ptr, cuda_kernel, cuda_source, params};
 use engine::{DType, Error, Layout, Result, View};
 
 cuda_source!(static FORWARD_SOURCE = "gated_sdpa.cu", kernels: forward_kernels, headers: ["gated_sdpa.cuh"]);
+cuda_source!(static HOPPER_SOURCE = "gated_sdpa_hopper.cu", kernels: hopper_kernels, headers: ["gated_sdpa.cuh"]);
 cuda_source!(static BACKWARD_SOURCE = "gated_sdpa_backward.cu", kernels: backward_kernels, headers: ["gated_sdpa.cuh"]);
 cuda_source!(static PATTERN_SOURCE = "attention_pattern.cu", kernels: pattern_kernels, headers: ["gated_sdpa.cuh"]);
 
@@ -95,6 +96,23 @@ impl Forward {
         let call = format!("sdpa_forward<{}, {}, {}, {}, {}>", cpp(self.dtype), self.head, self.m, self.warps, self.keys);
         Kernel::new(&FORWARD_SOURCE, call, 32 * self.warps as u32).min_blocks(if self.warps == 4 { 2 } else { 1 })
     }
+}
+
+/// Head dims of Hopper's variant of the forward, and the rows and keys of its tiles.
+const HOPPER_HEADS: [usize; 2] = [64, 128];
+const HOPPER_TILE: usize = 128;
+/// From so many of its blocks on, heads' keys are not split.
+const HOPPER_BLOCKS: usize = 64;
+
+fn hopper_kernel(head: usize) -> Kernel {
+    Kernel::new(&HOPPER_SOURCE, format!("sdpa_forward_hopper<{head}>"), 384).hopper()
+}
+fn hopper_kernels() -> Vec<Kernel> {
+    HOPPER_HEADS.map(hopper_kernel).into()
+}
+/// Q, two tiles of K and two of V, and the rows' bounds.
+fn hopper_shared(head: usize) -> u32 {
+    (5 * HOPPER_TILE * head * 2 + 8 * HOPPER_TILE) as u32
 }
 
 /// Tiles of the backward.
@@ -305,7 +323,8 @@ fn forward(op: &GatedSdpa, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
     p.vec |= if whole { VEC_O } else { 0 };
     let few = dtype == DType::BF16 && rows <= FEW_ROWS;
     let f = Forward::new(dtype, head, few);
-    let blocks = p.set_tiles(b * p.hkv as usize, rows, f.rows(), keys * (p.d as usize + dv) * dtype.size());
+    let (heads, streamed) = (b * p.hkv as usize, keys * (p.d as usize + dv) * dtype.size());
+    let blocks = p.set_tiles(heads, rows, f.rows(), streamed);
     if blocks == 0 {
         return Ok(());
     }
@@ -318,6 +337,14 @@ fn forward(op: &GatedSdpa, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
         p.splits = (keys - from).div_ceil(span) as i32;
         p.split_from = from as i32;
         p.split_span = span as i32;
+    }
+    // Hopper's variant: rows are whole vectors, scores are not turned around, keys are not split or need not be
+    let vectors = VEC_Q | VEC_K | VEC_V;
+    let fits = cuda.arch() == 90 && dtype == DType::BF16 && HOPPER_HEADS.contains(&head) && p.vec & vectors == vectors && p.flip == 1.0 && !few;
+    if fits && (p.splits == 1 || heads * rows.div_ceil(HOPPER_TILE) >= HOPPER_BLOCKS) {
+        p.splits = 1;
+        let blocks = p.set_tiles(heads, rows, HOPPER_TILE, streamed);
+        return cuda.launch(&hopper_kernel(head), [blocks, 1, 1], hopper_shared(head), &p);
     }
     let grid = [blocks, p.splits as u32, 1];
     if p.splits == 1 {
