@@ -8,6 +8,7 @@ use engine::{DType, Error, Layout, Result, View};
 cuda_source!(static FORWARD_SOURCE = "gated_sdpa.cu", kernels: forward_kernels, headers: ["gated_sdpa.cuh"]);
 cuda_source!(static HOPPER_SOURCE = "gated_sdpa_hopper.cu", kernels: hopper_kernels, headers: ["gated_sdpa.cuh"]);
 cuda_source!(static BACKWARD_SOURCE = "gated_sdpa_backward.cu", kernels: backward_kernels, headers: ["gated_sdpa.cuh"]);
+cuda_source!(static HOPPER_BACKWARD_SOURCE = "gated_sdpa_backward_hopper.cu", kernels: hopper_backward_kernels, headers: ["gated_sdpa.cuh"]);
 cuda_source!(static PATTERN_SOURCE = "attention_pattern.cu", kernels: pattern_kernels, headers: ["gated_sdpa.cuh"]);
 
 cuda_kernel!(GatedSdpa => forward);
@@ -98,7 +99,7 @@ impl Forward {
     }
 }
 
-/// Head dims of Hopper's variant of the forward, and the rows and keys of its tiles.
+/// Head dims of Hopper's variants, and the rows (and the forward's keys) of their tiles.
 const HOPPER_HEADS: [usize; 2] = [64, 128];
 const HOPPER_TILE: usize = 128;
 /// From so many of its blocks on, heads' keys are not split.
@@ -113,6 +114,22 @@ fn hopper_kernels() -> Vec<Kernel> {
 /// Q, two tiles of K and two of V, and the rows' bounds.
 fn hopper_shared(head: usize) -> u32 {
     (5 * HOPPER_TILE * head * 2 + 8 * HOPPER_TILE) as u32
+}
+/// Streaming rows of a step of Hopper's backward, and steps that there is room for.
+const HOPPER_STEP: usize = 64;
+const HOPPER_STAGES: usize = 3;
+
+fn hopper_backward_kernel(head: usize, of_keys: bool) -> Kernel {
+    let call = format!("sdpa_backward_hopper<{head}, {of_keys}, {HOPPER_STEP}, {HOPPER_STAGES}>");
+    Kernel::new(&HOPPER_BACKWARD_SOURCE, call, 384).hopper()
+}
+fn hopper_backward_kernels() -> Vec<Kernel> {
+    HOPPER_HEADS.into_iter().flat_map(|head| [true, false].map(|of_keys| hopper_backward_kernel(head, of_keys))).collect()
+}
+/// Two tiles that stay, two of each step, the streaming rows' numbers, and the rows' bounds.
+fn hopper_backward_shared(head: usize, of_keys: bool) -> u32 {
+    let stats = if of_keys { 8 * HOPPER_STEP } else { 0 };
+    (2 * HOPPER_TILE * head * 2 + HOPPER_STAGES * (2 * HOPPER_STEP * head * 2 + stats) + 8 * HOPPER_TILE) as u32
 }
 
 /// Tiles of the backward.
@@ -279,7 +296,14 @@ fn problem(op: &'static str, cuda: &Cuda, a: &Attention, q: &View, k: &View, dv:
     })
 }
 
+fn on_hopper(cuda: &Cuda, dtype: DType, head: usize) -> bool {
+    cuda.arch() == 90 && dtype == DType::BF16 && HOPPER_HEADS.contains(&head)
+}
+
 impl SdpaParams {
+    fn has(&self, vectors: u32) -> bool {
+        self.vec & vectors == vectors
+    }
     /// The number of blocks, for `heads` times `rows` rows of which a block has `per_tile` and goes over `streamed` bytes of its head.
     fn set_tiles(&mut self, heads: usize, rows: usize, per_tile: usize, streamed: usize) -> u32 {
         let n = rows.div_ceil(per_tile);
@@ -339,8 +363,7 @@ fn forward(op: &GatedSdpa, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
         p.split_span = span as i32;
     }
     // Hopper's variant: rows are whole vectors, scores are not turned around, keys are not split or need not be
-    let vectors = VEC_Q | VEC_K | VEC_V;
-    let fits = cuda.arch() == 90 && dtype == DType::BF16 && HOPPER_HEADS.contains(&head) && p.vec & vectors == vectors && p.flip == 1.0 && !few;
+    let fits = on_hopper(cuda, dtype, head) && p.has(VEC_Q | VEC_K | VEC_V) && p.flip == 1.0 && !few;
     if fits && (p.splits == 1 || heads * rows.div_ceil(HOPPER_TILE) >= HOPPER_BLOCKS) {
         p.splits = 1;
         let blocks = p.set_tiles(heads, rows, HOPPER_TILE, streamed);
@@ -394,7 +417,13 @@ fn backward(op: &GatedSdpaBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
     cuda.launch(&prepare_kernel(dtype), [p.total.div_ceil(ROW_THREADS / p.team), 1, 1], 0, &p)?;
 
     let large = cuda.shared_limit() >= LARGE_SHARED;
+    let hopper = on_hopper(cuda, dtype, head) && p.has(VEC_Q | VEC_K | VEC_V | VEC_DU);
     for (of_keys, stay) in [(true, keys), (false, rows)] {
+        if hopper {
+            let blocks = p.set_tiles(heads, stay, HOPPER_TILE, (if of_keys { rows } else { keys }) * (d + dv) * dtype.size());
+            cuda.launch(&hopper_backward_kernel(head, of_keys), [blocks, 1, 1], hopper_backward_shared(head, of_keys), &p)?;
+            continue;
+        }
         let b = Backward::new(dtype, head, of_keys, large);
         let blocks = p.set_tiles(heads, stay, b.rows(), (if of_keys { rows } else { keys }) * (d + dv) * dtype.size());
         cuda.launch(&b.kernel(), [blocks, 1, 1], b.shared(), &p)?;
