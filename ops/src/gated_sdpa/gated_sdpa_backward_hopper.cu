@@ -8,8 +8,8 @@
 // registers: out and out2 [64 × HD], S and dP [64 × STEP] of a warpgroup as accumulators, 128 of a thread and STEP at HD 128; P and dS go from there, as
 //     bf16, into the products for out2 and out. Where queries stay there is no out2, and room for fragments of X and Y, so that shared memory gives x and
 //     y alone. Groups that compute take 232 registers.
-// order of a step: S and dP are started; P from S while dP is computed; dS; out2 and out. What the two groups do at a time differs: products of one run
-//     beside the other's exponentials.
+// order of a step: S and dP are started; P from S while dP is computed; dS; out2 and out. The second group begins after the first, so that products
+//     of one run beside the other's exponentials.
 // copies: asynchronous, 16 bytes a thread; FULL announces a stage to a group, EMPTY gives it back.
 //
 // Estimate, HD 128, keys: a step of 64 is 8.4 MFLOP: 2,048 cycles of tensor cores, 1,900 of shared memory (S and dP read A and B from it, 4 KB for 32
@@ -17,7 +17,7 @@
 #include "gated_sdpa.cuh"
 #include "hopper.cuh"
 
-enum { FULL = 1, EMPTY = 7, END = 10 }; // barriers: FULL + 2 stage + group, EMPTY + stage
+enum { FULL = 1, EMPTY = 7, TURN = 10, END = 11 }; // barriers: FULL + 2 stage + group, EMPTY + stage
 
 template <int HD, bool OF_KEYS, int STEP, int STAGES> TG_DEVICE void sdpa_backward_hopper(const SdpaParams& p) {
     constexpr int ROWS = 128, THREADS = 384, STAY = ROWS * HD * 2, STAY_PANEL = ROWS * 128, TILE = STEP * HD * 2, PANEL = STEP * 128;
@@ -147,8 +147,10 @@ template <int HD, bool OF_KEYS, int STEP, int STAGES> TG_DEVICE void sdpa_backwa
             }
             wgmma_commit();
         };
+        if (group == 1 && i == 0) sync_some(TURN, 256);
         start(s, held1, stay1, x);
         start(dp, held2, stay2, deeper(x, TILE / 16));
+        if (group == 0 && i == 0) arrive_some(TURN, 256);
 
         wgmma_wait<1>();
         wgmma_settle(s);
