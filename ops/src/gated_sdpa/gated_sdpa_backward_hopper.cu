@@ -28,17 +28,14 @@ template <int HD, bool OF_KEYS, int STEP, int STAGES> TG_DEVICE void sdpa_backwa
     p.heads.divmod(bh, b, hk);
     int i0 = (OF_KEYS ? (int)rank : p.n_tiles - 1 - (int)rank) * ROWS, n = min_of(ROWS, (OF_KEYS ? p.keys : p.R) - i0), limit = OF_KEYS ? p.R : p.keys;
     if (thread() < ROWS) {
-        int i = thread();
-        Band x{0, 0};
-        if (i < n) {
-            x = OF_KEYS ? queries_of(p, i0 + i) : keys_of(p, p.group.div(i0 + i));
-            if (OF_KEYS) { x.lo *= p.group.divisor; x.hi *= p.group.divisor; }
-        }
+        int i = thread(), row = i0 + min_of(i, n - 1);
+        Band x = OF_KEYS ? queries_of(p, row) : keys_of(p, p.group.div(row));
+        if (OF_KEYS) { x.lo *= p.group.divisor; x.hi *= p.group.divisor; }
         lo[i] = x.lo;
         hi[i] = x.hi;
     }
     sync();
-    int begin = lo[0] / STEP * STEP, end = hi[n - 1], lo_last = lo[n - 1], hi_first = hi[0];
+    int begin = lo[0] / STEP * STEP, end = hi[ROWS - 1];
     int steps = end > begin ? (int)div_up(end - begin, STEP) : 0;
     const float* stats = p.stats + 2 * (u64)bh * (p.R + p.R % 2);
     u32 group = shuffle(thread() / 128, 0);
@@ -131,13 +128,12 @@ template <int HD, bool OF_KEYS, int STEP, int STAGES> TG_DEVICE void sdpa_backwa
         }
     }
     int stage = 0;
-    TG_ROLLED for (int i = 0; i < steps; i++) {
-        int j0 = begin + i * STEP;
+    TG_ROLLED for (int j0 = begin; j0 < end; j0 += STEP) { // one counter: registers are all used
         u32 by = (2 * STAY + stage * 2 * TILE) / 16;
         u64 x = deeper(k_major(base), by), xt = deeper(mn_major(base, PANEL), by);
         const float* column = shared<float>(AT_STATS + stage * STATS);
-        float s[STEP / 2], dp[STEP / 2];
-        if (!HOLD || i > 0) sync_some(FULL + 2 * stage + group, 256);
+        float s[STEP / 2], dp[STEP / 2], less[OF_KEYS ? STEP / 8 : 1][2]; // less: delta of the streaming rows
+        if (!HOLD || j0 > begin) sync_some(FULL + 2 * stage + group, 256);
         auto start = [&](float (&d)[STEP / 2], const auto& held, u64 stay, u64 stream) {
             wgmma_fence();
             TG_UNROLL for (int k = 0; k < HD / 16; k++) {
@@ -147,21 +143,25 @@ template <int HD, bool OF_KEYS, int STEP, int STAGES> TG_DEVICE void sdpa_backwa
             }
             wgmma_commit();
         };
-        if (group == 1 && i == 0) sync_some(TURN, 256);
+        if (group == 1 && j0 == begin) sync_some(TURN, 256);
         start(s, held1, stay1, x);
         start(dp, held2, stay2, deeper(x, TILE / 16));
-        if (group == 0 && i == 0) arrive_some(TURN, 256);
+        if (group == 0 && j0 == begin) arrive_some(TURN, 256);
 
         wgmma_wait<1>();
         wgmma_settle(s);
         TG_UNROLL for (int k = 0; k < STEP / 8; k++) {
             float l[2];
             if constexpr (OF_KEYS) {
-                TG_UNROLL for (int e = 0; e < 2; e++) l[e] = column[2 * (8 * k + frag_col(e))];
+                U4 two = *(const U4*)(column + 2 * (8 * k + frag_col(0)));
+                l[0] = bits_float(two.x);
+                l[1] = bits_float(two.z);
+                less[k][0] = bits_float(two.y);
+                less[k][1] = bits_float(two.w);
             }
             TG_UNROLL for (int e = 0; e < 4; e++) s[4 * k + e] = fast_exp2(s[4 * k + e] * c - (OF_KEYS ? l[e & 1] : lse[e >> 1]));
         }
-        bool cut = lo_last > j0 || hi_first < j0 + STEP;
+        bool cut = lo[ROWS - 1] > j0 || hi[0] < j0 + STEP;
         if (cut) {
             TG_UNROLL for (int h = 0; h < 2; h++) {
                 int r = row0 + frag_row(2 * h), from = lo[r] - j0, to = hi[r] - j0;
@@ -175,11 +175,7 @@ template <int HD, bool OF_KEYS, int STEP, int STAGES> TG_DEVICE void sdpa_backwa
         wgmma_wait<0>();
         wgmma_settle(dp);
         TG_UNROLL for (int k = 0; k < STEP / 8; k++) {
-            float d[2];
-            if constexpr (OF_KEYS) {
-                TG_UNROLL for (int e = 0; e < 2; e++) d[e] = column[2 * (8 * k + frag_col(e)) + 1];
-            }
-            TG_UNROLL for (int e = 0; e < 4; e++) dp[4 * k + e] = s[4 * k + e] * (dp[4 * k + e] - (OF_KEYS ? d[e & 1] : delta[e >> 1]));
+            TG_UNROLL for (int e = 0; e < 4; e++) dp[4 * k + e] = s[4 * k + e] * (dp[4 * k + e] - (OF_KEYS ? less[OF_KEYS ? k : 0][e & 1] : delta[e >> 1]));
         }
         if (cut) { // what is not seen may be infinite
             TG_UNROLL for (int k = 0; k < STEP / 2; k++)
@@ -200,7 +196,7 @@ template <int HD, bool OF_KEYS, int STEP, int STAGES> TG_DEVICE void sdpa_backwa
         wgmma_wait<0>();
         wgmma_settle(out);
         if constexpr (OF_KEYS) wgmma_settle(out2);
-        if (i + STAGES < steps) arrive_some(EMPTY + stage, THREADS);
+        if (j0 + STAGES * STEP < end) arrive_some(EMPTY + stage, THREADS);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
     sync_some(END, 256); // all tiles are free
