@@ -185,35 +185,57 @@ TG_DEVICE float gated(const SdpaParams& p, float u, float logit) {
 }
 
 // ---- the way out ----
-// The first n rows of a tile, which are rows r0.. of a head: gated and written, and ungated beside it if there is a gate. By threads 0 to THREADS.
-template <class T, int ROWS, int HD, int THREADS>
-TG_DEVICE void write_gated(const SdpaParams& p, const Tile<float, ROWS, HD>& out, u32 b, u32 hk, int r0, int n) {
-    // a thread has vectors of rows, or single elements where rows are not whole aligned vectors
+// A thread has vectors of rows; logits of AHEAD of them are on their way at once.
+template <class T, int ROWS, int HD, int THREADS, u32 ACTIVATION>
+TG_DEVICE void write_vectors(const SdpaParams& p, const Tile<float, ROWS, HD>& out, u32 b, u32 hk, int r0, int n) {
+    typedef Shares<T, ROWS, HD, THREADS> S;
+    constexpr int AHEAD = 4;
     Rows<T> os(p, p.o, b, hk), us(p, p.u, b, hk);
     Rows<const T> gates(p, p.gate, b, hk);
-    if (p.vec & VEC_O) {
-        typedef Shares<T, ROWS, HD, THREADS> S;
-        int me = thread_anew(), c0 = me % S::WIDE * S::N;
-        TG_ROLLED for (int i = me / S::WIDE; i < n; i += S::TALL) {
-            T *to = os.at(r0 + i), *ungated = us.at(r0 + i);
-            const T* logits = gates.at(r0 + i);
-            float headwise = p.gating == 1 ? load(logits[0]) : 0.f;
-            for (int c = c0; c < p.dv_cols; c += S::WIDE * S::N) {
-                float x[S::N], g[S::N];
+    int me = thread_anew();
+    TG_ROLLED for (int c = me % S::WIDE * S::N; c < p.dv_cols; c += S::WIDE * S::N) {
+        TG_ROLLED for (int first = me / S::WIDE; first < n; first += AHEAD * S::TALL) {
+            union { U4 whole; T t[S::N]; } logits[AHEAD];
+            TG_UNROLL for (int k = 0; k < AHEAD; k++) {
+                int i = first + k * S::TALL;
+                if (i < n && p.gating == 2) logits[k].whole = *(const U4*)(gates.at(r0 + i) + c);
+                if (i < n && p.gating == 1) {
+                    T one = *gates.at(r0 + i);
+                    TG_UNROLL for (int j = 0; j < S::N; j++) logits[k].t[j] = one;
+                }
+            }
+            TG_UNROLL for (int k = 0; k < AHEAD; k++) {
+                int i = first + k * S::TALL;
+                if (i >= n) continue;
+                float x[S::N];
                 TG_UNROLL for (int j = 0; j < S::N; j += 4) {
                     float four[4];
                     load16(four, out.at(i, c + j));
-                    TG_UNROLL for (int e = 0; e < 4; e++) { x[j + e] = four[e]; g[j + e] = headwise; }
+                    TG_UNROLL for (int e = 0; e < 4; e++) x[j + e] = four[e];
                 }
                 if (p.gating) {
-                    store16(ungated + c, x);
-                    if (p.gating == 2) load16(g, logits + c);
-                    TG_UNROLL for (int j = 0; j < S::N; j++) x[j] = gated(p, x[j], g[j]);
+                    store16(us.at(r0 + i) + c, x);
+                    TG_UNROLL for (int j = 0; j < S::N; j++) {
+                        float y = activate(ACTIVATION, load(logits[k].t[j]));
+                        x[j] = p.additive ? x[j] + y : x[j] * y;
+                    }
                 }
-                store16(to + c, x);
+                store16(os.at(r0 + i) + c, x);
             }
         }
-    } else {
+    }
+}
+// The first n rows of a tile, which are rows r0.. of a head: gated and written, and ungated beside it if there is a gate. By threads 0 to THREADS.
+template <class T, int ROWS, int HD, int THREADS>
+TG_DEVICE void write_gated(const SdpaParams& p, const Tile<float, ROWS, HD>& out, u32 b, u32 hk, int r0, int n) {
+    if (p.vec & VEC_O) {
+        if (p.activation == SIGMOID) write_vectors<T, ROWS, HD, THREADS, SIGMOID>(p, out, b, hk, r0, n);
+        else if (p.activation == SILU) write_vectors<T, ROWS, HD, THREADS, SILU>(p, out, b, hk, r0, n);
+        else if (p.activation == NS_SIGMOID) write_vectors<T, ROWS, HD, THREADS, NS_SIGMOID>(p, out, b, hk, r0, n);
+        else write_vectors<T, ROWS, HD, THREADS, IDENTITY>(p, out, b, hk, r0, n);
+    } else { // single elements, where rows are not whole aligned vectors
+        Rows<T> os(p, p.o, b, hk), us(p, p.u, b, hk);
+        Rows<const T> gates(p, p.gate, b, hk);
         TG_ROLLED for (int k = thread_anew(); k < n * HD; k += THREADS) {
             int i = k / HD, c = k % HD;
             if (c >= p.dv_cols) continue;
