@@ -46,9 +46,9 @@ fn case(b: usize, t: [usize; 2], h: [usize; 2], d: [usize; 2], a: Attention, gat
 }
 
 fn devices() -> Vec<Device> {
-    let emulator = cuda::emulator().inspect_err(|e| eprintln!("SKIPPED: nothing is emulated: {e}"));
+    let emulators = [cuda::emulator(), cuda::hopper_emulator()].map(|e| e.inspect_err(|e| eprintln!("SKIPPED: nothing is emulated: {e}")));
     let gpu = cuda::device(0).inspect_err(|e| eprintln!("SKIPPED: nothing runs on a GPU: {e}"));
-    emulator.into_iter().chain(gpu).collect()
+    emulators.into_iter().flatten().chain(gpu).collect()
 }
 
 impl Case {
@@ -178,6 +178,24 @@ fn every_head_dim_in_bf16() {
 fn every_head_dim_in_f32() {
     let dims = [[64, 64], [128, 96], [192, 192], [256, 256]];
     compare_all(&dims.map(|d| case(1, [36, 40], [2, 1], d, CAUSAL, gate(0))), &[DType::F32]);
+}
+
+/// The variant for Hopper has tiles of 128 rows and keys: several of each, cut by every mask, ragged, with the gate's kinds, at both of its head dims.
+#[test]
+fn tiles_of_hopper() {
+    let packed = |t: usize, cu: &[i64], h, a| Case { cu: Some(cu.to_vec()), ..case(1, [t, t], h, [64, 64], a, gate(0)) };
+    let cases = [
+        case(1, [300, 300], [1, 1], [128, 128], CAUSAL, gate(0)),
+        case(1, [70, 700], [2, 2], [128, 128], full(None), gate(1)),
+        case(2, [90, 333], [4, 2], [64, 64], CAUSAL, gate(2)),
+        case(1, [260, 420], [2, 1], [64, 64], causal(150), gate(3)),
+        case(1, [200, 200], [1, 1], [64, 64], full(Some(30)), None),
+        case(1, [130, 140], [2, 2], [40, 56], CAUSAL, gate(4)),
+        case(1, [130, 140], [2, 1], [72, 128], CAUSAL, gate(6)),
+        packed(300, &[0, 1, 140, 140, 290, 300], [2, 1], CAUSAL),
+        packed(290, &[0, 130, 290], [2, 2], full(None)),
+    ];
+    compare_all(&cases, &[DType::BF16]);
 }
 
 /// Rows that are not whole vectors.

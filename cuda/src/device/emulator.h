@@ -258,6 +258,11 @@ TG_DEVICE void sync_some(u32 id, u32 count) {
     if (id == 0 || id > 15 || count % 32) tg::fail("sync_some(%u, %u): barriers are 1 to 15, counts multiples of 32", id, count);
     tg::arrive(tg::block->barriers[id], count, "sync_some");
 }
+TG_DEVICE void arrive_some(u32 id, u32 count) {
+    if (id == 0 || id > 15 || count % 32) tg::fail("arrive_some(%u, %u): barriers are 1 to 15, counts multiples of 32", id, count);
+    auto& b = tg::block->barriers[id];
+    if (++b.arrived == count) { b.arrived = 0; b.turn++; }
+}
 TG_DEVICE void fence() {}
 
 namespace tg {

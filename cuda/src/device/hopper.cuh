@@ -25,6 +25,14 @@
 TG_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 TG_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> TG_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+// After a wait, on what it waited for: the compiler doesn't know that these registers change while it waits, and could read them before.
+template <int N> TG_DEVICE void wgmma_settle(float (&d)[N]) {
+    TG_UNROLL for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+// By all threads of a warpgroup: registers that a thread has from here on, a multiple of 8 up to 240, fewer or more than before. Those that are given
+// back are there for who takes more.
+template <int N> TG_DEVICE void registers_give() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> TG_DEVICE void registers_take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 // What this thread wrote to shared memory comes before what the tensor cores read after the next barrier.
 TG_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -119,6 +127,11 @@ template <> struct Wgmma<256> {
     }
 };
 #endif // TG_EMULATE
+
+// Has x computed before the wait that follows: ptxas moves a wait up past all that doesn't need it, and then nothing runs beside the products. x is never -1.
+TG_DEVICE void before_the_wait(float x) {
+    if (warp_any(x == -1.f)) sync_warp();
+}
 
 // d = A B (+ d if `add`), N = 64, 128 or 256 columns; both from shared memory.
 template <int N, int TRANS_A, int TRANS_B> TG_DEVICE void wgmma(float (&d)[N / 2], u64 a, u64 b, int add) { Wgmma<N>::template shared<TRANS_A, TRANS_B>(d, a, b, add); }

@@ -120,6 +120,9 @@ template <int N> inline void wgmma_wait() {
     auto& b = tg::block->now->batches;
     while ((int)b.size() > N) { tg::finish(b.front()); b.erase(b.begin()); }
 }
+template <int N> inline void wgmma_settle(float (&)[N]) {}
+template <int N> inline void registers_give() {}
+template <int N> inline void registers_take() {}
 inline void fence_async() {
     tg::Fibre* f = tg::block->now;
     for (u32 at : f->landed) tg::block->unfenced[at] = 0;

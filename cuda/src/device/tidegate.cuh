@@ -58,6 +58,8 @@ TG_DEVICE void sync() { __syncthreads(); }
 TG_DEVICE void sync_warp() { __syncwarp(); }
 // Barrier 1..15 for `count` threads (a multiple of 32).
 TG_DEVICE void sync_some(u32 id, u32 count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
+// The same without waiting, for those that others wait for.
+TG_DEVICE void arrive_some(u32 id, u32 count) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory"); }
 TG_DEVICE void fence() { __threadfence(); }
 
 // ---- warp collectives: all 32 lanes take part ----

@@ -6,7 +6,9 @@ use cuda::{Cuda, Kernel, Ptr, cuda_kernel, cuda_source, params};
 use engine::{DType, Error, Layout, Result, View};
 
 cuda_source!(static FORWARD_SOURCE = "gated_sdpa.cu", kernels: forward_kernels, headers: ["gated_sdpa.cuh"]);
+cuda_source!(static HOPPER_SOURCE = "gated_sdpa_hopper.cu", kernels: hopper_kernels, headers: ["gated_sdpa.cuh"]);
 cuda_source!(static BACKWARD_SOURCE = "gated_sdpa_backward.cu", kernels: backward_kernels, headers: ["gated_sdpa.cuh"]);
+cuda_source!(static HOPPER_BACKWARD_SOURCE = "gated_sdpa_backward_hopper.cu", kernels: hopper_backward_kernels, headers: ["gated_sdpa.cuh"]);
 cuda_source!(static PATTERN_SOURCE = "attention_pattern.cu", kernels: pattern_kernels, headers: ["gated_sdpa.cuh"]);
 
 cuda_kernel!(GatedSdpa => forward);
@@ -22,6 +24,8 @@ const ROW_THREADS: u32 = 256;
 const FEW_ROWS: usize = 16;
 /// A split over keys gives each block at least so many.
 const MIN_SPLIT: usize = 256;
+/// What the heads whose blocks run side by side may stream, so that it stays in L2 (50 MB on an H200).
+const SECTION_BYTES: usize = 32 << 20;
 /// Shared memory of a block from which the backward of wide heads has room for another buffer (Hopper has it, Ampere does not).
 const LARGE_SHARED: u32 = 200 << 10;
 
@@ -34,7 +38,7 @@ params! {
         q: Strided, k: Strided, v: Strided, gate: Strided, o: Strided, u: Strided,
         dy: Strided, du: Strided, dq: Strided, dk: Strided, dv: Strided, dgate: Strided,
         lse: Ptr, stats: Ptr, partial: Ptr, cu: Ptr, pattern: Ptr, fault: Fault,
-        group: FastDiv, heads: FastDiv, tiles: FastDiv, rows: FastDiv,
+        group: FastDiv, heads: FastDiv, tiles: FastDiv, rows: FastDiv, section: FastDiv,
         queries: i32, keys: i32, r: i32, h: i32, hkv: i32, d: i32, dv_cols: i32,
         window: i32, causal: i32, n_tiles: i32, cu_count: i32, cu_wide: i32, splits: i32, split_from: i32, split_span: i32,
         vec: u32, activation: u32, additive: u32, gating: u32, team: u32,
@@ -95,6 +99,39 @@ impl Forward {
     }
 }
 
+/// Head dims of Hopper's variants, and the rows (and the forward's keys) of their tiles.
+const HOPPER_HEADS: [usize; 2] = [64, 128];
+const HOPPER_TILE: usize = 128;
+/// From so many of its blocks on, heads' keys are not split.
+const HOPPER_BLOCKS: usize = 64;
+
+fn hopper_kernel(head: usize) -> Kernel {
+    Kernel::new(&HOPPER_SOURCE, format!("sdpa_forward_hopper<{head}>"), 384).hopper()
+}
+fn hopper_kernels() -> Vec<Kernel> {
+    HOPPER_HEADS.map(hopper_kernel).into()
+}
+/// Q, two tiles of K and two of V, and the rows' bounds.
+fn hopper_shared(head: usize) -> u32 {
+    (5 * HOPPER_TILE * head * 2 + 8 * HOPPER_TILE) as u32
+}
+/// Streaming rows of a step of Hopper's backward, and steps that there is room for.
+const HOPPER_STEP: usize = 64;
+const HOPPER_STAGES: usize = 3;
+
+fn hopper_backward_kernel(head: usize, of_keys: bool) -> Kernel {
+    let call = format!("sdpa_backward_hopper<{head}, {of_keys}, {HOPPER_STEP}, {HOPPER_STAGES}>");
+    Kernel::new(&HOPPER_BACKWARD_SOURCE, call, 384).hopper()
+}
+fn hopper_backward_kernels() -> Vec<Kernel> {
+    HOPPER_HEADS.into_iter().flat_map(|head| [true, false].map(|of_keys| hopper_backward_kernel(head, of_keys))).collect()
+}
+/// Two tiles that stay, two of each step, the streaming rows' numbers, and the rows' bounds.
+fn hopper_backward_shared(head: usize, of_keys: bool) -> u32 {
+    let stats = if of_keys { 8 * HOPPER_STEP } else { 0 };
+    (2 * HOPPER_TILE * head * 2 + HOPPER_STAGES * (2 * HOPPER_STEP * head * 2 + stats) + 8 * HOPPER_TILE) as u32
+}
+
 /// Tiles of the backward.
 #[derive(Clone, Copy)]
 struct Backward {
@@ -143,13 +180,17 @@ fn row_kernel(source: &'static cuda::Source, name: &str, dtype: DType) -> Kernel
     Kernel::new(source, format!("{name}<{}>", cpp(dtype)), ROW_THREADS)
 }
 
+fn prepare_kernel(dtype: DType) -> Kernel {
+    row_kernel(&BACKWARD_SOURCE, "sdpa_prepare", dtype).min_blocks(4)
+}
+
 fn forward_kernels() -> Vec<Kernel> {
     let tiled = DTYPES.iter().flat_map(|t| HEAD_DIMS.map(|d| Forward::new(*t, d, false).kernel()));
     let few = HEAD_DIMS.map(|d| Forward::new(DType::BF16, d, true).kernel());
     tiled.chain(few).chain(DTYPES.map(|t| row_kernel(&FORWARD_SOURCE, "sdpa_combine", t))).collect()
 }
 fn backward_kernels() -> Vec<Kernel> {
-    let mut all: Vec<Kernel> = DTYPES.map(|t| row_kernel(&BACKWARD_SOURCE, "sdpa_prepare", t)).into();
+    let mut all: Vec<Kernel> = DTYPES.map(prepare_kernel).into();
     for dtype in DTYPES {
         for head in HEAD_DIMS {
             for (of_keys, large) in [(true, true), (false, true), (true, false), (false, false)] {
@@ -226,6 +267,7 @@ fn problem(op: &'static str, cuda: &Cuda, a: &Attention, q: &View, k: &View, dv:
         heads: FastDiv::new(hkv),
         tiles: FastDiv::new(1),
         rows: FastDiv::new(queries * (h / hkv)),
+        section: FastDiv::new(1),
         queries: queries as i32,
         keys: keys as i32,
         r: (queries * (h / hkv)) as i32,
@@ -254,12 +296,22 @@ fn problem(op: &'static str, cuda: &Cuda, a: &Attention, q: &View, k: &View, dv:
     })
 }
 
+fn on_hopper(cuda: &Cuda, dtype: DType, head: usize) -> bool {
+    cuda.arch() == 90 && dtype == DType::BF16 && HOPPER_HEADS.contains(&head)
+}
+
 impl SdpaParams {
-    fn set_tiles(&mut self, rows: usize, per_tile: usize) -> u32 {
+    fn has(&self, vectors: u32) -> bool {
+        self.vec & vectors == vectors
+    }
+    /// The number of blocks, for `heads` times `rows` rows of which a block has `per_tile` and goes over `streamed` bytes of its head.
+    fn set_tiles(&mut self, heads: usize, rows: usize, per_tile: usize, streamed: usize) -> u32 {
         let n = rows.div_ceil(per_tile);
         self.n_tiles = n as i32;
         self.tiles = FastDiv::new(n);
-        n as u32
+        let most = (SECTION_BYTES / streamed.max(1)).clamp(1, heads.max(1));
+        self.section = FastDiv::new((1..=most).rev().find(|s| heads.is_multiple_of(*s)).unwrap_or(1));
+        (n * heads) as u32
     }
     fn set_gate(&mut self, gate: Option<Gate>, logits: Option<&View>) -> Result<()> {
         let (Some(gate), Some(logits)) = (gate, logits) else { return Ok(()) };
@@ -295,7 +347,8 @@ fn forward(op: &GatedSdpa, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
     p.vec |= if whole { VEC_O } else { 0 };
     let few = dtype == DType::BF16 && rows <= FEW_ROWS;
     let f = Forward::new(dtype, head, few);
-    let blocks = p.set_tiles(rows, f.rows()) * (b * p.hkv as usize) as u32;
+    let (heads, streamed) = (b * p.hkv as usize, keys * (p.d as usize + dv) * dtype.size());
+    let blocks = p.set_tiles(heads, rows, f.rows(), streamed);
     if blocks == 0 {
         return Ok(());
     }
@@ -308,6 +361,13 @@ fn forward(op: &GatedSdpa, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
         p.splits = (keys - from).div_ceil(span) as i32;
         p.split_from = from as i32;
         p.split_span = span as i32;
+    }
+    // Hopper's variant: rows are whole vectors, scores are not turned around, keys are not split or need not be
+    let fits = on_hopper(cuda, dtype, head) && p.has(VEC_Q | VEC_K | VEC_V) && p.flip == 1.0 && !few;
+    if fits && (p.splits == 1 || heads * rows.div_ceil(HOPPER_TILE) >= HOPPER_BLOCKS) {
+        p.splits = 1;
+        let blocks = p.set_tiles(heads, rows, HOPPER_TILE, streamed);
+        return cuda.launch(&hopper_kernel(head), [blocks, 1, 1], hopper_shared(head), &p);
     }
     let grid = [blocks, p.splits as u32, 1];
     if p.splits == 1 {
@@ -354,12 +414,18 @@ fn backward(op: &GatedSdpaBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
     }
     p.vec |= if whole { VEC_PREPARE } else { 0 };
     p.team = dv.div_ceil(16 / dtype.size()).next_power_of_two().min(32) as u32;
-    cuda.launch(&row_kernel(&BACKWARD_SOURCE, "sdpa_prepare", dtype), [p.total.div_ceil(ROW_THREADS / p.team), 1, 1], 0, &p)?;
+    cuda.launch(&prepare_kernel(dtype), [p.total.div_ceil(ROW_THREADS / p.team), 1, 1], 0, &p)?;
 
     let large = cuda.shared_limit() >= LARGE_SHARED;
+    let hopper = on_hopper(cuda, dtype, head) && p.has(VEC_Q | VEC_K | VEC_V | VEC_DU);
     for (of_keys, stay) in [(true, keys), (false, rows)] {
+        if hopper {
+            let blocks = p.set_tiles(heads, stay, HOPPER_TILE, (if of_keys { rows } else { keys }) * (d + dv) * dtype.size());
+            cuda.launch(&hopper_backward_kernel(head, of_keys), [blocks, 1, 1], hopper_backward_shared(head, of_keys), &p)?;
+            continue;
+        }
         let b = Backward::new(dtype, head, of_keys, large);
-        let blocks = p.set_tiles(stay, b.rows()) * heads as u32;
+        let blocks = p.set_tiles(heads, stay, b.rows(), (if of_keys { rows } else { keys }) * (d + dv) * dtype.size());
         cuda.launch(&b.kernel(), [blocks, 1, 1], b.shared(), &p)?;
     }
     Ok(())

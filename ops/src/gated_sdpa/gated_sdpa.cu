@@ -9,7 +9,7 @@
 // shared: Q [ROWS × HD], one tile of K and one of V [KEYS × HD], rows padded by 16 bytes so that ldmatrix meets no bank twice. V comes while S is
 //     computed, the next K while the softmax and P V are: one buffer each is enough, and two blocks fit on a multiprocessor.
 // masks: a tile that all rows see in full skips the comparisons; one that none sees is never visited.
-// order: blocks of one head follow each other (K and V stay in L2), those with most keys first under a causal mask.
+// order: those with most keys first under a causal mask, see turn_of.
 // epilogue: u = O / sum goes in f32 to the place of Q, K and V; then rows are read, gated and written by 16-byte vectors. The gate costs reading the logits
 //     and writing u. log-sum-exp in f32.
 // few rows, many keys (decoding): blocks share a head's keys; each writes its normalised part in f32, and sdpa_combine joins them and applies the gate.
@@ -30,8 +30,8 @@ template <class T, int HD, int M, int WARPS, int KEYS> TG_DEVICE void sdpa_forwa
     int *lo = shared<int>(QTile::BYTES + 2 * KTile::BYTES), *hi = lo + ROWS;
 
     if (block_x() == 0 && block_y() == 0) check_documents(p);
-    u32 bh, rank, b, hk;
-    p.tiles.divmod(block_x(), bh, rank);
+    auto [bh, rank] = turn_of(p);
+    u32 b, hk;
     p.heads.divmod(bh, b, hk);
     int r0 = (p.n_tiles - 1 - (int)rank) * ROWS, n = min_of(ROWS, p.R - r0);
     int from = 0, to = p.keys; // of a split
@@ -171,43 +171,7 @@ template <class T, int HD, int M, int WARPS, int KEYS> TG_DEVICE void sdpa_forwa
             if (i % HD < p.dv_cols) to[(u64)(i / HD) * p.dv_cols + i % HD] = *out.at(i / HD, i % HD);
         return;
     }
-    // a thread has vectors of rows, or single elements where rows are not whole aligned vectors
-    Rows<T> os(p, p.o, b, hk), us(p, p.u, b, hk);
-    Rows<const T> gates(p, p.gate, b, hk);
-    if (p.vec & VEC_O) {
-        typedef Shares<T, ROWS, HD, THREADS> S;
-        int me = thread_anew(), c0 = me % S::WIDE * S::N;
-        TG_ROLLED for (int i = me / S::WIDE; i < n; i += S::TALL) {
-            T *to = os.at(r0 + i), *ungated = us.at(r0 + i);
-            const T* logits = gates.at(r0 + i);
-            float headwise = p.gating == 1 ? load(logits[0]) : 0.f;
-            for (int c = c0; c < p.dv_cols; c += S::WIDE * S::N) {
-                float x[S::N], g[S::N];
-                TG_UNROLL for (int j = 0; j < S::N; j += 4) {
-                    float four[4];
-                    load16(four, out.at(i, c + j));
-                    TG_UNROLL for (int e = 0; e < 4; e++) { x[j + e] = four[e]; g[j + e] = headwise; }
-                }
-                if (p.gating) {
-                    store16(ungated + c, x);
-                    if (p.gating == 2) load16(g, logits + c);
-                    TG_UNROLL for (int j = 0; j < S::N; j++) x[j] = gated(p, x[j], g[j]);
-                }
-                store16(to + c, x);
-            }
-        }
-    } else {
-        TG_ROLLED for (int k = thread_anew(); k < n * HD; k += THREADS) {
-            int i = k / HD, c = k % HD;
-            if (c >= p.dv_cols) continue;
-            float x = *out.at(i, c);
-            if (p.gating) {
-                us.at(r0 + i)[c] = store<T>(x);
-                x = gated(p, x, load(gates.at(r0 + i)[p.gating == 2 ? c : 0]));
-            }
-            os.at(r0 + i)[c] = store<T>(x);
-        }
-    }
+    write_gated<T, ROWS, HD, THREADS>(p, out, b, hk, r0, n);
 }
 
 // Joins the parts of a split over keys: a warp per row.

@@ -27,7 +27,7 @@ struct SdpaParams {
     const void* cu;                             // document boundaries, or null
     float* pattern;                             // [B, H, T, S]
     Fault fault;                                // cu does not rise from 0 to T
-    FastDiv group, heads, tiles, rows;          // H / Hkv, Hkv, tiles of a head, R
+    FastDiv group, heads, tiles, rows, section; // H / Hkv, Hkv, tiles of a head, R, heads whose tiles are in turn
     i32 queries, keys, R, H, Hkv, d, dv_cols;   // T, S, T group
     i32 window, causal;                         // window: at most S, which is none
     i32 n_tiles, cu_count, cu_wide;
@@ -41,6 +41,17 @@ enum { VEC_Q = 1, VEC_K = 2, VEC_V = 4, VEC_O = 16, VEC_DU = 32, VEC_DQ = 64, VE
 enum { SIGMOID, SILU, NS_SIGMOID, IDENTITY };
 
 constexpr float LOG2E = 1.44269504088896f, LN2 = 0.693147180559945f;
+
+// ---- order ----
+// Which tile a block has. The tiles with most work of all heads of a section come first, so that no long one is left for the end; a section has as many
+// heads as leave what they stream in L2.
+struct Turn { u32 bh, rank; };
+TG_DEVICE Turn turn_of(const SdpaParams& p) {
+    u32 x, head, section, rank;
+    p.section.divmod(block_x(), x, head);
+    p.tiles.divmod(x, section, rank);
+    return {section * p.section.divisor + head, rank};
+}
 
 // ---- rows ----
 // Query rows of one key/value head.
@@ -160,15 +171,82 @@ TG_DEVICE float activate(u32 kind, float x) {
     float s = fast_sigmoid(x);
     return kind == SIGMOID ? s : kind == SILU ? x * s : 0.5f + 0.5f * s;
 }
-// The activation's derivative.
-TG_DEVICE float slope(u32 kind, float x) {
-    if (kind == IDENTITY) return 1.f;
-    float s = fast_sigmoid(x), d = s * fast_sigmoid(-x);
-    return kind == SIGMOID ? d : kind == SILU ? s + x * d : 0.5f * d;
+// The activation and its derivative, from one exponential.
+struct Activated { float value, slope; };
+TG_DEVICE Activated activate_both(u32 kind, float x) {
+    float e = fast_exp(-fabsf(x)), r = fast_reciprocal(1.f + e), s = x < 0.f ? e * r : r, d = e * r * r;
+    if (kind == SILU) return {x * s, s + x * d};
+    float m = kind == SIGMOID ? 1.f : kind == NS_SIGMOID ? 0.5f : 0.f;
+    return {m * s + (kind == IDENTITY ? x : kind == NS_SIGMOID ? 0.5f : 0.f), kind == IDENTITY ? 1.f : m * d};
 }
 TG_DEVICE float gated(const SdpaParams& p, float u, float logit) {
     float a = activate(p.activation, logit);
     return p.additive ? u + a : u * a;
+}
+
+// ---- the way out ----
+// A thread has vectors of rows; logits of AHEAD of them are on their way at once.
+template <class T, int ROWS, int HD, int THREADS, u32 ACTIVATION>
+TG_DEVICE void write_vectors(const SdpaParams& p, const Tile<float, ROWS, HD>& out, u32 b, u32 hk, int r0, int n) {
+    typedef Shares<T, ROWS, HD, THREADS> S;
+    constexpr int AHEAD = 4;
+    Rows<T> os(p, p.o, b, hk), us(p, p.u, b, hk);
+    Rows<const T> gates(p, p.gate, b, hk);
+    int me = thread_anew();
+    TG_ROLLED for (int c = me % S::WIDE * S::N; c < p.dv_cols; c += S::WIDE * S::N) {
+        TG_ROLLED for (int first = me / S::WIDE; first < n; first += AHEAD * S::TALL) {
+            union { U4 whole; T t[S::N]; } logits[AHEAD];
+            TG_UNROLL for (int k = 0; k < AHEAD; k++) {
+                int i = first + k * S::TALL;
+                if (i < n && p.gating == 2) logits[k].whole = *(const U4*)(gates.at(r0 + i) + c);
+                if (i < n && p.gating == 1) {
+                    T one = *gates.at(r0 + i);
+                    TG_UNROLL for (int j = 0; j < S::N; j++) logits[k].t[j] = one;
+                }
+            }
+            TG_UNROLL for (int k = 0; k < AHEAD; k++) {
+                int i = first + k * S::TALL;
+                if (i >= n) continue;
+                float x[S::N];
+                TG_UNROLL for (int j = 0; j < S::N; j += 4) {
+                    float four[4];
+                    load16(four, out.at(i, c + j));
+                    TG_UNROLL for (int e = 0; e < 4; e++) x[j + e] = four[e];
+                }
+                if (p.gating) {
+                    store16(us.at(r0 + i) + c, x);
+                    TG_UNROLL for (int j = 0; j < S::N; j++) {
+                        float y = activate(ACTIVATION, load(logits[k].t[j]));
+                        x[j] = p.additive ? x[j] + y : x[j] * y;
+                    }
+                }
+                store16(os.at(r0 + i) + c, x);
+            }
+        }
+    }
+}
+// The first n rows of a tile, which are rows r0.. of a head: gated and written, and ungated beside it if there is a gate. By threads 0 to THREADS.
+template <class T, int ROWS, int HD, int THREADS>
+TG_DEVICE void write_gated(const SdpaParams& p, const Tile<float, ROWS, HD>& out, u32 b, u32 hk, int r0, int n) {
+    if (p.vec & VEC_O) {
+        if (p.activation == SIGMOID) write_vectors<T, ROWS, HD, THREADS, SIGMOID>(p, out, b, hk, r0, n);
+        else if (p.activation == SILU) write_vectors<T, ROWS, HD, THREADS, SILU>(p, out, b, hk, r0, n);
+        else if (p.activation == NS_SIGMOID) write_vectors<T, ROWS, HD, THREADS, NS_SIGMOID>(p, out, b, hk, r0, n);
+        else write_vectors<T, ROWS, HD, THREADS, IDENTITY>(p, out, b, hk, r0, n);
+    } else { // single elements, where rows are not whole aligned vectors
+        Rows<T> os(p, p.o, b, hk), us(p, p.u, b, hk);
+        Rows<const T> gates(p, p.gate, b, hk);
+        TG_ROLLED for (int k = thread_anew(); k < n * HD; k += THREADS) {
+            int i = k / HD, c = k % HD;
+            if (c >= p.dv_cols) continue;
+            float x = *out.at(i, c);
+            if (p.gating) {
+                us.at(r0 + i)[c] = store<T>(x);
+                x = gated(p, x, load(gates.at(r0 + i)[p.gating == 2 ? c : 0]));
+            }
+            os.at(r0 + i)[c] = store<T>(x);
+        }
+    }
 }
 
 // ---- products, each B fragment used for M fragments of A ----

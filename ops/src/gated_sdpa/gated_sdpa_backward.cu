@@ -18,63 +18,80 @@
 //
 // shared: X, Y [ROWS × HD]; x [STEP × HD] twice (BUFFERS), the next comes during a whole step; y once, the next comes after its last use: after out2, or for
 //     queries after dP; rows' (lse, delta) beside x where queries stream; P and dS [ROWS × STEP] if W > 1.
-// order: blocks with most work first under a causal mask: first keys, last queries.
+// order: blocks with most work first under a causal mask: first keys, last queries; see turn_of.
 //
 // Estimate, bf16, HD 128, keys (M 2, W 2, 8 warps, ROWS 128, STEP 64): 4 products of 2·128·64·128 = 8.4 MFLOP a step; shared memory moves 490 KB, at 128 B
 // a cycle 3,800 cycles, mma.sync takes 3,400: both about full. 180 KB shared, 1 block. Queries (M 2, W 1, 4 warps, STEP 32): 96 KB, 2 blocks.
 // At 370 TFLOP/s of products done, 5/7 of it counts: 264.
 #include "gated_sdpa.cuh"
 
-template <class T> TG_DEVICE void read_some(float (&v)[Vec<T>::N], const T* x, int left, bool vec) {
-    if (vec) load16(v, x);
-    else { TG_UNROLL for (int i = 0; i < Vec<T>::N; i++) v[i] = i < left ? load(x[i]) : 0.f; }
+// N elements as they lie in memory.
+template <class T, int N> union Some { T t[N]; };
+template <class T> union alignas(16) Some<T, Vec<T>::N> { U4 whole; T t[Vec<T>::N]; };
+template <class T, int N> TG_DEVICE void read(Some<T, N>& v, const T* x) {
+    if constexpr (N > 1) v.whole = *(const U4*)x;
+    else v.t[0] = *x;
 }
-template <class T> TG_DEVICE void write_some(T* x, const float (&v)[Vec<T>::N], int left, bool vec) {
-    if (vec) store16(x, v);
-    else { TG_UNROLL for (int i = 0; i < Vec<T>::N; i++) if (i < left) x[i] = store<T>(v[i]); }
+template <class T, int N> TG_DEVICE void write(T* x, const Some<T, N>& v) {
+    if constexpr (N > 1) *(U4*)x = v.whole;
+    else *x = v.t[0];
 }
-// `team` lanes have a row.
+struct RowSums { float delta, dlogit; };
+// A lane's part of a row, N columns at a time: the gradients of what is gated and of element-wise logits, and its share of the sums.
+template <class T, int N, u32 ACTIVATION> TG_DEVICE RowSums prepare_row(const SdpaParams& p, u32 b, u32 time, u32 h, u32 me, float headwise) {
+    auto row = [&](const Strided& x) { return (T*)x.p + ((i64)b * x.b + (i64)time * x.t + (i64)h * x.h); };
+    const T *dy = row(p.dy), *us = row(p.u), *logits = row(p.gate);
+    bool elementwise = p.gating == 2, multiplies = p.gating && !p.additive;
+    RowSums sums{0.f, 0.f};
+    TG_ROLLED for (int c = me * N; c < p.dv_cols; c += p.team * N) {
+        Some<T, N> y, x, l;
+        read<T, N>(y, dy + c);
+        read<T, N>(x, us + c);
+        if (elementwise) read<T, N>(l, logits + c);
+        TG_UNROLL for (int i = 0; i < N; i++) {
+            float grad = load(y.t[i]), u = load(x.t[i]);
+            Activated a = activate_both(ACTIVATION, elementwise ? load(l.t[i]) : headwise);
+            float dx = p.additive ? grad : grad * u;
+            l.t[i] = store<T>(dx * a.slope);
+            sums.dlogit += dx;
+            if (multiplies) {
+                y.t[i] = store<T>(grad * a.value);
+                grad = load(y.t[i]); // as the products see it
+            }
+            sums.delta += grad * u;
+        }
+        if (elementwise) write<T, N>(row(p.dgate) + c, l);
+        if (multiplies) write<T, N>(row(p.du) + c, y);
+    }
+    return sums;
+}
+template <class T, int N> TG_DEVICE RowSums prepare_row(const SdpaParams& p, u32 b, u32 time, u32 h, u32 me, float headwise) {
+    if (p.activation == SIGMOID) return prepare_row<T, N, SIGMOID>(p, b, time, h, me, headwise);
+    if (p.activation == SILU) return prepare_row<T, N, SILU>(p, b, time, h, me, headwise);
+    if (p.activation == NS_SIGMOID) return prepare_row<T, N, NS_SIGMOID>(p, b, time, h, me, headwise);
+    return prepare_row<T, N, IDENTITY>(p, b, time, h, me, headwise);
+}
+// `team` lanes have a row; registers are few, so that enough threads fit for memory to be the bound.
 template <class T> TG_DEVICE void sdpa_prepare(const SdpaParams& p) {
-    constexpr int N = Vec<T>::N;
     u32 id = (block_x() * threads() + thread()) / p.team, me = thread() & (p.team - 1);
     bool in = id < p.total;
     u32 bh, r, b, hk, time, g;
     p.rows.divmod(in ? id : 0, bh, r);
     p.heads.divmod(bh, b, hk);
     p.group.divmod(r, time, g);
-    const T *dy = Rows<const T>(p, p.dy, b, hk).at(r), *u = Rows<const T>(p, p.u, b, hk).at(r);
-    const T* logits = p.gating ? Rows<const T>(p, p.gate, b, hk).at(r) : nullptr;
-    T *du = Rows<T>(p, p.du, b, hk).at(r), *dgate = p.gating ? Rows<T>(p, p.dgate, b, hk).at(r) : nullptr;
-    bool vec = p.vec & VEC_PREPARE;
-    float headwise = p.gating == 1 ? load(logits[0]) : 0.f, delta = 0.f, dlogit = 0.f;
-    for (int c = me * N; in && c < p.dv_cols; c += p.team * N) {
-        int left = p.dv_cols - c;
-        float y[N], x[N], l[N], d[N];
-        read_some<T>(y, dy + c, left, vec);
-        read_some<T>(x, u + c, left, vec);
-        if (p.gating == 2) read_some<T>(l, logits + c, left, vec);
-        TG_UNROLL for (int i = 0; i < N; i++) {
-            float logit = p.gating == 2 ? l[i] : headwise, grad = y[i];
-            if (p.gating) {
-                float dx = (p.additive ? grad : grad * x[i]);
-                if (p.gating == 2) d[i] = dx * slope(p.activation, logit);
-                else dlogit += dx;
-                if (!p.additive) grad = load(store<T>(grad * activate(p.activation, logit))); // as the products see it
-            }
-            y[i] = grad;
-            delta += grad * x[i];
-        }
-        if (p.gating == 2) write_some<T>(dgate + c, d, left, vec);
-        if (p.gating && !p.additive) write_some<T>(du + c, y, left, vec);
-    }
+    u32 h = hk * p.group.divisor + g;
+    float headwise = p.gating == 1 ? load(((const T*)p.gate.p)[(i64)b * p.gate.b + (i64)time * p.gate.t + (i64)h * p.gate.h]) : 0.f;
+    float lse = me == 0 ? p.lse[((u64)b * p.queries + time) * p.H + h] : 0.f;
+    RowSums sums{0.f, 0.f};
+    if (in) sums = p.vec & VEC_PREPARE ? prepare_row<T, Vec<T>::N>(p, b, time, h, me, headwise) : prepare_row<T, 1>(p, b, time, h, me, headwise);
     for (u32 m = p.team / 2; m > 0; m >>= 1) {
-        delta += shuffle_xor(delta, m);
-        dlogit += shuffle_xor(dlogit, m);
+        sums.delta += shuffle_xor(sums.delta, m);
+        sums.dlogit += shuffle_xor(sums.dlogit, m);
     }
     if (!in || me != 0) return;
-    if (p.gating == 1) dgate[0] = store<T>(dlogit * slope(p.activation, headwise));
-    float lse = p.lse[((u64)b * p.queries + time) * p.H + hk * p.group.divisor + g];
-    *(U2*)(p.stats + 2 * ((u64)bh * (p.R + p.R % 2) + r)) = U2{float_bits(lse * LOG2E), float_bits(delta)};
+    if (p.gating == 1)
+        ((T*)p.dgate.p)[(i64)b * p.dgate.b + (i64)time * p.dgate.t + (i64)h * p.dgate.h] = store<T>(sums.dlogit * activate_both(p.activation, headwise).slope);
+    *(U2*)(p.stats + 2 * ((u64)bh * (p.R + p.R % 2) + r)) = U2{float_bits(lse * LOG2E), float_bits(sums.delta)};
 }
 
 template <class T, int HD, bool OF_KEYS, int M, int W, int WARPS, int STEP, int BUFFERS> TG_DEVICE void sdpa_backward(const SdpaParams& p) {
@@ -89,8 +106,8 @@ template <class T, int HD, bool OF_KEYS, int M, int W, int WARPS, int STEP, int 
     Scores ds{shared<T>(AT_DS)}, probs{shared<T>(AT_P)};
     int *lo = shared<int>(AT_P + (W > 1 && OF_KEYS ? Scores::BYTES : 0)), *hi = lo + ROWS;
 
-    u32 bh, rank, b, hk;
-    p.tiles.divmod(block_x(), bh, rank);
+    auto [bh, rank] = turn_of(p);
+    u32 b, hk;
     p.heads.divmod(bh, b, hk);
     int i0 = (OF_KEYS ? (int)rank : p.n_tiles - 1 - (int)rank) * ROWS, n = min_of(ROWS, (OF_KEYS ? p.keys : p.R) - i0), limit = OF_KEYS ? p.R : p.keys;
     for (int i = thread(); i < ROWS; i += THREADS) {

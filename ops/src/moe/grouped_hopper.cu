@@ -219,6 +219,7 @@ template <int KIND> TG_DEVICE void grouped(const GroupedParams& p) {
             stage = (stage + 1) % STAGES;
         }
         wgmma_wait<0>();
+        wgmma_settle(d);
         finish<KIND>(g, x, d);
     }
     copy_wait<0>();
