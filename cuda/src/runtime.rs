@@ -20,6 +20,7 @@ struct Inner {
     driver: Arc<dyn Driver>,
     memory: Arc<Memory>,
     functions: RwLock<HashMap<Kernel, Arc<Slot>>>,
+    hopper: bool,
     /// Wait after each launch, so that an error names its kernel: `TIDEGATE_CUDA_SYNC=1`.
     synchronous: bool,
     check: Mutex<Check>,
@@ -68,7 +69,7 @@ pub fn emulator() -> Result<Device> {
     shared_emulator(&ONE, 80)
 }
 
-/// The emulator as a Hopper GPU: ops take their variants for it, since `Cuda::arch` is 90. One instance per process, another device than [`emulator`].
+/// The emulator as a Hopper GPU: ops take their variants for it, since it is one of compute capability 9.0. One instance per process, another device than [`emulator`].
 pub fn hopper_emulator() -> Result<Device> {
     static ONE: Mutex<Option<Device>> = Mutex::new(None);
     shared_emulator(&ONE, 90)
@@ -97,9 +98,15 @@ fn new_emulator(bytes: usize, arch: u32) -> Result<Device> {
 impl Cuda {
     fn new(driver: Arc<dyn Driver>, model: String) -> Result<Cuda> {
         let synchronous = std::env::var_os("TIDEGATE_CUDA_SYNC").is_some_and(|v| v == "1");
+        let hopper = match std::env::var_os("TIDEGATE_CUDA_HOPPER").unwrap_or_default() {
+            v if v.is_empty() => driver.arch() == 90,
+            v if v == "off" => false,
+            v => return Err(Error::invalid("cuda", format!("TIDEGATE_CUDA_HOPPER is {v:?}; `off` is possible"))),
+        };
         let memory = Memory::new(driver.clone());
         Ok(Cuda(Arc::new(Inner {
             driver,
+            hopper,
             memory,
             functions: Default::default(),
             synchronous,
@@ -161,6 +168,10 @@ impl Cuda {
     /// Compute capability times ten, 90 on Hopper; what the emulator stands for, 80 or 90.
     pub fn arch(&self) -> u32 {
         self.0.driver.arch()
+    }
+    /// Whether ops take their variants for Hopper; `TIDEGATE_CUDA_HOPPER=off` has them take those for sm_80 there too, to compare.
+    pub fn is_hopper(&self) -> bool {
+        self.0.hopper
     }
     /// Multiprocessors.
     pub fn processors(&self) -> u32 {

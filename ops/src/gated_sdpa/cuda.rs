@@ -297,7 +297,7 @@ fn problem(op: &'static str, cuda: &Cuda, a: &Attention, q: &View, k: &View, dv:
 }
 
 fn on_hopper(cuda: &Cuda, dtype: DType, head: usize) -> bool {
-    cuda.arch() == 90 && dtype == DType::BF16 && HOPPER_HEADS.contains(&head)
+    cuda.is_hopper() && dtype == DType::BF16 && HOPPER_HEADS.contains(&head)
 }
 
 impl SdpaParams {

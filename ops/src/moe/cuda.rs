@@ -162,7 +162,7 @@ impl<'a> Routed<'a> {
     /// Whether Hopper's kernels can be used: all rows are whole pieces of 16 bytes.
     fn hopper(&self, abc: [Ptr; 3], act: Ptr, widths: [usize; 2]) -> bool {
         let whole = abc.iter().chain([&act]).all(|p| p.0.is_multiple_of(16)) && widths.iter().all(|n| n.is_multiple_of(8));
-        self.cuda.arch() == 90 && self.dtype == DType::BF16 && whole
+        self.cuda.is_hopper() && self.dtype == DType::BF16 && whole
     }
     /// Launches one of Hopper's kernels, on no more blocks than there may be tiles.
     fn launch_hopper(&self, kind: u32, tiles: usize, p: &GroupedParams) -> Result<()> {
