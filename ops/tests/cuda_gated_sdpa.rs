@@ -192,6 +192,7 @@ fn tiles_of_hopper() {
         case(1, [200, 200], [1, 1], [64, 64], full(Some(30)), None),
         case(1, [130, 140], [2, 2], [40, 56], CAUSAL, gate(4)),
         case(1, [130, 140], [2, 1], [72, 128], CAUSAL, gate(6)),
+        case(1, [200, 230], [2, 1], [64, 64], Attention { scale: Some(-0.3), ..CAUSAL }, gate(5)),
         packed(300, &[0, 1, 140, 140, 290, 300], [2, 1], CAUSAL),
         packed(290, &[0, 130, 290], [2, 2], full(None)),
     ];
