@@ -202,6 +202,7 @@ template <int KIND> TG_DEVICE void grouped(const GroupedParams& p) {
     copies.next();
     for (u32 tile = block_x(); tile < tiles; tile += grid_x()) {
         Place x = g.place(tile);
+        bool work = warp() / 4 * 64 < (KIND < 3 ? x.rows : p.rows_of - x.m0); // else none of the warpgroup's rows is there
         float d[BN / 2];
         for (u32 step = 0; step < x.steps; step++) {
             copy_wait<1>();
@@ -210,10 +211,12 @@ template <int KIND> TG_DEVICE void grouped(const GroupedParams& p) {
             u32 a = shared_address(shared<u8>()) + stage * STAGE, b = a + A_BYTES;
             a += warp() / 4 * GROUP;
             u64 da = TRANS_A ? mn_major(a, GROUP) : k_major(a), db = TRANS_B ? mn_major(b, GROUP) : k_major(b);
-            wgmma_fence();
-            TG_UNROLL for (u32 k = 0; k < 4; k++)
-                wgmma<BN, TRANS_A, TRANS_B>(d, deeper(da, k * (TRANS_A ? 128 : 2)), deeper(db, k * (TRANS_B ? 128 : 2)), step + k > 0);
-            wgmma_commit();
+            if (work) {
+                wgmma_fence();
+                TG_UNROLL for (u32 k = 0; k < 4; k++)
+                    wgmma<BN, TRANS_A, TRANS_B>(d, deeper(da, k * (TRANS_A ? 128 : 2)), deeper(db, k * (TRANS_B ? 128 : 2)), step + k > 0);
+                wgmma_commit();
+            }
             copies.next();
             wgmma_wait<1>();
             stage = (stage + 1) % STAGES;
