@@ -11,7 +11,7 @@ struct AddParams {
 };
 
 // out[o][index[i]][j] += x[o][i][j]. A block has ROWS entries of the axis to itself and reads all indices, LIST of them at a time: it writes down those
-// that are its own, in order, then each thread adds up its columns in f32 (f64 for f64) and rounds once per list.
+// that are its own, in order, then each thread adds up its columns, AHEAD at a time, in f32 (f64 for f64) and rounds once per list.
 constexpr int ROWS = 32, LIST = 2048;
 template <class T> TG_DEVICE void index_add(const AddParams& p) {
     typedef Wide<T> W;
@@ -22,11 +22,14 @@ template <class T> TG_DEVICE void index_add(const AddParams& p) {
     const T* x = (const T*)p.x + o * p.n * p.inner;
     T* out = (T*)p.out + o * p.length * p.inner;
     u32 warps = threads() / 32;
+    constexpr int AHEAD = 4;
     for (u64 start = 0; start < p.n; start += LIST) {
         u32 found = 0; // the same in all threads
+        i64 next = start + thread() < p.n ? read_index(p.index, p.kind, start + thread()) : -1;
         for (u32 part = 0; part < LIST && start + part < p.n; part += threads()) {
             u64 i = start + part + thread();
-            i64 k = i < p.n ? read_index(p.index, p.kind, i) : -1;
+            i64 k = next;
+            next = i + threads() < p.n ? read_index(p.index, p.kind, i + threads()) : -1; // is under way past the barriers
             if (i < p.n && (k < 0 || (u64)k >= p.length) && block_x() == 0 && o == 0) p.fault.tell(k);
             bool mine = k >= 0 && (u64)k < p.length && (u64)k >= first && (u64)k < first + ROWS;
             u32 votes = ballot(mine);
@@ -49,12 +52,17 @@ template <class T> TG_DEVICE void index_add(const AddParams& p) {
             bool any = false;
             for (u32 e = 0; e < found; e++) any |= row[e] == r;
             if (!any) continue;
-            for (u64 j = thread(); j < p.inner; j += threads()) {
-                typename W::type sum = 0;
-                for (u32 e = 0; e < found; e++)
-                    if (row[e] == r) sum += W::up(x[(start + place[e]) * p.inner + j]);
-                T* to = out + (first + r) * p.inner + j;
-                *to = W::down(W::up(*to) + sum);
+            for (u64 first_j = thread(); first_j < p.inner; first_j += threads() * AHEAD) {
+                typename W::type sum[AHEAD] = {}, old[AHEAD];
+                T* to = out + (first + r) * p.inner + first_j;
+                auto in = [&](int c) { return first_j + c * threads() < p.inner; };
+                TG_UNROLL for (int c = 0; c < AHEAD; c++) old[c] = in(c) ? W::up(to[c * threads()]) : 0;
+                for (u32 e = 0; e < found; e++) {
+                    if (row[e] != r) continue;
+                    const T* from = x + (start + place[e]) * p.inner + first_j;
+                    TG_UNROLL for (int c = 0; c < AHEAD; c++) sum[c] += in(c) ? W::up(from[c * threads()]) : 0;
+                }
+                TG_UNROLL for (int c = 0; c < AHEAD; c++) if (in(c)) to[c * threads()] = W::down(old[c] + sum[c]);
             }
         }
         sync(); // the lists are written anew

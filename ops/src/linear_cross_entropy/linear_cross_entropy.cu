@@ -59,7 +59,12 @@ template <class T, int HELD> TG_DEVICE void loss(const LossParams& p) {
     float v[AHEAD][4]; // where a row is held: exponentials relative to `top`, once the sum is known
     auto fetch = [&](i32 start) {
         const float* from = z + start + mine;
-        i32 left = (i32)p.vocab - start - mine;
+        i32 left = (i32)p.vocab - start;
+        if (left >= STEP) {
+            TG_UNROLL for (int j = 0; j < AHEAD; j++) load16(v[j], from + j * SIDE);
+            return;
+        }
+        left -= mine;
         TG_UNROLL for (int j = 0; j < AHEAD; j++) {
             if (left > j * SIDE) load16(v[j], from + j * SIDE);
             TG_UNROLL for (int i = 0; i < 4; i++) if (left <= j * SIDE + i) v[j][i] = -infinity();
@@ -67,46 +72,46 @@ template <class T, int HELD> TG_DEVICE void loss(const LossParams& p) {
     };
     if (HELD > 0) fetch(0); // before anything is waited for
     i64 target = p.targets[row];
-    bool counts = target >= 0 && (u64)target < p.vocab;
-    float lse = 0.f, share = 0.f, logit = 0.f, top = -infinity(), sum = 0.f;
-    if (counts) {
-        logit = z[target], share = 1.f / *p.counted;
-        for (i32 start = 0; start < end; start += STEP) {
-            if (HELD == 0) fetch(start);
-            float most = top;
-            TG_UNROLL for (int j = 0; j < AHEAD; j++)
-                TG_UNROLL for (int i = 0; i < 4; i++) most = max_of(most, v[j][i]);
-            float base = most == -infinity() ? 0.f : most; // none yet: e^-∞ is 0
-            sum *= exp_of<T>(top - base);
-            top = most;
-            TG_UNROLL for (int j = 0; j < AHEAD; j++) {
-                TG_UNROLL for (int i = 0; i < 4; i++) {
-                    float e = exp_of<T>(v[j][i] - base);
-                    sum += e;
-                    if (HELD > 0) v[j][i] = e;
-                }
+    if (target < 0 || (u64)target >= p.vocab) {
+        if (thread() == 0) p.losses[row] = 0.f;
+        float none[4] = {};
+        if (p.grad) for (i32 c = mine; c < (i32)p.vocab; c += SIDE) put4(dz + c, none);
+        return;
+    }
+    float logit = z[target], share = 1.f / *p.counted, top = -infinity(), sum = 0.f;
+    for (i32 start = 0; start < end; start += STEP) {
+        if (HELD == 0) fetch(start);
+        float most = top;
+        TG_UNROLL for (int j = 0; j < AHEAD; j++)
+            TG_UNROLL for (int i = 0; i < 4; i++) most = max_of(most, v[j][i]);
+        float base = most == -infinity() ? 0.f : most; // none yet: e^-∞ is 0
+        sum *= exp_of<T>(top - base);
+        top = most;
+        TG_UNROLL for (int j = 0; j < AHEAD; j++) {
+            TG_UNROLL for (int i = 0; i < 4; i++) {
+                float e = exp_of<T>(v[j][i] - base);
+                sum += e;
+                if (HELD > 0) v[j][i] = e;
             }
         }
-        float most = block_max(top, scratch);
-        lse = most + logf(block_sum(top == -infinity() ? sum : sum * exp_of<T>(top - most), scratch));
     }
+    float most = block_max(top, scratch);
+    float lse = most + logf(block_sum(top == -infinity() ? sum : sum * exp_of<T>(top - most), scratch));
     if (thread() == 0) p.losses[row] = lse - logit;
     if (!p.grad) return;
     sync();
     float scale = top == -infinity() ? 0.f : exp_of<T>(top - lse) * share;
     for (i32 start = 0; start < end; start += STEP) {
-        if (HELD == 0 && counts) fetch(start);
-        if (HELD == 0) sync();
-        i32 left = (i32)p.vocab - start - mine, hit = (i32)target - start - mine;
+        if (HELD == 0) fetch(start), sync();
+        i32 left = (i32)p.vocab - start - mine;
         T* to = dz + start + mine;
         TG_UNROLL for (int j = 0; j < AHEAD; j++) {
-            TG_UNROLL for (int i = 0; i < 4; i++) {
-                float g = HELD > 0 ? v[j][i] * scale : exp_of<T>(v[j][i] - lse) * share;
-                v[j][i] = counts ? g - (hit == j * SIDE + i ? share : 0.f) : 0.f;
-            }
+            TG_UNROLL for (int i = 0; i < 4; i++) v[j][i] = HELD > 0 ? v[j][i] * scale : exp_of<T>(v[j][i] - lse) * share;
             if (left > j * SIDE) put4(to + j * SIDE, v[j]);
         }
     }
+    // by the thread that wrote its vector
+    if (thread() == (u32)target / 4 % THREADS) dz[target] = store<T>((exp_of<T>(logit - lse) - 1.f) * share);
 }
 
 struct MeanParams {
