@@ -23,13 +23,18 @@ params! { struct DeltaParams {
     scale: f32,
 } }
 
+/// Bytes of a fragment of sums, which parts of the keys trade.
+const FRAGMENT: usize = 512;
 /// Fewest chunks of a sequence that is cut.
 const WORTH: usize = 32;
+/// Fewest pieces that are worth a pass that sums them up. The forward's costs about half of a walk; the backward's two cost as much as the walks themselves.
+const LEAST: [usize; 2] = [2, 3];
 /// Pieces that a sequence of so many chunks is cut into, where `chains` blocks walk side by side without a cut: what fills the card once, and no more than
 /// the root of the chunks, where the chunks of a piece and the joints between pieces take about as long (delta_rule_pieces.cu).
-fn pieces(chunks: usize, chains: usize, dk: usize, processors: usize) -> usize {
+fn pieces(chunks: usize, chains: usize, dk: usize, processors: usize, back: bool) -> usize {
     let resident = if dk > 128 { 1 } else { 2 }; // blocks of a multiprocessor, by their registers
-    if chunks < WORTH { 1 } else { (processors * resident / chains.max(1)).min(chunks.isqrt()).max(1) }
+    let n = (processors * resident / chains.max(1)).min(chunks.isqrt());
+    if chunks < WORTH || n < LEAST[back as usize] { 1 } else { n }
 }
 
 /// A call: what its kernels are handed, and the memory that they share.
@@ -44,7 +49,7 @@ struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    fn new(op: &DeltaRule, cuda: &'a Cuda, x: &[View]) -> Result<Self> {
+    fn new(op: &DeltaRule, cuda: &'a Cuda, x: &[View], back: bool) -> Result<Self> {
         let d = one_of("delta_rule", "q", x[0].dtype, &TYPES)?;
         let [b, t, hk, hv, dk, dv] = sizes(&x[0].layout.shape, &x[2].layout.shape);
         let wide = [dk, dv].map(|n| n.next_multiple_of(SLAB));
@@ -59,7 +64,7 @@ impl<'a> Call<'a> {
         // packed documents are cut as if they were one: nobody knows here how long they are, and the short ones stay whole
         let (walked, alone) = if op.packed { (t.div_ceil(chunk(d)), 1) } else { (chunks, b) };
         let lanes = hv * wide[1] / SLAB;
-        let cut = op.pieces.unwrap_or_else(|| pieces(walked, alone * lanes, wide[0], cuda.processors() as usize)).clamp(1, walked.max(1));
+        let cut = op.pieces.unwrap_or_else(|| pieces(walked, alone * lanes, wide[0], cuda.processors() as usize, back)).clamp(1, walked.max(1));
         let piece_len = if op.packed && cut > 1 { walked.div_ceil(cut) } else { 0 };
         let max_joints = if op.packed { chunks.checked_div(piece_len).unwrap_or(0) } else { seqs * (cut - 1) };
         let fault = cuda.fault("delta_rule", "cu_seqlens must rise from 0 to the packed length, found a bound of")?;
@@ -128,7 +133,8 @@ impl<'a> Call<'a> {
             back: 0,
             scale: op.scale.unwrap_or((dk as f64).powf(-0.5)) as f32,
         };
-        let warps = if (seqs + max_joints) * lanes < cuda.processors() as usize { WARPS[1] } else { WARPS[0] };
+        // smaller blocks, which load the same tiles for fewer values, where each still has a processor of its own
+        let warps = if 2 * (seqs + max_joints) * lanes <= cuda.processors() as usize { WARPS[1] } else { WARPS[0] };
         Ok(Call { cuda, p, d, wide, warps, kept: vec![] })
     }
     fn scratch(&mut self, bytes: usize) -> Result<Ptr> {
@@ -206,7 +212,8 @@ impl<'a> Call<'a> {
         }
         let (square, f32s) = (tile(d, c, c), tile(DType::F32, c, c));
         let stage = tile(d, c, SLAB).max(tile(d, SLAB, c)).max(square);
-        let shared = tile(d, c, SLAB) + stage + f32s.max(2 * square) + f32s + c / 16 * tile(DType::F32, 16, 16) + FACTORS * c * 4;
+        // all but two factors have a place of their own
+        let shared = tile(d, c, SLAB) + stage + f32s.max(2 * tile(d, c, SLAB).max(square)) + f32s + (FACTORS - 2) * c * 4;
         self.parallel(prepare(d, back), shared)
     }
 }
@@ -216,7 +223,7 @@ fn blocks(n: usize) -> Result<u32> {
 }
 
 fn forward(op: &DeltaRule, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
-    let mut call = Call::new(op, cuda, x)?;
+    let mut call = Call::new(op, cuda, x, false)?;
     if call.p.dv == 0 {
         return Ok(());
     }
@@ -231,16 +238,18 @@ fn forward(op: &DeltaRule, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
     }
     call.prepare(false)?;
     let dv = call.p.dv as usize;
-    // what the halves of the keys trade lies in W's place
-    let traded = if dk > 128 { WARPS[0] * 2 * (c / 8) * 512 } else { 0 };
-    call.at_joints(scan(d, dk, WARPS[0], true), dv, tile(d, c, dk).max(traded) + tile(d, c, dk) + tile(d, 16 * WARPS[0], c) + 3 * c * 4, op.erase)?;
-    let shared = 3 * tile(d, c, dk) + tile(d, c, c) + tile(d, 16 * w, c) + 3 * c * 4;
+    // what the parts of the keys trade lies in W's and Q's place, but O's
+    let fragments = |w: usize| if key_parts(dk) == 2 { 2 * w * (c / 8) * FRAGMENT } else { 0 };
+    let rest = |w: usize| tile(d, c, dk) + tile(d, 16 * w, c) + 3 * c * 4;
+    let summing = tile(d, c, dk).max(fragments(WARPS[0])) + rest(WARPS[0]);
+    call.at_joints(scan(d, dk, WARPS[0], true), dv, summing, op.erase)?;
+    let shared = (2 * tile(d, c, dk)).max(fragments(w)) + rest(w) + tile(d, c, c) + fragments(w) / 2;
     call.sequential(scan(d, dk, w, false), dv, shared)
 }
 
 fn backward(op: &DeltaRuleBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
     let rule = &op.rule;
-    let mut call = Call::new(rule, cuda, x)?;
+    let mut call = Call::new(rule, cuda, x, true)?;
     if call.p.dv == 0 {
         return y.iter().try_for_each(|y| cuda.fill(Ptr::of(y)?, 0, y.layout.numel() * y.dtype.size()));
     }
@@ -261,7 +270,8 @@ fn backward(op: &DeltaRuleBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
     call.sequential(states(d, wk, w, false), wv, shared(w))?;
     call.p.d_states = call.per_chunk(wv * wk, e)?;
     call.p.d_new = call.per_chunk(wv * c, e)?;
-    let shared = |w: usize| 3 * tile(d, c, wk) + tile(d, c, c) + 2 * (tile(d, c, 16 * w) + 3 * c * 4);
+    let traded = |w: usize| if key_parts(wk) == 2 { 2 * w * (c / 8) * FRAGMENT } else { 0 };
+    let shared = |w: usize| (tile(d, c, wk) + tile(d, c, c)).max(traded(w)) + 2 * tile(d, c, wk) + 2 * (tile(d, c, 16 * w) + 3 * c * 4);
     call.p.back = 1;
     call.at_joints(scan_back(d, wk, WARPS[0], true), wv, shared(WARPS[0]), rule.erase)?;
     call.sequential(scan_back(d, wk, w, false), wv, shared(w))?;
@@ -281,7 +291,9 @@ fn backward(op: &DeltaRuleBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
         return Ok(());
     }
     let rows = call.p.rows as usize * call.p.hk as usize;
-    cuda.launch(&grad("finish", d), [blocks(rows.div_ceil(4))?, 2, 1], 0, &call.p)
+    // 4 warps a block, and lanes of a row as in the kernel
+    let lanes = (call.p.dk as usize).div_ceil(16 / e).next_power_of_two().min(32);
+    cuda.launch(&grad("finish", d), [blocks(rows.div_ceil(4 * 32 / lanes))?, 2, 1], 0, &call.p)
 }
 
 #[cfg(test)]
@@ -293,7 +305,10 @@ mod tests {
         // (chunks, chains, Dk) on 132 multiprocessors
         let cases = [((512, 64, 128), 4), ((512, 8, 128), 22), ((512, 256, 128), 1), ((512, 133, 128), 1), ((512, 132, 128), 2), ((512, 32, 256), 4)];
         for ((chunks, chains, dk), n) in cases.into_iter().chain([((31, 1, 64), 1), ((32, 1, 64), 5), ((0, 0, 64), 1)]) {
-            assert_eq!(pieces(chunks, chains, dk, 132), n, "{chunks} chunks, {chains} chains, Dk {dk}");
+            assert_eq!(pieces(chunks, chains, dk, 132, false), n, "{chunks} chunks, {chains} chains, Dk {dk}");
+        }
+        for ((chunks, chains), n) in [((512, 132), 1), ((512, 88), 3), ((512, 8), 22), ((64, 128), 1)] {
+            assert_eq!(pieces(chunks, chains, 128, 132, true), n, "backward, {chunks} chunks, {chains} chains");
         }
     }
 }

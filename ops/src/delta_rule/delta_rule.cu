@@ -108,8 +108,8 @@ template <int C> TG_DEVICE void decay_sums(const DeltaParams& p, const Place& at
     }
 }
 
-// inv = (I + m)^-1 for a strictly lower m; every block below the diagonal blocks that is not written stays as it is.
-template <int C> TG_DEVICE void invert(const Tile<float, C, C>& m, const Tile<float, C, C>& inv, const Tile<float, 16, 16>& mine) {
+// inv = (I + m)^-1 for a strictly lower m. Blocks above the diagonal are scratch: the last one of each block row belongs to the row's warp.
+template <int C> TG_DEVICE void invert(const Tile<float, C, C>& m, const Tile<float, C, C>& inv) {
     constexpr int NB = C / 16;
     int w = warp();
     if (w < NB) {
@@ -123,7 +123,8 @@ template <int C> TG_DEVICE void invert(const Tile<float, C, C>& m, const Tile<fl
         }
     }
     sync();
-    if (w >= NB) return;
+    if (w >= NB - 1) return;
+    float* mine = inv.at(16 * w, C - 16);
     for (int b = w + 1; b < NB; b++) {
         FragC c[2];
         zero(c);
@@ -132,13 +133,13 @@ template <int C> TG_DEVICE void invert(const Tile<float, C, C>& m, const Tile<fl
             load_a(fa, m.data, m.STRIDE, 16 * b, 16 * k);
             step_rows(c, fa, inv.data, inv.STRIDE, 16 * w, 16 * k);
         }
-        put_frag(mine.data, mine.STRIDE, 0, 0, c[0]);
-        put_frag(mine.data, mine.STRIDE, 0, 8, c[1]);
+        put_frag(mine, inv.STRIDE, 0, 0, c[0]);
+        put_frag(mine, inv.STRIDE, 0, 8, c[1]);
         sync_warp();
         zero(c);
         FragA<float> fa;
         load_a(fa, inv.data, inv.STRIDE, 16 * b, 16 * b);
-        step_rows(c, fa, mine.data, mine.STRIDE, 0, 0);
+        step_rows(c, fa, mine, inv.STRIDE, 0, 0);
         TG_UNROLL for (int i = 0; i < 2; i++) {
             TG_UNROLL for (int j = 0; j < 4; j++) c[i].v[j] = -c[i].v[j];
             put_frag(inv.data, inv.STRIDE, 16 * b, 16 * w + 8 * i, c[i]);
@@ -152,10 +153,10 @@ template <class T> struct Prepare {
     static constexpr int C = Chunk<T>::N;
     static constexpr int SLABS = Tile<T, C, SLAB>::BYTES, TURNED = Tile<T, SLAB, C>::BYTES, SQUARE = Tile<T, C, C>::BYTES;
     static constexpr int STAGE = SLABS > TURNED ? (SLABS > SQUARE ? SLABS : SQUARE) : (TURNED > SQUARE ? TURNED : SQUARE);
-    static constexpr int M = Tile<float, C, C>::BYTES > 2 * SQUARE ? Tile<float, C, C>::BYTES : 2 * SQUARE;
-    // slab; slab or what goes out; M, later A's two products; A; a block for each warp; factors
-    static constexpr int AT_B = SLABS, AT_M = AT_B + STAGE, AT_INV = AT_M + M, AT_OWN = AT_INV + Tile<float, C, C>::BYTES,
-                         AT_F = AT_OWN + C / 16 * Tile<float, 16, 16>::BYTES, BYTES = AT_F + FACTORS * C * 4;
+    static constexpr int WIDE = Tile<float, C, C>::BYTES, TWO = SLABS > SQUARE ? SLABS : SQUARE, M = WIDE > 2 * TWO ? WIDE : 2 * TWO;
+    // slab; slab or what goes out; the next two slabs, later M and then A's two products; A, and before it the factors that nobody asks for after it
+    static constexpr int AT_B = SLABS, AT_M = AT_B + STAGE, AT_INV = AT_M + M, AT_F = AT_INV + WIDE, BYTES = AT_F + (FACTORS - EARLY) * C * 4;
+    static_assert(EARLY * C * 4 <= WIDE, "factors fit A");
 };
 
 // `BACK`: for the backward, which wants A and M instead of U.
@@ -170,12 +171,12 @@ template <class T, bool BACK> TG_DEVICE void delta_prepare(const DeltaParams& p)
     const T* k = head_rows<T>(p.k, p.k_stride, at, key_head);
     const T* v = head_rows<T>(p.v, p.v_stride, at, head);
     const u64 slot = block_x();
-    Tile<T, C, SLAB> ta{shared<T>()}, tb{shared<T>(S::AT_B)};
+    typedef Tile<T, C, SLAB> Slab;
+    Slab ta{shared<T>()}, tb{shared<T>(S::AT_B)};
     Tile<T, C, C> square{shared<T>(S::AT_B)}, aw{shared<T>(S::AT_M)}, au{shared<T>(S::AT_M + S::SQUARE)};
     Tile<T, SLAB, C> turned{shared<T>(S::AT_B)};
     Tile<float, C, C> m{shared<float>(S::AT_M)}, inv{shared<float>(S::AT_INV)};
-    float* f = shared<float>(S::AT_F);
-    auto factor = [&](int which) { return f + which * C; };
+    auto factor = [&](int which) { return which < EARLY ? shared<float>(S::AT_INV) + which * C : shared<float>(S::AT_F) + (which - EARLY) * C; };
     if (warp() == 0) decay_sums<C>(p, at, head, factor(G_HIGH), factor(G_LOW));
 
     // G, S, |q|^2; |k|^2 is G's diagonal
@@ -184,26 +185,36 @@ template <class T, bool BACK> TG_DEVICE void delta_prepare(const DeltaParams& p)
     zero(s);
     constexpr int PER_ROW = THREADS / C, PART = SLAB / PER_ROW;
     float qq = 0.f;
-    for (u32 d = 0; d < p.dk; d += SLAB) {
-        sync();
-        bring(ta, k + d, p.k_stride[1], at.len, p.dk - d, me, THREADS);
-        bring(tb, q + d, p.q_stride[1], at.len, p.dk - d, me, THREADS);
+    // slabs lie in two places by turns, so that the next one is on its way
+    auto fetch = [&](u32 d) {
+        if (d < p.dk) {
+            const bool odd = d / SLAB % 2;
+            bring<THREADS>(odd ? Slab{shared<T>(S::AT_M)} : ta, k + d, p.k_stride[1], at.len, p.dk - d);
+            bring<THREADS>(odd ? Slab{shared<T>(S::AT_M + S::TWO)} : tb, q + d, p.q_stride[1], at.len, p.dk - d);
+        }
         copy_commit();
-        copy_wait<0>();
+    };
+    fetch(0);
+    for (u32 d = 0; d < p.dk; d += SLAB) {
+        if (d) sync(); // the slab before the last one has been read
+        fetch(d + SLAB);
+        copy_wait<1>();
         sync();
+        const bool odd = d / SLAB % 2;
+        const Slab ks = odd ? Slab{shared<T>(S::AT_M)} : ta, qs = odd ? Slab{shared<T>(S::AT_M + S::TWO)} : tb;
         TG_UNROLL for (int i = 0; i < PART; i += Vec<T>::N) {
             float x[Vec<T>::N];
-            load16(x, (const T*)tb.at(me / PER_ROW, me % PER_ROW * PART + i));
+            load16(x, (const T*)qs.at(me / PER_ROW, me % PER_ROW * PART + i));
             TG_UNROLL for (int j = 0; j < Vec<T>::N; j++) qq += x[j] * x[j];
         }
         TG_UNROLL for (int i = 0; i < SLAB; i += 16) {
             FragA<T> fk, fq;
-            load_a(fk, ta.data, ta.STRIDE, row, i);
-            load_a(fq, tb.data, tb.STRIDE, row, i);
+            load_a(fk, ks.data, ks.STRIDE, row, i);
+            load_a(fq, qs.data, qs.STRIDE, row, i);
             TG_UNROLL for (int j = 0; j < NC; j += 2) {
                 if (c_col + 8 * j > row) continue;
                 FragB<T> fb[2];
-                load_b2(fb, ta.data, ta.STRIDE, c_col + 8 * j, i);
+                load_b2(fb, ks.data, ks.STRIDE, c_col + 8 * j, i);
                 mma(g[j], fk, fb[0]);
                 mma(g[j + 1], fk, fb[1]);
                 mma(s[j], fq, fb[0]);
@@ -230,18 +241,38 @@ template <class T, bool BACK> TG_DEVICE void delta_prepare(const DeltaParams& p)
         factor(E_G)[me] = eg;
     }
     sync();
-    for (int i = me; i < FACTORS * C; i += THREADS) p.factors[slot * FACTORS * C + i] = f[i];
-    TG_UNROLL for (int j = 0; j < NC; j++)
-        TG_UNROLL for (int e = 0; e < 4; e++) {
-            int r = row + frag_row(e), c = c_col + 8 * j + frag_col(e);
-            float d = c <= r ? ratio(factor(G_HIGH), factor(G_LOW), r, c) * factor(R_K)[c] : 0.f;
-            s[j].v[e] = c <= r ? p.scale * d * factor(R_Q)[r] * s[j].v[e] : 0.f;
-            g[j].v[e] = c < r ? d * factor(R_K)[r] * g[j].v[e] : 0.f;
+    TG_UNROLL for (int i = 0; i < FACTORS; i++)
+        if (me < C) p.factors[(slot * FACTORS + i) * C + me] = factor(i)[me];
+    float high[2], low[2], to_s[2], to_g[2];
+    TG_UNROLL for (int i = 0; i < 2; i++) {
+        int r = row + frag_row(2 * i);
+        high[i] = factor(G_HIGH)[r];
+        low[i] = factor(G_LOW)[r];
+        to_s[i] = p.scale * factor(R_Q)[r];
+        to_g[i] = factor(R_K)[r];
+    }
+    TG_UNROLL for (int j = 0; j < NC; j++) {
+        if (c_col + 8 * j > row + 8) { // above the diagonal
+            s[j].zero();
+            g[j].zero();
+            continue;
         }
+        int c0 = c_col + 8 * j + frag_col(0);
+        float h[2], l[2], rk[2];
+        load_pair((const float*)factor(G_HIGH) + c0, h[0], h[1]);
+        load_pair((const float*)factor(G_LOW) + c0, l[0], l[1]);
+        load_pair((const float*)factor(R_K) + c0, rk[0], rk[1]);
+        TG_UNROLL for (int e = 0; e < 4; e++) {
+            int r = row + frag_row(e), c = c0 + (e & 1);
+            float d = fast_exp2((high[e / 2] - h[e & 1]) + (low[e / 2] - l[e & 1])) * rk[e & 1];
+            s[j].v[e] = c <= r ? to_s[e / 2] * d * s[j].v[e] : 0.f;
+            g[j].v[e] = c < r ? to_g[e / 2] * d * g[j].v[e] : 0.f;
+        }
+    }
     // square lies where q's slab was, which all have read
     auto put_square = [&](void* to) {
         sync();
-        put_tile((T*)to + slot * C * C, C, square, C, C, me, THREADS);
+        put_tile<THREADS>((T*)to + slot * C * C, C, square, C, C);
         sync();
     };
     TG_UNROLL for (int j = 0; j < NC; j++) put_frag(square.data, square.STRIDE, row, c_col + 8 * j, s[j]);
@@ -256,24 +287,47 @@ template <class T, bool BACK> TG_DEVICE void delta_prepare(const DeltaParams& p)
             put_frag(m.data, m.STRIDE, row, c_col + 8 * j, g[j]);
         }
         sync();
-        invert<C>(m, inv, {shared<float>(S::AT_OWN) + (warp() % NB) * 16 * Tile<float, 16, 16>::STRIDE});
+        invert<C>(m, inv);
         sync();
     }
-    // A with its columns scaled, in M's place
-    for (int i = me; i < C * C / 2; i += THREADS) {
-        int r = i / (C / 2), c = i % (C / 2) * 2;
-        float x = p.erase ? (c <= r ? *inv.at(r, c) : 0.f) : c == r, y = p.erase ? (c < r ? *inv.at(r, c + 1) : 0.f) : c + 1 == r;
-        store_pair(aw.at(r, c), x * factor(TO_W)[c], y * factor(TO_W)[c + 1]);
-        store_pair(au.at(r, c), x * factor(BETA)[c], y * factor(BETA)[c + 1]);
-        if (BACK && p.erase) store_pair(square.at(r, c), x, y);
+    // A with its columns scaled, in M's place: a thread has a vector of columns
+    constexpr int N = Vec<T>::N, PER = C / N, STEP = THREADS / PER;
+    static_assert(THREADS % PER == 0 && C % STEP == 0, "threads share the square out evenly");
+    {
+        const int c = me % PER * N;
+        float to_w[N], to_u[N];
+        TG_UNROLL for (int e = 0; e < N; e++) {
+            to_w[e] = -factor(TO_W)[c + e];
+            to_u[e] = factor(BETA)[c + e];
+        }
+        _Pragma("unroll 1") for (int r = me / PER; r < C; r += STEP) {
+            float x[N], y[N];
+            TG_UNROLL for (int e = 0; e < N; e++) x[e] = c + e == r;
+            if (p.erase && c <= r) {
+                TG_UNROLL for (int e = 0; e < N; e += 4) {
+                    float part[4];
+                    load16(part, (const float*)inv.at(r, c + e));
+                    TG_UNROLL for (int i = 0; i < 4; i++) x[e + i] = c + e + i <= r ? part[i] : 0.f;
+                }
+            }
+            TG_UNROLL for (int e = 0; e < N; e++) y[e] = x[e] * to_w[e];
+            store16(aw.at(r, c), y);
+            TG_UNROLL for (int e = 0; e < N; e++) y[e] = x[e] * to_u[e];
+            store16(au.at(r, c), y);
+            if (BACK && p.erase) store16(square.at(r, c), x);
+        }
     }
     if (BACK && p.erase) put_square(p.a);
+    auto fetch_v = [&](u32 d) {
+        bring<THREADS>(ta, v + d, p.v_stride[1], at.len, p.dv - d);
+        copy_commit();
+    };
     sync();
     if (p.erase) {
-        const u32 wide = whole_slabs(p.dk);
-        for (u32 d = 0; d < p.dk; d += SLAB) {
-            bring(ta, k + d, p.k_stride[1], at.len, p.dk - d, me, THREADS);
-            copy_commit();
+        const u32 wide = whole_slabs(p.dk), slabs = wide / SLAB, kept = (slabs - 1) / 2 * 2; // the slab of K that still lies in its place comes first
+        auto slab = [&](u32 x) { return (kept + x) % slabs * SLAB; };
+        for (u32 x = 0; x < slabs; x++) {
+            const u32 d = slab(x);
             copy_wait<0>();
             sync();
             FragC c[NS];
@@ -286,8 +340,16 @@ template <class T, bool BACK> TG_DEVICE void delta_prepare(const DeltaParams& p)
             }
             TG_UNROLL for (int j = 0; j < NS; j++) put_frag(tb.data, tb.STRIDE, row, s_col + 8 * j, c[j]);
             sync();
-            put_tile((T*)p.w + slot * C * wide + d, wide, tb, C, SLAB, me, THREADS);
+            if (x + 1 < slabs) {
+                bring<THREADS>(ta, k + slab(x + 1), p.k_stride[1], at.len, p.dk - slab(x + 1));
+                copy_commit();
+            } else if (!BACK) {
+                fetch_v(0);
+            }
+            put_tile<THREADS>((T*)p.w + slot * C * wide + d, wide, tb, C, SLAB);
         }
+    } else if (!BACK) {
+        fetch_v(0);
     }
     if (BACK && p.erase) return;
     const u32 wide = whole_slabs(p.dv);
@@ -299,8 +361,6 @@ template <class T, bool BACK> TG_DEVICE void delta_prepare(const DeltaParams& p)
             }
             continue;
         }
-        bring(ta, v + d, p.v_stride[1], at.len, p.dv - d, me, THREADS);
-        copy_commit();
         copy_wait<0>();
         sync();
         FragC c[C / 8];
@@ -312,7 +372,8 @@ template <class T, bool BACK> TG_DEVICE void delta_prepare(const DeltaParams& p)
         }
         TG_UNROLL for (int j = 0; j < C / 8; j++) put_frag(turned.data, turned.STRIDE, 16 * warp(), 8 * j, c[j]);
         sync();
-        put_tile((T*)p.u + (slot * wide + d) * C, C, turned, SLAB, C, me, THREADS);
+        if (d + SLAB < p.dv) fetch_v(d + SLAB);
+        put_tile<THREADS>((T*)p.u + (slot * wide + d) * C, C, turned, SLAB, C);
     }
 }
 
@@ -325,62 +386,69 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan(const 
     typedef Tile<T, C, DK> Wide;
     typedef Tile<T, C, C> Square;
     typedef Tile<T, VALUES, C> Turned;
-    const u32 own = div_up(p.dv, VALUES), parts = own + (SUM && p.erase ? DK / VALUES : 0), part = block_x() % parts, head = block_x() / parts % p.hv;
-    const bool unit = SUM && part >= own;
-    const u32 key_head = head / (p.hv / p.hk), wide_v = whole_slabs(p.dv), value = (unit ? part - own : part) * VALUES + 16 * (warp() % WARPS);
-    const int me = thread(), half = warp() / WARPS, key = half * KEYS, row = 16 * (warp() % WARPS);
-    const bool live = unit || value < p.dv, pairs = p.dv % 2 == 0;
-    Piece piece;
-    if (!piece_of<SUM, false>(p, block_x() / parts / p.hv, piece) || (unit && piece.index == 0)) return;
-    const u32 first = piece.first, count = piece.count;
-    // W (in its place what is traded), Q, K, P, U, factors
-    constexpr int TRADED = HALVES ? 2 * WARPS * (NC + NO) * FRAG_FLOATS * 4 : 0;
-    constexpr int AT_K = !SUM ? 2 * Wide::BYTES : TRADED > Wide::BYTES ? TRADED : Wide::BYTES, AT_P = AT_K + Wide::BYTES;
-    constexpr int AT_U = AT_P + (SUM ? 0 : Square::BYTES), AT_F = AT_U + Turned::BYTES;
-    static_assert(TRADED <= AT_K, "what is traded fits W and Q");
-    Wide w{shared<T>()}, q{shared<T>(Wide::BYTES)}, k{shared<T>(AT_K)};
-    Square pt{shared<T>(AT_P)};
-    Turned u{shared<T>(AT_U)};
+    const u32 own = div_up(p.dv, VALUES), parts = own + (SUM && p.erase ? DK / VALUES : 0);
+    const bool unit = SUM && block_x() % parts >= own;
+    // what the whole block knows is in shared memory, as registers are few
+    struct Block { Piece piece; u32 head, key_head, part; };
+    TG_SHARED(Block, said, [1]);
+    const Piece& piece = said[0].piece;
+    const u32 &head = said[0].head, &key_head = said[0].key_head, &part = said[0].part;
+    {
+        Block mine;
+        if (!piece_of<SUM, false>(p, block_x() / parts / p.hv, mine.piece) || (unit && mine.piece.index == 0)) return;
+        mine.head = block_x() / parts % p.hv;
+        mine.key_head = mine.head / (p.hv / p.hk);
+        mine.part = block_x() % parts;
+        if (thread() == 0) said[0] = mine;
+        sync();
+    }
+    const u32 wide_v = whole_slabs(p.dv);
+    // a warp's values and keys, said anew where they are asked for
+    auto value_of = [&](u32 warp) { return (unit ? part - own : part) * VALUES + 16 * (warp % WARPS); };
+    auto key_of = [&](u32 warp) { return warp / WARPS * KEYS; };
+    // W and Q (in their place what is traded of V'), K, P, U, factors, what is traded of O
+    constexpr int READ = (SUM ? 1 : 2) * Wide::BYTES, TRADED = HALVES ? 2 * WARPS * NC * FRAG_FLOATS * 4 : 0;
+    constexpr int AT_K = TRADED > READ ? TRADED : READ, AT_P = AT_K + Wide::BYTES;
+    constexpr int AT_U = AT_P + (SUM ? 0 : Square::BYTES), AT_F = AT_U + Turned::BYTES, AT_O = AT_F + 3 * C * 4;
+    const Wide w{shared<T>()}, q{shared<T>(Wide::BYTES)}, k{shared<T>(AT_K)};
+    const Square pt{shared<T>(AT_P)};
+    const Turned u{shared<T>(AT_U)};
     float* to_q = shared<float>(AT_F);
     float* to_last = to_q + C;
     float* e_g = to_last + C;
-    float* mine = shared<float>() + warp() * (NC + NO) * FRAG_FLOATS;
-    const float* theirs = shared<float>() + (warp() + WARPS) % (2 * WARPS) * (NC + NO) * FRAG_FLOATS;
-    const int o_col = HALVES ? half * C / 2 : 0;
 
     FragC h[NK];
     float kept = 1.f;
     if (unit) {
-        load_unit(h, key, value);
+        load_unit(h, key_of(warp()), value_of(warp()));
     } else {
         const float* from = piece.index ? (SUM ? nullptr : state_at(p, p.joints, piece.joint - 1, head)) : p.h0 ? state_at(p, p.h0, piece.seq, head) : nullptr;
-        load_state(h, from, p.dk, p.dv, key, value);
+        load_state(h, from, p.dk, p.dv, key_of(warp()), value_of(warp()));
     }
-    auto slot = [&](u32 i) { return (u64)(first + i) * p.hv + head; };
+    auto slot = [&](u32 i) { return (u64)(piece.first + anew(i)) * p.hv + head; };
     auto copy_floats = [&](float* to, u64 slot, int which) {
+        const u32 me = thread_anew();
         if (me < C / 4) copy16_async(to + 4 * me, p.factors + (slot * FACTORS + which) * C + 4 * me);
     };
     // what the two halves of a chunk read
     auto load_0 = [&](u32 i) {
-        Place at;
-        if (i < count && place<C>(p, first + i, at)) {
-            if (p.erase) bring(w, (const T*)p.w + slot(i) * C * DK, DK, C, DK, me, THREADS);
-            if (!unit) bring(u, (const T*)p.u + (slot(i) * wide_v + part * VALUES) * C, C, VALUES, C, me, THREADS);
+        if (i < piece.count) {
+            const Place at = place_in<C>(p, piece, i);
+            if (p.erase) bring_whole<THREADS>(w, (const T*)p.w + slot(i) * C * DK, DK);
+            if (!unit) bring_whole<THREADS>(u, (const T*)p.u + (slot(i) * wide_v + part * VALUES) * C, C);
             if (!SUM) {
-                bring(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk, me, THREADS);
+                bring<THREADS>(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk);
                 copy_floats(to_q, slot(i), TO_Q);
             }
         }
         copy_commit();
     };
     auto load_1 = [&](u32 i) {
-        Place at;
-        if (place<C>(p, first + i, at)) {
-            bring(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk, me, THREADS);
-            if (!SUM) bring(pt, (const T*)p.p + slot(i) * C * C, C, C, C, me, THREADS);
-            copy_floats(to_last, slot(i), TO_LAST);
-            copy_floats(e_g, slot(i), E_G);
-        }
+        const Place at = place_in<C>(p, piece, i);
+        bring<THREADS>(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk);
+        if (!SUM) bring_whole<THREADS>(pt, (const T*)p.p + slot(i) * C * C, C);
+        copy_floats(to_last, slot(i), TO_LAST);
+        copy_floats(e_g, slot(i), E_G);
         copy_commit();
     };
     auto turn = [] {
@@ -388,92 +456,96 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan(const 
         sync();
     };
     load_0(0);
-    for (u32 i = 0; i < count; i++) {
-        Place at;
-        place<C>(p, first + i, at);
+    for (u32 i = 0; i < piece.count; i++) {
+        const Place at = place_in<C>(p, piece, i);
         const i64 across = (i64)p.hv * p.dv;
-        const u64 out = ((u64)at.row * p.hv + head) * p.dv + value;
         turn();
         load_1(i);
         FragC v[NC], o[NO ? NO : 1];
-        if (live) {
-            FragC all[NC];
+        const u32 l = anew(lane()), me = anew(warp()), other = (me + WARPS) % (2 * WARPS), value = value_of(me), row = 16 * (me % WARPS);
+        const OfB<T, Wide::STRIDE> columns(shared<T>() + key_of(me), l);
+        auto read_state = [&](FragC (&c)[NC], int byte) {
+            TG_UNROLL for (int j = 0; j < NK; j += 2) {
+                FragA<T> fa;
+                to_a(fa, h[j], h[j + 1]);
+                step(c, fa, columns, byte, 0, 8 * j);
+            }
+        };
+        const bool half = me / WARPS;
+        const int o_col = HALVES ? half * (C / 2) : 0; // of O's steps, a warp ends up with all or its half
+        const u64 out = ((u64)at.row * p.hv + head) * p.dv + value;
+        if (!SUM) {
             zero(v);
-            zero(all);
-            auto read_state = [&](auto erase) {
-                TG_UNROLL for (int j = 0; j < NK; j += 2) {
-                    FragA<T> fa;
-                    to_a(fa, h[j], h[j + 1]);
-                    if (erase) step_columns(v, fa, w.data, w.STRIDE, 0, key + 8 * j);
-                    if (!SUM) step_columns(all, fa, q.data, q.STRIDE, 0, key + 8 * j);
+            read_state(v, Wide::BYTES);
+            TG_UNROLL for (int j = 0; j < NO; j++) { // by element: a choice between fragments would put them into memory
+                FragC c;
+                TG_UNROLL for (int e = 0; e < 4; e++) {
+                    o[j].v[e] = HALVES && half ? v[NC - NO + j].v[e] : v[j].v[e];
+                    c.v[e] = half ? v[j].v[e] : v[NC - NO + j].v[e];
                 }
-            };
-            if (p.erase) read_state(Flag<true>()); else if (!SUM) read_state(Flag<false>());
-            TG_UNROLL for (int j = 0; j < NO; j++) // by element: a choice between fragments would put them into memory
-                TG_UNROLL for (int e = 0; e < 4; e++) o[j].v[e] = HALVES && half ? all[NC - NO + j].v[e] : all[j].v[e];
-            if (HALVES) {
-                sync(); // W and Q have been read: what is traded goes there
-                TG_UNROLL for (int j = 0; j < NC; j++) give(mine + j * FRAG_FLOATS, v[j]);
-                TG_UNROLL for (int j = 0; j < NO; j++) {
-                    FragC c;
-                    TG_UNROLL for (int e = 0; e < 4; e++) c.v[e] = half ? all[j].v[e] : all[NC - NO + j].v[e];
-                    give(mine + (NC + j) * FRAG_FLOATS, c);
-                }
+                if (HALVES) give(shared<float>(AT_O) + (me * NO + j) * FRAG_FLOATS, c);
             }
-        } else if (HALVES) {
-            sync();
         }
-        if (HALVES) sync();
-        if (live) {
-            if (HALVES) {
-                TG_UNROLL for (int j = 0; j < NC; j++) take(theirs + j * FRAG_FLOATS, v[j]);
-                TG_UNROLL for (int j = 0; j < NO; j++) take(theirs + (NC + j) * FRAG_FLOATS, o[j]);
-            }
-            TG_UNROLL for (int j = 0; j < NC; j++) {
-                const T* from = u.at(row + frag_row(0), 8 * j + frag_col(0));
-                float x[4] = {};
-                if (!unit) {
-                    load_pair(from, x[0], x[1]);
-                    load_pair(from + 8 * u.STRIDE, x[2], x[3]);
-                }
-                TG_UNROLL for (int e = 0; e < 4; e++) v[j].v[e] = x[e] - v[j].v[e];
-                if (!SUM && p.erase && (!HALVES || (j >= NC / 2) == half))
-                    store_transposed(p.v_new + out + 8 * j * across, across, v[j], (int)at.len - 8 * j, p.dv - value, pairs);
-            }
-            TG_UNROLL for (int j = 0; j < NO; j++)
-                TG_UNROLL for (int e = 0; e < 4; e++) o[j].v[e] *= to_q[o_col + 8 * j + frag_col(e)];
+        TG_UNROLL for (int j = 0; j < NC; j++) {
+            const T* from = u.at(row + (l >> 2), 8 * j + 2 * (l & 3));
+            v[j].zero();
+            if (unit || half) continue;
+            load_pair(from, v[j].v[0], v[j].v[1]);
+            load_pair(from + 8 * u.STRIDE, v[j].v[2], v[j].v[3]);
+        }
+        if (p.erase) read_state(v, 0);
+        if (HALVES) {
+            sync(); // W and Q have been read: what is traded goes there
+            TG_UNROLL for (int j = 0; j < NC; j++) give(shared<float>() + (me * NC + j) * FRAG_FLOATS, v[j]);
+            sync();
+            TG_UNROLL for (int j = 0; j < NC; j++) take(shared<float>() + (other * NC + j) * FRAG_FLOATS, v[j]);
+            TG_UNROLL for (int j = 0; j < NO; j++) take(shared<float>(AT_O) + (other * NO + j) * FRAG_FLOATS, o[j]);
+        }
+        if (!SUM && p.erase)
+            store_transposed(p.v_new + out, across, v, at.len, (int)(p.dv - value), [&](int j) { return !HALVES || (j >= NC / 2) == half; });
+        TG_UNROLL for (int j = 0; j < NO; j++) {
+            float f[2];
+            load_pair((const float*)to_q + o_col + 8 * j + 2 * (l & 3), f[0], f[1]);
+            TG_UNROLL for (int e = 0; e < 4; e++) o[j].v[e] *= f[e & 1];
         }
         turn();
         load_0(i + 1);
-        if (live) {
-            TG_UNROLL for (int j = 0; j < (SUM ? 0 : NC); j += 2) { // P's column reaches rows from its own
-                FragA<T> fa;
-                to_a(fa, v[j], v[j + 1]);
-                step_columns(o, fa, pt.data, pt.STRIDE, o_col, 8 * j, 8 * j);
+        const OfB<T, Square::STRIDE> square(shared<T>(AT_P) + o_col * Square::STRIDE, l);
+        TG_UNROLL for (int j = 0; j < (SUM ? 0 : NC); j += 2) { // P's column reaches rows from its own
+            FragA<T> fa;
+            to_a(fa, v[j], v[j + 1]);
+            TG_UNROLL for (int i = 0; i < NO; i += 2) {
+                if (o_col + 8 * i < 8 * j) continue;
+                FragB<T> f[2];
+                square.load(f, 0, 8 * i, 8 * j);
+                mma(o[i], fa, f[0]);
+                mma(o[i + 1], fa, f[1]);
             }
-            TG_UNROLL for (int j = 0; j < NO; j++)
-                store_transposed((T*)p.o + out + (o_col + 8 * j) * across, across, o[j], (int)at.len - o_col - 8 * j, p.dv - value, pairs);
-            float keep = e_g[C - 1];
-            kept *= keep;
-            TG_UNROLL for (int j = 0; j < NK; j++)
-                TG_UNROLL for (int e = 0; e < 4; e++) h[j].v[e] *= keep;
-            TG_UNROLL for (int j = 0; j < NC; j += 2) {
-                TG_UNROLL for (int e = 0; e < 4; e++) {
-                    v[j].v[e] *= to_last[8 * j + frag_col(e)];
-                    v[j + 1].v[e] *= to_last[8 * j + 8 + frag_col(e)];
-                }
-                FragA<T> fa;
-                to_a(fa, v[j], v[j + 1]);
-                step_rows(h, fa, k.data, k.STRIDE, key, 8 * j);
+        }
+        if (!SUM) store_transposed((T*)p.o + out + o_col * across, across, o, (int)at.len - o_col, (int)(p.dv - value), [](int) { return true; });
+        const OfBTrans<T, Wide::STRIDE> rows(shared<T>(AT_K) + key_of(me), l);
+        float keep = e_g[C - 1];
+        kept *= keep;
+        TG_UNROLL for (int j = 0; j < NK; j++)
+            TG_UNROLL for (int e = 0; e < 4; e++) h[j].v[e] *= keep;
+        TG_UNROLL for (int j = 0; j < NC; j += 2) {
+            TG_UNROLL for (int i = j; i < j + 2; i++) {
+                float f[2];
+                load_pair((const float*)to_last + 8 * i + 2 * (l & 3), f[0], f[1]);
+                TG_UNROLL for (int e = 0; e < 4; e++) v[i].v[e] *= f[e & 1];
             }
+            FragA<T> fa;
+            to_a(fa, v[j], v[j + 1]);
+            step(h, fa, rows, 0, 0, 8 * j);
         }
     }
     copy_wait<0>();
+    const u32 me = anew(warp()), key = key_of(me), value = value_of(me);
     if (unit) {
         store_state(h, map_at(p, piece.joint, head), DK, DK, key, value);
     } else if (SUM) {
         store_state(h, state_at(p, p.joints, piece.joint, head), p.dk, p.dv, key, value);
-        if (part == 0 && me == 0) p.decays[(u64)piece.joint * p.hv + head] = kept;
+        if (part == 0 && thread() == 0) p.decays[(u64)piece.joint * p.hv + head] = kept;
     } else if (piece.index + 1 == piece.of) {
         store_state(h, state_at(p, p.last, piece.seq, head), p.dk, p.dv, key, value);
     }

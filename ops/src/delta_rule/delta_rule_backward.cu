@@ -10,7 +10,7 @@
 // delta_grad_rows         a block per (chunk, value head): over slabs of the key dimension, with the norms folded into factors,
 //                         r_q dq = X k + scale e^g r_q (dO h^T),  r_k dk = X^T q + (Z + Z^T) k + e^{g_last - g} r_k (V' dh^T) - beta e^g r_k (dR h^T),
 //                         where X_ij = r_i r_j scale D_ij (dO V'^T)_ij and Z_ij = r_i r_j beta_i D_ij dM_ij; the rest of the gradients of g and beta.
-// delta_grad_finish       a warp per (step, key head): sums over the value heads of a key head, and through the norm: dx = y - r^2 x (x . y).
+// delta_grad_finish       a group of lanes per (step, key head): sums over the value heads of a key head, and through the norm: dx = y - r^2 x (x . y).
 //
 // g's gradient through D is row sums minus column sums below the diagonal; what cancels is never added. Orders of all sums follow from shapes.
 //
@@ -37,16 +37,17 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_states(cons
     float kept = 1.f;
     const float* from = piece.index ? (SUM ? nullptr : state_at(p, p.joints, piece.joint - 1, head)) : p.h0 ? state_at(p, p.h0, piece.seq, head) : nullptr;
     load_state(h, from, p.dk, p.dv, key, value);
+    const OfBTrans<T, Wide::STRIDE> rows(shared<T>() + key, lane());
     auto fetch = [&](u32 i) {
-        Place at;
-        if (i < steps && place<C>(p, first + i, at)) {
+        if (i < steps) {
+            const Place at = place_in<C>(p, piece, i);
             u32 stage = i % 2 * STAGE;
             Wide k{shared<T>(stage)};
             Values v{shared<float>(stage + Wide::BYTES)};
             float* f = shared<float>(stage + Wide::BYTES + Values::BYTES);
             u64 slot = (u64)(first + i) * p.hv + head;
-            bring(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk, me, THREADS);
-            bring(v, p.v_new + ((u64)at.row * p.hv + head) * p.dv + part * VALUES, (i64)p.hv * p.dv, at.len, p.dv - part * VALUES, me, THREADS);
+            bring<THREADS>(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk);
+            bring<THREADS>(v, p.v_new + ((u64)at.row * p.hv + head) * p.dv + part * VALUES, (i64)p.hv * p.dv, at.len, p.dv - part * VALUES);
             if (me < C / 2) copy16_async(f + 4 * me, p.factors + (slot * FACTORS + (me < C / 4 ? TO_LAST : E_G)) * C + 4 * (me % (C / 4)));
         }
         copy_commit();
@@ -57,10 +58,9 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_states(cons
         copy_wait<1>();
         sync();
         T* to = (T*)p.states + (((u64)(first + i) * p.hv + head) * wide_v + value) * DK;
-        TG_UNROLL for (int j = 0; j < (SUM ? 0 : NK); j++) put_frag(to, DK, 0, key + 8 * j, h[j]);
-        if (i < steps && value < p.dv) {
+        if (!SUM) put_frags(to + key, DK, h);
+        if (i < steps && part * VALUES < p.dv) {
             u32 stage = i % 2 * STAGE;
-            Wide k{shared<T>(stage)};
             Values v{shared<float>(stage + Wide::BYTES)};
             float* f = shared<float>(stage + Wide::BYTES + Values::BYTES);
             float keep = f[2 * C - 1];
@@ -70,7 +70,7 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_states(cons
             _Pragma("unroll 1") for (int j = 0; j < C; j += 16) {
                 FragA<T> fa;
                 load_a_trans_scaled(fa, v.data, v.STRIDE, row, j, f);
-                step_rows(h, fa, k.data, k.STRIDE, key, j);
+                step(h, fa, rows, stage, 0, j);
             }
         }
         sync();
@@ -92,20 +92,20 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan_back(c
     const bool unit = SUM && part >= own;
     const u32 key_head = head / (p.hv / p.hk), wide_v = whole_slabs(p.dv), value = (unit ? part - own : part) * VALUES + 16 * (warp() % WARPS);
     const int me = thread(), half = warp() / WARPS, key = half * KEYS, row = 16 * (warp() % WARPS);
-    const bool live = unit || value < p.dv, wants_new = !SUM || p.erase;
+    const bool live = unit || part * VALUES < p.dv, wants_new = !SUM || p.erase;
     Piece piece;
     if (!piece_of<SUM, true>(p, block_x() / parts / p.hv, piece)) return;
     const u32 first = piece.first, count = piece.count;
     const bool outermost = piece.index + 1 == piece.of;
     if (unit && outermost) return;
-    Wide k{shared<T>()}, q{shared<T>(Wide::BYTES + Square::BYTES)}, w{shared<T>(2 * Wide::BYTES + Square::BYTES)};
-    Square pt{shared<T>(Wide::BYTES)};
     constexpr bool HALVES = key_parts(DK) == 2;
-    float* mine = shared<float>() + warp() * NC * FRAG_FLOATS;
-    const float* theirs = shared<float>() + (warp() + WARPS) % (2 * WARPS) * NC * FRAG_FLOATS;
-    static_assert(!HALVES || 2 * WARPS * NC * FRAG_FLOATS * 4 <= Wide::BYTES + Square::BYTES, "what is traded fits K and P");
-    // dO and the factors are read by both products, so there are two of each
-    constexpr int AT_O = 3 * Wide::BYTES + Square::BYTES, STAGE = Values::BYTES + 3 * C * 4;
+    // K and P (in their place what is traded), Q, W; dO and the factors are read by both products, so there are two of each
+    constexpr int READ = Wide::BYTES + Square::BYTES, TRADED = HALVES ? 2 * WARPS * NC * FRAG_FLOATS * 4 : 0, AT_Q = TRADED > READ ? TRADED : READ;
+    constexpr int AT_O = AT_Q + 2 * Wide::BYTES, STAGE = Values::BYTES + 3 * C * 4;
+    Wide k{shared<T>()}, q{shared<T>(AT_Q)}, w{shared<T>(AT_Q + Wide::BYTES)};
+    Square pt{shared<T>(Wide::BYTES)};
+    const OfB<T, Wide::STRIDE> columns(shared<T>() + key, lane());
+    const OfBTrans<T, Wide::STRIDE> rows(shared<T>() + key, lane());
     auto d_o_of = [&](u32 i) { return Values{shared<T>(AT_O + i % 2 * STAGE)}; };
     auto factors_of = [&](u32 i) { return shared<float>(AT_O + i % 2 * STAGE + Values::BYTES); };
     FragC h[NK];
@@ -115,28 +115,25 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan_back(c
         const float* from = outermost ? (p.d_last ? state_at(p, p.d_last, piece.seq, head) : nullptr) : SUM ? nullptr : state_at(p, p.joints, piece.joint, head);
         load_state(h, from, p.dk, p.dv, key, value);
     }
-    auto slot = [&](u32 i) { return (u64)(first + i) * p.hv + head; };
+    auto slot = [&](u32 i) { return (u64)(first + anew(i)) * p.hv + head; };
     auto copy_floats = [&](float* to, u64 slot, int which) {
+        const u32 me = thread_anew();
         if (me < C / 4) copy16_async(to + 4 * me, p.factors + (slot * FACTORS + which) * C + 4 * me);
     };
     auto load_0 = [&](u32 i) {
-        Place at;
-        if (place<C>(p, first + i, at)) {
-            if (wants_new) bring(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk, me, THREADS);
-            if (wants_new && !unit) bring(pt, (const T*)p.p + slot(i) * C * C, C, C, C, me, THREADS);
-            if (!unit) bring(d_o_of(i), (const T*)p.d_o + ((u64)at.row * p.hv + head) * p.dv + part * VALUES, (i64)p.hv * p.dv, at.len, p.dv - part * VALUES, me, THREADS);
-            copy_floats(factors_of(i), slot(i), TO_Q);
-            copy_floats(factors_of(i) + C, slot(i), TO_LAST);
-            copy_floats(factors_of(i) + 2 * C, slot(i), E_G);
-        }
+        const Place at = place_in<C>(p, piece, i);
+        if (wants_new) bring<THREADS>(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk);
+        if (wants_new && !unit) bring_whole<THREADS>(pt, (const T*)p.p + slot(i) * C * C, C);
+        if (!unit) bring<THREADS>(d_o_of(i), (const T*)p.d_o + ((u64)at.row * p.hv + head) * p.dv + part * VALUES, (i64)p.hv * p.dv, at.len, p.dv - part * VALUES);
+        copy_floats(factors_of(i), slot(i), TO_Q);
+        copy_floats(factors_of(i) + C, slot(i), TO_LAST);
+        copy_floats(factors_of(i) + 2 * C, slot(i), E_G);
         copy_commit();
     };
     auto load_1 = [&](u32 i) {
-        Place at;
-        if (place<C>(p, first + i, at)) {
-            if (!unit) bring(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk, me, THREADS);
-            if (p.erase) bring(w, (const T*)p.w + slot(i) * C * DK, DK, C, DK, me, THREADS);
-        }
+        const Place at = place_in<C>(p, piece, i);
+        if (!unit) bring<THREADS>(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk);
+        if (p.erase) bring_whole<THREADS>(w, (const T*)p.w + slot(i) * C * DK, DK);
         copy_commit();
     };
     if (count) load_0(count - 1);
@@ -148,16 +145,19 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan_back(c
         const float *to_q = factors_of(i), *to_last = to_q + C, *e_g = to_last + C;
         FragC v[NC];
         T* after = (T*)p.d_states + (slot(i) * wide_v + value) * DK;
-        TG_UNROLL for (int j = 0; j < (SUM ? 0 : NK); j++) put_frag(after, DK, 0, key + 8 * j, h[j]);
+        if (!SUM) put_frags(after + key, DK, h);
         zero(v);
         if (live && wants_new) {
             TG_UNROLL for (int j = 0; j < NK; j += 2) {
                 FragA<T> fa;
                 to_a(fa, h[j], h[j + 1]);
-                step_columns(v, fa, k.data, k.STRIDE, 0, key + 8 * j);
+                step(v, fa, columns, 0, 0, 8 * j);
             }
-            TG_UNROLL for (int j = 0; j < NC; j++)
-                TG_UNROLL for (int e = 0; e < 4; e++) v[j].v[e] *= to_last[8 * j + frag_col(e)];
+            TG_UNROLL for (int j = 0; j < NC; j++) {
+                float f[2];
+                load_pair(to_last + 8 * j + frag_col(0), f[0], f[1]);
+                TG_UNROLL for (int e = 0; e < 4; e++) v[j].v[e] *= f[e & 1];
+            }
             // P's row j reaches columns up to j; halves of the keys take turns
             _Pragma("unroll 1") for (int j = unit ? C : 16 * half; j < C; j += HALVES ? 32 : 16) {
                 FragA<T> fa;
@@ -167,13 +167,13 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan_back(c
         }
         if (HALVES && wants_new) {
             sync(); // K and P have been read: what is traded goes there
-            TG_UNROLL for (int j = 0; j < NC; j++) give(mine + j * FRAG_FLOATS, v[j]);
+            const u32 mine = anew(warp()), other = (mine + WARPS) % (2 * WARPS);
+            TG_UNROLL for (int j = 0; j < NC; j++) give(shared<float>() + (mine * NC + j) * FRAG_FLOATS, v[j]);
             sync();
-            TG_UNROLL for (int j = 0; j < NC; j++) take(theirs + j * FRAG_FLOATS, v[j]);
+            TG_UNROLL for (int j = 0; j < NC; j++) take(shared<float>() + (other * NC + j) * FRAG_FLOATS, v[j]);
         }
         T* d_new = (T*)p.d_new + (slot(i) * wide_v + value) * C;
-        TG_UNROLL for (int j = 0; j < (SUM ? 0 : NC); j++)
-            if (!HALVES || (j >= NC / 2) == half) put_frag(d_new, C, 0, 8 * j, v[j]);
+        if (!SUM && (!HALVES || half == 0)) put_frags(d_new, C, v);
         copy_wait<0>();
         sync();
         if (i) load_0(i - 1);
@@ -183,22 +183,19 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan_back(c
             _Pragma("unroll 1") for (int j = unit ? C : 0; j < C; j += 16) {
                 FragA<T> fa;
                 load_a_trans_scaled(fa, d_o.data, d_o.STRIDE, row, j, to_q);
-                step_rows(h, fa, q.data, q.STRIDE, key, j);
+                step(h, fa, rows, AT_Q, 0, j);
             }
             if (p.erase) {
                 TG_UNROLL for (int j = 0; j < NC; j += 2) {
-                    TG_UNROLL for (int e = 0; e < 4; e++) {
-                        v[j].v[e] = -v[j].v[e];
-                        v[j + 1].v[e] = -v[j + 1].v[e];
-                    }
                     FragA<T> fa;
                     to_a(fa, v[j], v[j + 1]);
-                    step_rows(h, fa, w.data, w.STRIDE, key, 8 * j);
+                    step(h, fa, rows, AT_Q + Wide::BYTES, 0, 8 * j);
                 }
             }
         }
     }
     copy_wait<0>();
+    piece_of<SUM, true>(p, anew(block_x()) / parts / p.hv, piece); // again, as its registers were of use meanwhile
     if (unit) store_state(h, map_at(p, piece.joint - 1, head), DK, DK, key, value);
     else if (SUM) store_state(h, state_at(p, p.joints, piece.joint - 1, head), p.dk, p.dv, key, value);
     else if (p.d_h0 && piece.index == 0) store_state(h, state_at(p, p.d_h0, piece.seq, head), p.dk, p.dv, key, value);
@@ -243,19 +240,19 @@ template <class T> TG_DEVICE void delta_grad_squares(const DeltaParams& p) {
     float* b_rows = g_rows + WC * C;           // [WC][C]
     float* g_cols = b_rows + WC * C;           // [NB][C]
     auto factor = [&](int which) { return f + which * C; };
-    _Pragma("unroll 1") for (int i = me; i < FACTORS * C; i += THREADS) f[i] = p.factors[slot * FACTORS * C + i];
-    if (p.erase) bring(a, (const T*)p.a + slot * C * C, C, C, C, me, THREADS);
+    _Pragma("unroll 1") _Pragma("unroll 1") for (int i = thread_anew(); i < FACTORS * C; i += THREADS) f[i] = p.factors[slot * FACTORS * C + i];
+    if (p.erase) bring_whole<THREADS>(a, (const T*)p.a + slot * C * C, C);
 
     FragC dp[NC], dm[NC];
     zero(dp);
     zero(dm);
     float b_low = 0.f, b_high = 0.f;
     for (u32 d = 0; d < p.dv; d += SLAB) {
-        bring(d_o, (const T*)p.d_o + first + d, across, at.len, p.dv - d, me, THREADS);
-        bring(x, head_rows<T>(p.v, p.v_stride, at, head) + d, p.v_stride[1], at.len, p.dv - d, me, THREADS);
-        bring(dv, (const T*)p.d_new + (slot * wide + d) * C, C, SLAB, C, me, THREADS);
+        bring<THREADS>(d_o, (const T*)p.d_o + first + d, across, at.len, p.dv - d);
+        bring<THREADS>(x, head_rows<T>(p.v, p.v_stride, at, head) + d, p.v_stride[1], at.len, p.dv - d);
+        bring_whole<THREADS>(dv, (const T*)p.d_new + (slot * wide + d) * C, C);
         copy_commit();
-        load_wide(vn, p.v_new + first + d, across, at.len, p.dv - d, me, THREADS);
+        load_wide<THREADS>(vn, p.v_new + first + d, across, at.len, p.dv - d);
         copy_commit();
         copy_wait<0>();
         sync();
@@ -291,8 +288,8 @@ template <class T> TG_DEVICE void delta_grad_squares(const DeltaParams& p) {
             step_columns(dp, fa, vn.data, vn.STRIDE, c_col, i, 0, row + 16);
         }
         sync();
-        put_tile((T*)p.d_value + first + d, across, x, at.len, p.dv - d, me, THREADS);
-        put_tile((T*)p.d_r + slot * C * wide + d, wide, dr, C, SLAB, me, THREADS);
+        put_tile<THREADS>((T*)p.d_value + first + d, across, x, at.len, p.dv - d);
+        put_tile<THREADS>((T*)p.d_r + slot * C * wide + d, wide, dr, C, SLAB);
         if (p.erase) {
             _Pragma("unroll 2") for (int i = 0; i < SLAB; i += 16) {
                 FragA<T> fa;
@@ -346,8 +343,8 @@ template <class T> TG_DEVICE void delta_grad_squares(const DeltaParams& p) {
         }
     }
     sync();
-    put_tile((T*)p.x + slot * C * C, C, a, C, C, me, THREADS);
-    if (p.erase) put_tile((T*)p.s + slot * C * C, C, sym, C, C, me, THREADS);
+    put_tile<THREADS>((T*)p.x + slot * C * C, C, a, C, C);
+    if (p.erase) put_tile<THREADS>((T*)p.s + slot * C * C, C, sym, C, C);
     if (me < C) {
         float g = 0.f, b = 0.f;
         for (int i = 0; i < WC; i++) {
@@ -389,9 +386,9 @@ template <class T> TG_DEVICE void delta_grad_rows(const DeltaParams& p) {
     float* sums = shared<float>(S::AT_SUMS);
     float* scratch = shared<float>(S::AT_SCRATCH);
     auto factor = [&](int which) { return f + which * C; };
-    for (int i = me; i < FACTORS * C; i += THREADS) f[i] = p.factors[slot * FACTORS * C + i];
-    bring(x, (const T*)p.x + slot * C * C, C, C, C, me, THREADS);
-    if (p.erase) bring(s, (const T*)p.s + slot * C * C, C, C, C, me, THREADS);
+    _Pragma("unroll 1") for (int i = thread_anew(); i < FACTORS * C; i += THREADS) f[i] = p.factors[slot * FACTORS * C + i];
+    bring_whole<THREADS>(x, (const T*)p.x + slot * C * C, C);
+    if (p.erase) bring_whole<THREADS>(s, (const T*)p.s + slot * C * C, C);
 
     float dots[3][2] = {}, states = 0.f; // rows of dO h^T . q, V' dh^T . k, dR h^T . k; h . dh
     for (u32 dk = 0; dk < p.dk; dk += SLAB) {
@@ -400,12 +397,12 @@ template <class T> TG_DEVICE void delta_grad_rows(const DeltaParams& p) {
         zero(yk);
         zero(yr);
         for (u32 dv = 0; dv < p.dv; dv += SLAB) {
-            bring(d_o, (const T*)p.d_o + first + dv, across, at.len, p.dv - dv, me, THREADS);
-            bring(h, (const T*)p.states + (slot * wide_v + dv) * wide_k + dk, wide_k, SLAB, SLAB, me, THREADS);
-            bring(dh, (const T*)p.d_states + (slot * wide_v + dv) * wide_k + dk, wide_k, SLAB, SLAB, me, THREADS);
-            if (p.erase) bring(dr, (const T*)p.d_r + slot * C * wide_v + dv, wide_v, C, SLAB, me, THREADS);
+            bring<THREADS>(d_o, (const T*)p.d_o + first + dv, across, at.len, p.dv - dv);
+            bring_whole<THREADS>(h, (const T*)p.states + (slot * wide_v + dv) * wide_k + dk, wide_k);
+            bring_whole<THREADS>(dh, (const T*)p.d_states + (slot * wide_v + dv) * wide_k + dk, wide_k);
+            if (p.erase) bring_whole<THREADS>(dr, (const T*)p.d_r + slot * C * wide_v + dv, wide_v);
             copy_commit();
-            load_wide(vn, p.v_new + first + dv, across, at.len, p.dv - dv, me, THREADS);
+            load_wide<THREADS>(vn, p.v_new + first + dv, across, at.len, p.dv - dv);
             copy_commit();
             copy_wait<0>();
             sync();
@@ -429,17 +426,18 @@ template <class T> TG_DEVICE void delta_grad_rows(const DeltaParams& p) {
                 }
             }
             if (p.d_decay) {
-                for (int i = me; i < SLAB * SLAB / 2; i += THREADS) {
-                    float a0, a1, b0, b1;
-                    load_pair(h.at(i / (SLAB / 2), i % (SLAB / 2) * 2), a0, a1);
-                    load_pair(dh.at(i / (SLAB / 2), i % (SLAB / 2) * 2), b0, b1);
-                    states += a0 * b0 + a1 * b1;
+                constexpr int N = Vec<T>::N, PER_ROW = SLAB / N;
+                _Pragma("unroll 1") for (int i = thread_anew(); i < SLAB * PER_ROW; i += THREADS) {
+                    float a[N], b[N];
+                    load16(a, (const T*)h.at(i / PER_ROW, i % PER_ROW * N));
+                    load16(b, (const T*)dh.at(i / PER_ROW, i % PER_ROW * N));
+                    TG_UNROLL for (int j = 0; j < N; j++) states += a[j] * b[j];
                 }
             }
             sync();
         }
-        bring(q, head_rows<T>(p.q, p.q_stride, at, key_head) + dk, p.q_stride[1], at.len, p.dk - dk, me, THREADS);
-        bring(k, head_rows<T>(p.k, p.k_stride, at, key_head) + dk, p.k_stride[1], at.len, p.dk - dk, me, THREADS);
+        bring<THREADS>(q, head_rows<T>(p.q, p.q_stride, at, key_head) + dk, p.q_stride[1], at.len, p.dk - dk);
+        bring<THREADS>(k, head_rows<T>(p.k, p.k_stride, at, key_head) + dk, p.k_stride[1], at.len, p.dk - dk);
         copy_commit();
         copy_wait<0>();
         sync();
@@ -484,8 +482,8 @@ template <class T> TG_DEVICE void delta_grad_rows(const DeltaParams& p) {
         }
         sync();
         const u64 to = ((u64)at.row * p.hv + head) * p.dk + dk;
-        put_tile((T*)p.yq + to, (i64)p.hv * p.dk, q, at.len, p.dk - dk, me, THREADS);
-        put_tile((T*)p.yk + to, (i64)p.hv * p.dk, k, at.len, p.dk - dk, me, THREADS);
+        put_tile<THREADS>((T*)p.yq + to, (i64)p.hv * p.dk, q, at.len, p.dk - dk);
+        put_tile<THREADS>((T*)p.yk + to, (i64)p.hv * p.dk, k, at.len, p.dk - dk);
         sync();
     }
     TG_UNROLL for (int i = 0; i < 3; i++) row_sums(dots[i][0], dots[i][1], sums + (i * WC + wc) * C, row);
@@ -533,31 +531,56 @@ template <class T> TG_DEVICE void delta_grad_rows(const DeltaParams& p) {
     }
 }
 
-// Rows of [B T, Hk], 4 warps a block; y = 0 for q, 1 for k.
+// Rows of [B T, Hk], 4 warps a block; y = 0 for q, 1 for k. A row has as many lanes as it has vectors of 16 bytes, rounded up to a power of two.
 template <class T> TG_DEVICE void delta_grad_finish(const DeltaParams& p) {
-    const u64 i = (u64)block_x() * (threads() / 32) + warp();
-    const u32 group = p.hv / p.hk, head = i % p.hk;
-    if (i >= (u64)p.rows * p.hk) return;
-    const u32 r = i / p.hk;
+    constexpr u32 N = Vec<T>::N, V = 256 / (32 * N); // vectors of a lane
+    u32 lanes = 1;
+    while (lanes < 32 && lanes * N < p.dk) lanes <<= 1;
+    const u64 i = ((u64)block_x() * (threads() / 32) + warp()) * (32 / lanes) + lane() / lanes;
+    const bool live = i < (u64)p.rows * p.hk;
+    const u32 group = p.hv / p.hk, head = live ? i % p.hk : 0, r = live ? i / p.hk : 0;
     const Place at{r, 1, r / p.t, r % p.t};
     const T* x = block_y() ? head_rows<T>(p.k, p.k_stride, at, head) : head_rows<T>(p.q, p.q_stride, at, head);
     const T* y = (const T*)(block_y() ? p.yk : p.yq) + ((u64)r * p.hv + head * group) * p.dk;
     T* to = (T*)(block_y() ? p.d_k : p.d_q) + i * p.dk;
-    float xs[8], ys[8], xx = 0.f, xy = 0.f;
-    TG_UNROLL for (int e = 0; e < 8; e++) {
-        u32 d = lane() + 32 * e;
-        xs[e] = ys[e] = 0.f;
-        if (d >= p.dk) continue;
-        xs[e] = load(x[d]);
-        for (u32 j = 0; j < group; j++) ys[e] += load(y[(u64)j * p.dk + d]);
-        xx += xs[e] * xs[e];
-        xy += xs[e] * ys[e];
+    const bool whole = p.dk % N == 0 && aligned16(x) && aligned16(y) && aligned16(to);
+    float xs[V][N], ys[V][N], xx = 0.f, xy = 0.f;
+    auto get = [&](float (&v)[N], const T* from, u32 d) {
+        if (whole) {
+            load16(v, from + d);
+        } else {
+            TG_UNROLL for (u32 e = 0; e < N; e++) v[e] = d + e < p.dk ? load(from[d + e]) : 0.f;
+        }
+    };
+    TG_UNROLL for (u32 v = 0; v < V; v++) {
+        const u32 d = (lane() % lanes + v * lanes) * N;
+        TG_UNROLL for (u32 e = 0; e < N; e++) xs[v][e] = ys[v][e] = 0.f;
+        if (!live || d >= p.dk) continue;
+        get(xs[v], x, d);
+        _Pragma("unroll 4") for (u32 j = 0; j < group; j++) {
+            float more[N];
+            get(more, y + (u64)j * p.dk, d);
+            TG_UNROLL for (u32 e = 0; e < N; e++) ys[v][e] += more[e];
+        }
+        TG_UNROLL for (u32 e = 0; e < N; e++) {
+            xx += xs[v][e] * xs[v][e];
+            xy += xs[v][e] * ys[v][e];
+        }
     }
-    xx = warp_sum(xx);
-    xy = warp_sum(xy);
+    for (u32 m = 1; m < lanes; m <<= 1) {
+        xx += shuffle_xor(xx, m);
+        xy += shuffle_xor(xy, m);
+    }
     const float f = p.l2 ? xy / (xx + 1e-6f) : 0.f;
-    TG_UNROLL for (int e = 0; e < 8; e++) {
-        u32 d = lane() + 32 * e;
-        if (d < p.dk) to[d] = store<T>(ys[e] - f * xs[e]);
+    TG_UNROLL for (u32 v = 0; v < V; v++) {
+        const u32 d = (lane() % lanes + v * lanes) * N;
+        if (!live || d >= p.dk) continue;
+        TG_UNROLL for (u32 e = 0; e < N; e++) ys[v][e] -= f * xs[v][e];
+        if (whole) {
+            store16(to + d, ys[v]);
+        } else {
+            TG_UNROLL for (u32 e = 0; e < N; e++)
+                if (d + e < p.dk) to[d + e] = store<T>(ys[v][e]);
+        }
     }
 }

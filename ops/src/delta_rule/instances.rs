@@ -1,7 +1,7 @@
 //! Sources and instantiations of the delta rule's CUDA kernels.
 
 use cuda::kernel::cpp;
-use cuda::{Kernel, cuda_source};
+use cuda::{Kernel, Source, cuda_source};
 use engine::DType;
 
 cuda_source!(static FORWARD = "delta_rule.cu", kernels: forward_kernels, headers: ["delta_rule.cuh"]);
@@ -31,18 +31,23 @@ pub fn places(d: DType) -> Kernel {
 pub fn prepare(d: DType, back: bool) -> Kernel {
     Kernel::new(&FORWARD, format!("delta_prepare<{}, {back}>", cpp(d)), 128)
 }
-/// Threads of a sequential kernel: warps of 16 values, and where the keys are many, as many again for their second half.
-fn threads(dk: usize, warps: usize) -> u32 {
-    32 * warps as u32 * if dk > 128 { 2 } else { 1 }
+/// Parts that the keys are divided into in the sequential kernels, as in delta_rule.cuh.
+pub fn key_parts(dk: usize) -> usize {
+    1 + (dk > 64) as usize
+}
+/// A sequential kernel: warps of 16 values for each part of the keys; two blocks a multiprocessor up to 128 keys.
+fn sequential(source: &'static Source, name: &str, d: DType, dk: usize, warps: usize, sum: bool) -> Kernel {
+    let blocks = 1 + (d == DType::BF16 && dk <= 128) as u32;
+    Kernel::new(source, format!("{name}<{}, {dk}, {warps}, {sum}>", cpp(d)), (32 * warps * key_parts(dk)) as u32).min_blocks(blocks)
 }
 pub fn scan(d: DType, dk: usize, warps: usize, sum: bool) -> Kernel {
-    Kernel::new(&FORWARD, format!("delta_scan<{}, {dk}, {warps}, {sum}>", cpp(d)), threads(dk, warps))
+    sequential(&FORWARD, "delta_scan", d, dk, warps, sum)
 }
 pub fn states(d: DType, dk: usize, warps: usize, sum: bool) -> Kernel {
-    Kernel::new(&BACKWARD, format!("delta_states<{}, {dk}, {warps}, {sum}>", cpp(d)), threads(dk, warps))
+    sequential(&BACKWARD, "delta_states", d, dk, warps, sum)
 }
 pub fn scan_back(d: DType, dk: usize, warps: usize, sum: bool) -> Kernel {
-    Kernel::new(&BACKWARD, format!("delta_scan_back<{}, {dk}, {warps}, {sum}>", cpp(d)), threads(dk, warps))
+    sequential(&BACKWARD, "delta_scan_back", d, dk, warps, sum)
 }
 pub fn join(dk: usize) -> Kernel {
     Kernel::new(&PIECES, format!("delta_join<{dk}>"), 2 * dk as u32)
