@@ -283,10 +283,10 @@ fn backward(op: &DeltaRuleBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
     call.p.sums = call.per_chunk(2 * c, 4)?;
     let (slab, square) = (tile(d, c, SLAB), tile(d, c, c));
     let factors = FACTORS * c * 4;
-    call.parallel(grad("squares", d), 4 * slab + tile(d, SLAB, c) + square + factors + (2 * GROUPS + c / 16) * c * 4)?;
+    call.parallel(grad("squares", d), 6 * slab + 2 * tile(d, SLAB, c) + square + factors + (2 * GROUPS + c / 16) * c * 4)?;
     let wide = call.p.rows as usize * call.p.hv as usize * call.p.dk as usize * e;
     (call.p.yq, call.p.yk) = if direct { (call.p.d_q, call.p.d_k) } else { (call.scratch(wide)?, call.scratch(wide)?) };
-    call.parallel(grad("rows", d), 3 * slab + 2 * tile(d, SLAB, SLAB) + 2 * square + factors + 3 * GROUPS * c * 4 + c / 16 * GROUPS * 4)?;
+    call.parallel(grad("rows", d), 5 * slab + 4 * tile(d, SLAB, SLAB) + 2 * square + factors + 3 * GROUPS * c * 4 + c / 16 * GROUPS * 4)?;
     if direct {
         return Ok(());
     }

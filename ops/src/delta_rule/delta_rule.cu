@@ -1,22 +1,25 @@
 // The delta rule's forward, in chunks of C steps (64 in bf16, 32 in f32); formulas in mod.rs.
 //
 // delta_places   (packed only, one block) reads cu_seqlens and lists the chunks of all documents, and where they are cut, the pieces.
-// delta_prepare  a block of 4 warps per (chunk, value head), all at once: norms, decay sums, G = K K^T and S = Q K^T over slabs of 64 columns, P = scale
-//                tril(S D), A = (I + M)^-1, W = A (beta e^g K) and U^T = (A beta V)^T. q and k are never normalised as matrices: their norms are factors
-//                of rows and columns of the squares. The inverse is f32: diagonal blocks of 16 by substitution, one warp each; then each warp goes down
-//                one column of blocks, A_bc = -A_bb sum_k M_bk A_kc, on tensor cores with split f32.
+// delta_prepare  a block of 4 warps per (chunk, value head), all at once: norms, decay sums, G = K K^T and S = Q K^T over slabs of 64 columns (the next
+//                slab is on its way meanwhile), P = scale tril(S D), A = (I + M)^-1, -W = -A (beta e^g K) and U^T = (A beta V)^T. q and k are never
+//                normalised as matrices: their norms are factors of rows and columns of the squares. The inverse is f32: diagonal blocks of 16 by
+//                substitution, one warp each; then each warp goes down one column of blocks, A_bc = -A_bb sum_k M_bk A_kc, on tensor cores with split f32.
+//                Blocks of inv above the diagonal are the warps' scratch, and the slab of K that still lies in its place is the first that W takes.
 // delta_scan     the sequential part: a block per (sequence, value head, 16 WARPS columns of the value dimension), which walks the chunks:
 //                V'^T = U^T - h^T W^T, O^T = (h^T Q^T) diag(scale e^g) + V'^T P^T, h^T = e^{g_last} h^T + V'^T (e^{g_last - g} K).
 //                Everything is transposed, so that the accumulators of one product are the A operand of the next: the state (f32) and V' never leave
-//                a warp's registers, and warps, which own 16 values each, share nothing but the tiles: W, U, Q for the first half of a chunk (both
-//                products with h^T), P, K for the second. Each has one buffer: while one half is computed, the other's tiles are on their way.
+//                a warp's registers. A warp owns 16 values of the state, and of more than 64 keys half: two warps then add up their halves of V'^T
+//                and O^T, which they trade through shared memory (V'^T in the place of W and Q, which all have read by then). Of O and V' each stores
+//                half of the steps. Tiles: W, U, Q for the first half of a chunk (both products with h^T), P, K for the second. Each has one buffer:
+//                while one half is computed, the other's tiles are on their way. Registers bound the warps of a multiprocessor (128 in bf16 up to 128
+//                keys, two blocks of 8 warps): what a block knows lies in shared memory, and what follows from the lane is computed anew.
 //                Where heads are too few to fill the card, a sequence is cut into pieces that are walked side by side (delta_rule_pieces.cu).
 //
 // d = 128, bf16, per chunk and value head. prepare: G 1.05, S 1.05 (lower blocks only: 0.66 each), W, U 1.05 each (0.66): 2.6 MFLOP; reads q, k, v 48 KB (two
-// value heads share q and k in L2), writes W, U 32 KB, P 8 KB, factors 2.3 KB. 58 KB shared: 3 blocks a multiprocessor.
+// value heads share q and k in L2), writes W, U 32 KB, P 8 KB, factors 2.3 KB. 56 KB shared: 4 blocks a multiprocessor.
 // scan: W h 2.1, Q h 2.1, P V' 0.66, K V' 2.1: 7 MFLOP; reads W, Q, K 48 KB (for each of 2 value blocks), U 16 KB, P 8 KB; writes V' 32 KB, O 16 KB.
-// 71 KB shared, but about 250 registers, 4 warps: 2 blocks a multiprocessor (3 by a bound of 168 registers, which fits; to be measured). With 32768 tokens and 32 value heads that is 157 GFLOP and 2.9 GB: 0.7 ms at 4.3 TB/s, of which the
-// V' that the backward needs (f32, 537 MB) are 0.13; a chain of 128 chunks at about 3 µs each takes 0.4 ms.
+// 86 KB shared, of which 16 are what is traded of O: 2 blocks a multiprocessor.
 #include "delta_rule.cuh"
 
 // One block of 8 warps. What is wrong with cu_seqlens is told and kept within bounds.

@@ -4,9 +4,11 @@
 // delta_states            sequential: h^T += V'^T K as in the forward's scan, with V' at hand; keeps the state before each chunk, in T.
 // delta_scan_back         sequential, from the last chunk to the first, the gradient of the state (transposed, f32) in registers, 16 values a warp:
 //                         dV'^T = (dh^T K^T) diag(e^{g_last - g}) + dO^T P;  dh^T = e^{g_last} dh^T + (dO^T diag(scale e^g)) Q - dV'^T W.
-//                         Keeps dV'^T and the gradient of the state after each chunk, in T.
+//                         Keeps dV'^T and the gradient of the state after each chunk, in T. Warps have values and keys as in the forward's scan, and two
+//                         with the same values trade their halves of dV'^T; W is kept negated.
 // delta_grad_squares      a block per (chunk, value head): over slabs of the value dimension, dR = A^T dV', dV = beta dR, the squares dO V'^T and
-//                         dM = -dR V'^T (warps own 16 rows), then what they give to g and beta, and the squares that dq and dk need.
+//                         dM = -dR V'^T (warps own 16 rows), then what they give to g and beta, and the squares that dq and dk need. The next slab's
+//                         dO, V and dV' are on their way meanwhile; in delta_grad_rows, its h and dh.
 // delta_grad_rows         a block per (chunk, value head): over slabs of the key dimension, with the norms folded into factors,
 //                         r_q dq = X k + scale e^g r_q (dO h^T),  r_k dk = X^T q + (Z + Z^T) k + e^{g_last - g} r_k (V' dh^T) - beta e^g r_k (dR h^T),
 //                         where X_ij = r_i r_j scale D_ij (dO V'^T)_ij and Z_ij = r_i r_j beta_i D_ij dM_ij; the rest of the gradients of g and beta.
@@ -16,8 +18,8 @@
 //
 // d = 128, bf16, per chunk and value head: prepare 2.6 MFLOP less U; states 2.1; scan_back 2.1 + 0.66 + 2.1 + 2.1; squares 3 × 0.66; rows 3 × 2.1 + 4 × 1.05
 // (two triangular): about 21 MFLOP. Reads and writes: h and dh 32 KB each, twice; V' 32 KB twice; W, dR, dV', y 16 KB each, twice; squares 40 KB twice;
-// q, k, v, dO and gradients 130 KB: 0.5 MB. 32768 tokens, 32 heads: 340 GFLOP, 8 GB or 1.9 ms at 4.3 TB/s. Shared memory: states 71 KB (two stages),
-// scan_back 70 KB (2 blocks a multiprocessor each, by registers), squares 55 KB, rows 65 KB (3 blocks).
+// q, k, v, dO and gradients 130 KB: 0.5 MB. Shared memory: states 71 KB (two stages), scan_back 86 KB, squares 85 KB, rows 103 KB: two blocks of 8 warps a
+// multiprocessor each, by registers as well.
 #include "delta_rule.cuh"
 
 // SUM: only the state that a piece makes of nothing (the first: of the initial state), for all that end at a joint; V' is given, so that the state before it
@@ -219,7 +221,10 @@ template <class T> struct GradSquares {
     typedef Tile<T, SLAB, C> Turned;
     typedef Tile<T, C, C> Square;
     static constexpr int AT_V = Slab::BYTES, AT_R = 2 * Slab::BYTES, AT_X = 3 * Slab::BYTES, AT_DV = 4 * Slab::BYTES, AT_A = AT_DV + Turned::BYTES,
-                         AT_F = AT_A + Square::BYTES, AT_SUMS = AT_F + FACTORS * C * 4, BYTES = AT_SUMS + (2 * WC + NB) * C * 4;
+                         AT_F = AT_A + Square::BYTES, AT_SUMS = AT_F + FACTORS * C * 4,
+                         // dO, V and dV' of every other slab
+                         AT_O2 = AT_SUMS + (2 * WC + NB) * C * 4, AT_X2 = AT_O2 + Slab::BYTES, AT_DV2 = AT_X2 + Slab::BYTES,
+                         BYTES = AT_DV2 + Turned::BYTES;
 };
 
 template <class T> TG_DEVICE void delta_grad_squares(const DeltaParams& p) {
@@ -232,30 +237,42 @@ template <class T> TG_DEVICE void delta_grad_squares(const DeltaParams& p) {
     const u64 slot = block_x(), first = ((u64)at.row * p.hv + head) * p.dv;
     const i64 across = (i64)p.hv * p.dv;
     const u32 wide = whole_slabs(p.dv);
-    typename S::Slab d_o{shared<T>()}, vn{shared<T>(S::AT_V)}, dr{shared<T>(S::AT_R)}, x{shared<T>(S::AT_X)};
-    typename S::Turned dv{shared<T>(S::AT_DV)};
+    typename S::Slab vn{shared<T>(S::AT_V)}, dr{shared<T>(S::AT_R)};
     typename S::Square a{shared<T>(S::AT_A)};
     float* f = shared<float>(S::AT_F);
     float* g_rows = shared<float>(S::AT_SUMS); // [WC][C]
     float* b_rows = g_rows + WC * C;           // [WC][C]
     float* g_cols = b_rows + WC * C;           // [NB][C]
     auto factor = [&](int which) { return f + which * C; };
-    _Pragma("unroll 1") _Pragma("unroll 1") for (int i = thread_anew(); i < FACTORS * C; i += THREADS) f[i] = p.factors[slot * FACTORS * C + i];
+    _Pragma("unroll 1") for (int i = thread_anew(); i < FACTORS * C / 4; i += THREADS) copy16_async(f + 4 * i, p.factors + slot * FACTORS * C + 4 * i);
     if (p.erase) bring_whole<THREADS>(a, (const T*)p.a + slot * C * C, C);
 
     FragC dp[NC], dm[NC];
     zero(dp);
     zero(dm);
     float b_low = 0.f, b_high = 0.f;
-    for (u32 d = 0; d < p.dv; d += SLAB) {
-        bring<THREADS>(d_o, (const T*)p.d_o + first + d, across, at.len, p.dv - d);
-        bring<THREADS>(x, head_rows<T>(p.v, p.v_stride, at, head) + d, p.v_stride[1], at.len, p.dv - d);
-        bring_whole<THREADS>(dv, (const T*)p.d_new + (slot * wide + d) * C, C);
+    auto d_o_of = [&](bool odd) { return typename S::Slab{shared<T>(odd ? S::AT_O2 : 0)}; };
+    auto x_of = [&](bool odd) { return typename S::Slab{shared<T>(odd ? S::AT_X2 : S::AT_X)}; };
+    auto dv_of = [&](bool odd) { return typename S::Turned{shared<T>(odd ? S::AT_DV2 : S::AT_DV)}; };
+    auto fetch = [&](u32 d) {
+        if (d < p.dv) {
+            const bool odd = d / SLAB % 2;
+            bring<THREADS>(d_o_of(odd), (const T*)p.d_o + first + d, across, at.len, p.dv - d);
+            bring<THREADS>(x_of(odd), head_rows<T>(p.v, p.v_stride, at, head) + d, p.v_stride[1], at.len, p.dv - d);
+            bring_whole<THREADS>(dv_of(odd), (const T*)p.d_new + (slot * wide + d) * C, C);
+        }
         copy_commit();
+    };
+    fetch(0);
+    for (u32 d = 0; d < p.dv; d += SLAB) {
         load_wide<THREADS>(vn, p.v_new + first + d, across, at.len, p.dv - d);
         copy_commit();
-        copy_wait<0>();
+        fetch(d + SLAB);
+        copy_wait<1>();
         sync();
+        const bool odd = d / SLAB % 2;
+        const typename S::Slab d_o = d_o_of(odd), x = x_of(odd);
+        const typename S::Turned dv = dv_of(odd);
         // dR = A^T dV', from steps at and after each row's
         FragC r[NS];
         zero(r);
@@ -303,27 +320,38 @@ template <class T> TG_DEVICE void delta_grad_squares(const DeltaParams& p) {
     typename S::Square sym{shared<T>()};
     const T* pg = (const T*)p.p + slot * C * C;
     const T* mg = (const T*)p.m + slot * C * C;
-    float g_low = 0.f, g_high = 0.f;
+    float g_low = 0.f, g_high = 0.f, high[2], low[2], beta[2], to_x[2], to_z[2];
+    TG_UNROLL for (int i = 0; i < 2; i++) {
+        int r = row + frag_row(2 * i);
+        high[i] = factor(G_HIGH)[r];
+        low[i] = factor(G_LOW)[r];
+        beta[i] = factor(BETA)[r];
+        to_x[i] = p.scale * factor(R_Q)[r];
+        to_z[i] = beta[i] * factor(R_K)[r];
+    }
     TG_UNROLL for (int j = 0; j < NC; j++) {
         int c0 = c_col + 8 * j + frag_col(0);
-        float col[2] = {};
+        float col[2] = {}, h[2], l[2], rk[2];
+        load_pair((const float*)factor(G_HIGH) + c0, h[0], h[1]);
+        load_pair((const float*)factor(G_LOW) + c0, l[0], l[1]);
+        load_pair((const float*)factor(R_K) + c0, rk[0], rk[1]);
         TG_UNROLL for (int half = 0; half < 2; half++) {
             int r = row + frag_row(2 * half);
-            float pv[2] = {}, mv[2] = {}, beta = factor(BETA)[r];
+            float pv[2] = {}, mv[2] = {};
             if (c_col + 8 * j <= row + 15) {
                 load_pair(pg + r * C + c0, pv[0], pv[1]);
                 if (p.erase) load_pair(mg + r * C + c0, mv[0], mv[1]);
             }
             TG_UNROLL for (int e = 0; e < 2; e++) {
                 int c = c0 + e;
-                float d = c <= r ? ratio(factor(G_HIGH), factor(G_LOW), r, c) * factor(R_K)[c] : 0.f;
+                float d = fast_exp2((high[half] - h[e]) + (low[half] - l[e])) * rk[e];
                 float xp = dp[j].v[2 * half + e], xm = -dm[j].v[2 * half + e];
-                float to_g = c < r ? xp * pv[e] + xm * beta * mv[e] : 0.f;
+                float to_g = c < r ? xp * pv[e] + xm * beta[half] * mv[e] : 0.f;
                 (half ? g_high : g_low) += to_g;
                 (half ? b_high : b_low) += c < r ? xm * mv[e] : 0.f;
                 col[e] += to_g;
-                dp[j].v[2 * half + e] = c <= r ? p.scale * d * factor(R_Q)[r] * xp : 0.f;
-                dm[j].v[2 * half + e] = c < r ? beta * factor(R_K)[r] * d * xm : 0.f;
+                dp[j].v[2 * half + e] = c <= r ? to_x[half] * d * xp : 0.f;
+                dm[j].v[2 * half + e] = c < r ? to_z[half] * d * xm : 0.f;
             }
         }
         TG_UNROLL for (int e = 0; e < 2; e++) {
@@ -363,9 +391,9 @@ template <class T> struct GradRows {
     typedef Tile<T, C, SLAB> Slab;
     typedef Tile<T, SLAB, SLAB> State;
     typedef Tile<T, C, C> Square;
-    // dO, later q; V', later k; dR; h; dh; X; Z + Z^T; factors; three sums a row for each group of columns; scratch of a sum over the block
-    static constexpr int AT_V = Slab::BYTES, AT_R = 2 * Slab::BYTES, AT_H = 3 * Slab::BYTES, AT_DH = AT_H + State::BYTES, AT_X = AT_DH + State::BYTES,
-                         AT_S = AT_X + Square::BYTES, AT_F = AT_S + Square::BYTES, AT_SUMS = AT_F + FACTORS * C * 4,
+    // dO; V'; dR; q; k; h and dh, two of each; X; Z + Z^T; factors; three sums a row for each group of columns; scratch of a sum over the block
+    static constexpr int AT_V = Slab::BYTES, AT_R = 2 * Slab::BYTES, AT_Q = 3 * Slab::BYTES, AT_K = 4 * Slab::BYTES, AT_H = 5 * Slab::BYTES,
+                         AT_X = AT_H + 4 * State::BYTES, AT_S = AT_X + Square::BYTES, AT_F = AT_S + Square::BYTES, AT_SUMS = AT_F + FACTORS * C * 4,
                          AT_SCRATCH = AT_SUMS + 3 * WC * C * 4, BYTES = AT_SCRATCH + 4 * NB * WC;
 };
 
@@ -379,33 +407,48 @@ template <class T> TG_DEVICE void delta_grad_rows(const DeltaParams& p) {
     const u64 slot = block_x(), first = ((u64)at.row * p.hv + head) * p.dv;
     const i64 across = (i64)p.hv * p.dv;
     const u32 wide_v = whole_slabs(p.dv), wide_k = whole_slabs(p.dk);
-    typename S::Slab d_o{shared<T>()}, vn{shared<T>(S::AT_V)}, dr{shared<T>(S::AT_R)}, q = d_o, k = vn;
-    typename S::State h{shared<T>(S::AT_H)}, dh{shared<T>(S::AT_DH)};
+    typename S::Slab d_o{shared<T>()}, vn{shared<T>(S::AT_V)}, dr{shared<T>(S::AT_R)}, q{shared<T>(S::AT_Q)}, k{shared<T>(S::AT_K)};
     typename S::Square x{shared<T>(S::AT_X)}, s{shared<T>(S::AT_S)};
     float* f = shared<float>(S::AT_F);
     float* sums = shared<float>(S::AT_SUMS);
     float* scratch = shared<float>(S::AT_SCRATCH);
     auto factor = [&](int which) { return f + which * C; };
-    _Pragma("unroll 1") for (int i = thread_anew(); i < FACTORS * C; i += THREADS) f[i] = p.factors[slot * FACTORS * C + i];
+    _Pragma("unroll 1") for (int i = thread_anew(); i < FACTORS * C / 4; i += THREADS) copy16_async(f + 4 * i, p.factors + slot * FACTORS * C + 4 * i);
     bring_whole<THREADS>(x, (const T*)p.x + slot * C * C, C);
     if (p.erase) bring_whole<THREADS>(s, (const T*)p.s + slot * C * C, C);
 
+    // h and dh of the next turn are brought while one computes
+    const u32 slabs_v = wide_v / SLAB, turns = wide_k / SLAB * slabs_v;
+    auto state = [&](u32 turn, int which) { return typename S::State{shared<T>(S::AT_H + (turn % 2 * 2 + which) * S::State::BYTES)}; };
+    auto fetch = [&](u32 turn) {
+        if (turn < turns) {
+            const u64 from = (slot * wide_v + turn % slabs_v * SLAB) * wide_k + turn / slabs_v * SLAB;
+            bring_whole<THREADS>(state(turn, 0), (const T*)p.states + from, wide_k);
+            bring_whole<THREADS>(state(turn, 1), (const T*)p.d_states + from, wide_k);
+        }
+        copy_commit();
+    };
+    fetch(0);
+    u32 turn = 0;
     float dots[3][2] = {}, states = 0.f; // rows of dO h^T . q, V' dh^T . k, dR h^T . k; h . dh
     for (u32 dk = 0; dk < p.dk; dk += SLAB) {
         FragC yq[NS], yk[NS], yr[NS];
         zero(yq);
         zero(yk);
         zero(yr);
-        for (u32 dv = 0; dv < p.dv; dv += SLAB) {
+        for (u32 dv = 0; dv < p.dv; dv += SLAB, turn++) {
             bring<THREADS>(d_o, (const T*)p.d_o + first + dv, across, at.len, p.dv - dv);
-            bring_whole<THREADS>(h, (const T*)p.states + (slot * wide_v + dv) * wide_k + dk, wide_k);
-            bring_whole<THREADS>(dh, (const T*)p.d_states + (slot * wide_v + dv) * wide_k + dk, wide_k);
             if (p.erase) bring_whole<THREADS>(dr, (const T*)p.d_r + slot * C * wide_v + dv, wide_v);
-            copy_commit();
+            if (dv == 0) {
+                bring<THREADS>(q, head_rows<T>(p.q, p.q_stride, at, key_head) + dk, p.q_stride[1], at.len, p.dk - dk);
+                bring<THREADS>(k, head_rows<T>(p.k, p.k_stride, at, key_head) + dk, p.k_stride[1], at.len, p.dk - dk);
+            }
             load_wide<THREADS>(vn, p.v_new + first + dv, across, at.len, p.dv - dv);
             copy_commit();
-            copy_wait<0>();
+            fetch(turn + 1);
+            copy_wait<1>();
             sync();
+            const typename S::State h = state(turn, 0), dh = state(turn, 1);
             TG_UNROLL for (int i = 0; i < SLAB; i += 16) {
                 FragA<T> fo, fv, fr;
                 load_a(fo, d_o.data, d_o.STRIDE, row, i);
@@ -436,11 +479,6 @@ template <class T> TG_DEVICE void delta_grad_rows(const DeltaParams& p) {
             }
             sync();
         }
-        bring<THREADS>(q, head_rows<T>(p.q, p.q_stride, at, key_head) + dk, p.q_stride[1], at.len, p.dk - dk);
-        bring<THREADS>(k, head_rows<T>(p.k, p.k_stride, at, key_head) + dk, p.k_stride[1], at.len, p.dk - dk);
-        copy_commit();
-        copy_wait<0>();
-        sync();
         TG_UNROLL for (int j = 0; j < NS; j++)
             TG_UNROLL for (int e = 0; e < 4; e++) {
                 int r = row + frag_row(e), c = col + 8 * j + frag_col(e);

@@ -14,9 +14,8 @@
 // The backward cuts delta_states (M is a number, as V' is given) and delta_scan_back, whose gradient goes from the end through M^T.
 //
 // d = 128, bf16, per chunk and value head: S costs W h and K V', 4.2 of the scan's 7 MFLOP, M as much again. With P pieces the work is 1 + 0.6 (2 P - 3) / P
-// of the uncut scan's: 1.3 (P = 2) to 2.2. But the chain of n chunks of about 3 us becomes n / P of 1.8 + 3 us (by products), P - 2 joins of about 4 us
-// (a block: M's 64 KB from L2, 1 MFLOP of products times 6), and two more launches. One sequence of 32768 tokens, 32 heads, 132 processors: 64 chains
-// of 512 chunks, 1.5 ms uncut; P = 4: 0.63 ms. 4 heads: P = 22, 0.2 ms. 2048 tokens, 4 heads: 96 us uncut, P = 5, 55 us. Estimated, not measured.
+// of the uncut scan's: 1.3 (P = 2) to 2.2. But the chain of n chunks becomes twice n / P, P - 2 joins (a block: M's 64 KB from L2, 1 MFLOP of products times
+// 6), and two more launches. The backward's two chains cost nearly as much again where they only sum up, so that two pieces gain nothing there.
 // P (cuda.rs) is what fills the card once, at most the root of n, where chunks per piece and joins balance; sequences under 32 chunks stay whole.
 #include "delta_rule.cuh"
 
