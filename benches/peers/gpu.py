@@ -2,6 +2,7 @@
 
     python gpu.py ops                                # attention, the delta rule, and the card's own ceilings
     python gpu.py step benches/configs/moe-1b.toml   # an AdamW step of the same model in transformers
+    for i in $(seq 10); do python gpu.py warm $i & done; wait    # before those: compiles Triton's kernels on many cores
 
 Needs torch and transformers; `pip install flash-linear-attention` for the delta rule's kernels (transformers takes them when they are there).
 """
@@ -59,13 +60,31 @@ def ops():
                 with sdpa_kernel(backend):
                     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != Hk) * torch.sigmoid(g)
             both(f"gated_sdpa {backend.name} B{B} T{T} H{H}/{Hk} D{D}", [q, k, v, g], run)
+    for B, T, Hk, Hv, D in [(4, 8192, 16, 32, 128), (1, 8192, 2, 8, 128)]:
+        inputs = delta_rule_inputs(B, T, Hk, Hv, D)
+        both(f"delta_rule fla B{B} T{T} H{Hk}/{Hv} D{D}", inputs, lambda: delta_rule(inputs))
+
+
+def delta_rule_inputs(B, T, Hk, Hv, D):
+    g = (-0.1 * torch.sigmoid(torch.randn(B, T, Hv, device="cuda"))).requires_grad_()
+    return [leaf(B, T, Hk, D), leaf(B, T, Hk, D), leaf(B, T, Hv, D), g, torch.rand(B, T, Hv, device="cuda").requires_grad_()]
+
+
+def delta_rule(inputs):
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    for B, T, Hk, Hv, D in [(4, 8192, 16, 32, 128), (1, 8192, 2, 8, 128), (4, 4096, 8, 16, 128)]:
-        q, k, v = leaf(B, T, Hk, D), leaf(B, T, Hk, D), leaf(B, T, Hv, D)
-        g = (-0.1 * torch.sigmoid(torch.randn(B, T, Hv, device="cuda"))).requires_grad_()
-        beta = torch.rand(B, T, Hv, device="cuda").requires_grad_()
-        both(f"delta_rule fla B{B} T{T} H{Hk}/{Hv} D{D}", [q, k, v, g, beta],
-             lambda: chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0])
+    return chunk_gated_delta_rule(*inputs, use_qk_l2norm_in_kernel=True)[0]
+
+
+def warm(seed):
+    """Each process tries a kernel's configurations in an order of its own, and all share Triton's cache."""
+    import random
+    from triton.runtime.autotuner import Autotuner
+    order, plain = random.Random(int(seed)), Autotuner.prune_configs
+    Autotuner.prune_configs = lambda self, kwargs: order.sample(found := list(plain(self, kwargs)), len(found))
+    for B, T, Hk, Hv, D in [(1, 8192, 2, 8, 128), (4, 8192, 16, 32, 128), (1, 4096, 8, 8, 128)]:
+        inputs = delta_rule_inputs(B, T, Hk, Hv, D)
+        delta_rule(inputs).float().square().sum().backward()
+        torch.cuda.synchronize()
 
 
 def step(path, experts=None):
@@ -106,6 +125,8 @@ def step(path, experts=None):
 
 if sys.argv[1:2] == ["ops"]:
     ops()
+elif sys.argv[1:2] == ["warm"] and len(sys.argv) > 2:
+    warm(sys.argv[2])
 elif sys.argv[1:2] == ["step"] and len(sys.argv) > 2:
     step(*sys.argv[2:4])
 else:
