@@ -254,12 +254,14 @@ impl Sparse {
         taps.see("mlp.hook_router_logits", || Ok(logits.clone()))?;
         taps.see("mlp.hook_router_probs", || logits.softmax(1))?;
         taps.see("mlp.hook_router_index", || Ok(logits.topk(c.num_experts_per_tok)?.1))?;
+        // what is kept in f32 gets its gradient in f32
+        let expert = |w: &Tensor| if w.dtype() == DType::F32 { Ok(w.clone()) } else { w.cast(x.dtype()) };
         let (mut y, _) = moe(
             MoeOp { top_k: c.num_experts_per_tok, norm_topk: c.norm_topk_prob },
             &flat,
             &logits,
-            &self.gate_up.cast(x.dtype())?,
-            &self.down.cast(x.dtype())?,
+            &expert(&self.gate_up)?,
+            &expert(&self.down)?,
         )?;
         if let Some((dense, gate)) = &self.shared {
             let g = project(&flat, gate)?.sigmoid()?;

@@ -281,6 +281,35 @@ fn moe_on_hopper_takes_ragged_tiles() {
     }
 }
 
+/// The gradients of weights in f32 are those of the same weights in bf16 before rounding.
+#[test]
+fn moe_gives_gradients_of_f32_weights_unrounded() {
+    let _alone = alone();
+    let devices = [device(), cuda::hopper_emulator().ok()];
+    for device in devices.into_iter().flatten() {
+        for (n, h, i) in [(330, 136, 72), (40, 15, 7)] {
+            let x = [randn(&[n, h], 1), randn(&[n, 5], 2), randn(&[5, 2 * i, h], 3), randn(&[5, h, i], 4)];
+            let run = |weights: DType| {
+                let on = |(i, x): (usize, &Tensor)| {
+                    let x = x.cast(DType::BF16).unwrap().cast(if i < 2 { DType::BF16 } else { weights }).unwrap();
+                    x.to_device(&device).unwrap()
+                };
+                let x: Vec<Tensor> = x.iter().enumerate().map(on).collect();
+                outcome(&|v| Ok(vec![moe(Moe { top_k: 2, norm_topk: true }, &v[0], &v[1], &v[2], &v[3])?.0]), &x)
+            };
+            let ((y, wide), (y16, narrow)) = (run(DType::F32), run(DType::BF16));
+            let values = |x: &Tensor| x.to_vec::<f64>().unwrap();
+            assert_eq!(values(&y[0]), values(&y16[0]));
+            for j in 2..4 {
+                let (wide, narrow) = (wide[j].as_ref().unwrap(), narrow[j].as_ref().unwrap());
+                assert_eq!([wide.dtype(), narrow.dtype()], [DType::F32, DType::BF16]);
+                assert_eq!(values(&wide.cast(DType::BF16).unwrap()), values(narrow), "{:?} gradient {j}", (n, h, i));
+                assert_ne!(values(wide), values(narrow));
+            }
+        }
+    }
+}
+
 fn targets(n: usize, v: usize) -> Tensor {
     Tensor::from_vec((0..n).map(|i| if i % 7 == 3 { IGNORE } else { (i * 13 % v) as i64 }).collect::<Vec<_>>(), &[n]).unwrap()
 }
