@@ -16,7 +16,7 @@ params! {
     struct SortParams {
         expert: Ptr, counts: Ptr, all: Ptr, starts: Ptr, tiles: Ptr, out: Ptr, order: Ptr, place: Ptr, blocks: u32, e: u32, k: u32, slots: u32,
     }
-    struct CombineParams { rows: Ptr, y: Ptr, weight: Ptr, place: Ptr, n: u64, k: u32, width: u32, per_row: u32, wide: u32 }
+    struct CombineParams { rows: Ptr, y: Ptr, weight: Ptr, place: Ptr, n: u64, per_row: FastDiv, k: u32, width: u32, wide: u32, many: u32, unused: u32 }
     struct ActivationParams {
         projections: Ptr, weight: Ptr, dact: Ptr, dprojections: Ptr, act: Ptr, dweight: Ptr, order: Ptr, slots: u32, width: u32, wide: u32, unused: u32,
     }
@@ -214,7 +214,9 @@ impl<'a> Routed<'a> {
         let per_row = self.h.div_ceil(16 / self.dtype.size());
         let wide = (self.h * self.dtype.size()).is_multiple_of(16) && aligned(16, &[y])?;
         let (n, k, width) = ((self.n * per_row) as u64, self.k as u32, self.h as u32);
-        let p = CombineParams { rows, y: Ptr::of(y)?, weight, place: self.place, n, k, width, per_row: per_row as u32, wide: wide as u32 };
+        let many = (n > i32::MAX as u64) as u32;
+        let (y, place, per_vector) = (Ptr::of(y)?, self.place, FastDiv::new(per_row));
+        let p = CombineParams { rows, y, weight, place, n, per_row: per_vector, k, width, wide: wide as u32, many, unused: 0 };
         self.cuda.launch(&typed("combine", self.dtype), [blocks("moe", self.n * per_row, THREADS as usize)?, 1, 1], 0, &p)
     }
     fn scratch(&self, elements: usize) -> Result<(CudaBuffer, Ptr)> {
@@ -222,7 +224,7 @@ impl<'a> Routed<'a> {
     }
 }
 
-fn zero(cuda: &Cuda, y: &View) -> Result<()> {
+pub(super) fn zero(cuda: &Cuda, y: &View) -> Result<()> {
     cuda.fill(Ptr::of(y)?, 0, y.layout.numel() * y.dtype.size())
 }
 

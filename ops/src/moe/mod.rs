@@ -5,10 +5,14 @@ mod cpu;
 mod cuda;
 mod losses;
 pub mod reference;
+mod router;
+mod shared;
 #[cfg(test)]
 mod tests;
 
 pub use losses::{load_balancing_loss, router_z_loss};
+pub use router::router_logits;
+pub use shared::add_shared;
 
 use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, run};
 use std::ops::RangeInclusive;

@@ -47,7 +47,8 @@ fn weights_kept_in_f32_get_gradients_that_are_not_rounded() {
     let op = Moe { top_k: 2, norm_topk: true };
     let rounded = inputs(300, 32, 8, 16).map(|x| x.cast(DType::BF16).unwrap());
     let run = |v: &[Tensor], reference: bool| {
-        let f = |v: &[Tensor]| Ok(vec![if reference { reference::moe(op, &v[0], &v[1], &v[2], &v[3])? } else { moe(op, &v[0], &v[1], &v[2], &v[3])?.0 }]);
+        let f =
+            |v: &[Tensor]| Ok(vec![if reference { reference::moe(op, &v[0], &v[1], &v[2], &v[3])? } else { moe(op, &v[0], &v[1], &v[2], &v[3])?.0 }]);
         whole(f, v, upstream)
     };
     let wide = |i: usize| rounded[i].cast(DType::F32).unwrap();
@@ -79,6 +80,29 @@ fn a_token_does_not_see_the_others() {
             }
         }
     }
+}
+
+#[test]
+fn router_logits_are_in_f32() {
+    let (x, w) = (randn(&[30, 40], 1), randn(&[6, 40], 2));
+    check(|v| Ok(vec![router_logits(&v[0], &v[1])?]), &[x.clone(), w.clone()]);
+    let f = |v: &[Tensor]| Ok(vec![router_logits(&v[0], &v[1])?]);
+    narrow("router_logits", f, |v| Ok(vec![reference::router_logits(&v[0], &v[1])?]), &[x.clone(), w.clone()], &[1], &[1e-6, 0.003, 1e-6]);
+    let x = x.cast(DType::BF16).unwrap();
+    assert_eq!(router_logits(&x, &w.cast(DType::BF16).unwrap()).unwrap().dtype(), DType::F32);
+    let w = w.cast(DType::F32).unwrap();
+    fails(router_logits(&x, &w.narrow(1, 0, 39).unwrap()), "router_logits: weight must have shape [experts, 40], found [6, 39]");
+    fails(router_logits(&x.reshape(&[3, 10, 40]).unwrap(), &w), "router_logits: x must have shape [tokens, hidden], found [3, 10, 40]");
+}
+
+#[test]
+fn the_shared_expert_is_gated() {
+    let x = [randn(&[30, 40], 1), randn(&[30, 40], 2), randn(&[30, 1], 3)];
+    let f = |v: &[Tensor]| Ok(vec![add_shared(&v[0], &v[1], &v[2])?]);
+    check(f, &x);
+    narrow("add_shared", f, |v| Ok(vec![reference::add_shared(&v[0], &v[1], &v[2])?]), &x, &[], &[0.003; 4]);
+    fails(add_shared(&x[0], &x[1], &x[0]), "add_shared: gate must have shape [30, 1], found [30, 40]");
+    fails(add_shared(&x[0], &x[1].cast(DType::F32).unwrap(), &x[2]), "add_shared: s must be a float dtype, as y, found f32");
 }
 
 #[test]
