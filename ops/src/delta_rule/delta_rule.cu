@@ -515,7 +515,11 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan(const 
         }
         if (!SUM && p.erase) {
             const Place at = place_in<C>(p, piece, i);
-            store_transposed(p.v_new + out(at), across, v, at.len, (int)(p.dv - value), [&](int j) { return !HALVES || (j >= NC / 2) == half; });
+            store_transposed<NO>(p.v_new + out(at) + o_col * across, across, (int)at.len - o_col, (int)(p.dv - value), [&](int j) {
+                FragC c;
+                TG_UNROLL for (int e = 0; e < 4; e++) c.v[e] = HALVES && half ? v[NC - NO + j].v[e] : v[j].v[e];
+                return c;
+            });
         }
         TG_UNROLL for (int j = 0; j < NO; j++) {
             float f[2];
@@ -543,7 +547,7 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan(const 
         }
         if (!SUM) {
             const Place at = place_in<C>(p, piece, i);
-            store_transposed((T*)p.o + out(at) + o_col * across, across, o, (int)at.len - o_col, (int)(p.dv - value), [](int) { return true; });
+            store_transposed<NO>((T*)p.o + out(at) + o_col * across, across, (int)at.len - o_col, (int)(p.dv - value), [&](int j) { return o[j]; });
         }
         const OfBTrans<T, Wide::STRIDE> rows(k_of(anew(i)).data + key_of(me), l);
         const float *to_last = factors_of(anew(i)) + C, *e_g = to_last + C;

@@ -581,11 +581,15 @@ template <class T> TG_DEVICE void delta_grad_rows(const DeltaParams& p) {
 // Rows of [B T, Hk], 4 warps a block; y = 0 for q, 1 for k. A row has as many lanes as it has vectors of 16 bytes, rounded up to a power of two.
 template <class T> TG_DEVICE void delta_grad_finish(const DeltaParams& p) {
     constexpr u32 N = Vec<T>::N, V = 256 / (32 * N); // vectors of a lane
-    u32 lanes = 1;
-    while (lanes < 32 && lanes * N < p.dk) lanes <<= 1;
-    const u64 i = ((u64)block_x() * (threads() / 32) + warp()) * (32 / lanes) + lane() / lanes;
+    u32 bits = 0; // shifts, as divisions would take longer than the rest
+    while (bits < 5 && (N << bits) < p.dk) bits++;
+    const u32 lanes = 1 << bits, mine = lane() & (lanes - 1);
+    const u64 i = ((((u64)block_x() * (threads() / 32) + warp()) << 5) + lane()) >> bits;
     const bool live = i < (u64)p.rows * p.hk;
-    const u32 group = p.hv / p.hk, head = live ? i % p.hk : 0, r = live ? i / p.hk : 0;
+    const u32 group = p.hv / p.hk;
+    u32 r = 0;
+    if (live) r = i >> 32 ? (u32)(i / p.hk) : (u32)i / p.hk;
+    const u32 head = live ? (u32)(i - (u64)r * p.hk) : 0;
     const Place at{r, 1, r / p.t, r % p.t};
     const T* x = block_y() ? head_rows<T>(p.k, p.k_stride, at, head) : head_rows<T>(p.q, p.q_stride, at, head);
     const T* y = (const T*)(block_y() ? p.yk : p.yq) + ((u64)r * p.hv + head * group) * p.dk;
@@ -600,11 +604,11 @@ template <class T> TG_DEVICE void delta_grad_finish(const DeltaParams& p) {
         }
     };
     TG_UNROLL for (u32 v = 0; v < V; v++) {
-        const u32 d = (lane() % lanes + v * lanes) * N;
+        const u32 d = (mine + v * lanes) * N;
         TG_UNROLL for (u32 e = 0; e < N; e++) xs[v][e] = ys[v][e] = 0.f;
         if (!live || d >= p.dk) continue;
         get(xs[v], x, d);
-        _Pragma("unroll 4") for (u32 j = 0; j < group; j++) {
+        _Pragma("unroll 2") for (u32 j = 0; j < group; j++) {
             float more[N];
             get(more, y + (u64)j * p.dk, d);
             TG_UNROLL for (u32 e = 0; e < N; e++) ys[v][e] += more[e];
@@ -620,7 +624,7 @@ template <class T> TG_DEVICE void delta_grad_finish(const DeltaParams& p) {
     }
     const float f = p.l2 ? xy / (xx + 1e-6f) : 0.f;
     TG_UNROLL for (u32 v = 0; v < V; v++) {
-        const u32 d = (lane() % lanes + v * lanes) * N;
+        const u32 d = (mine + v * lanes) * N;
         if (!live || d >= p.dk) continue;
         TG_UNROLL for (u32 e = 0; e < N; e++) ys[v][e] -= f * xs[v][e];
         if (whole) {
