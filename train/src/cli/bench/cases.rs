@@ -222,9 +222,7 @@ pub(super) fn all(scale: Scale) -> Vec<Spec> {
             delta([1, 8192, 2, 8, 128], false),
             // what the choice of pieces is worth
             delta_in([1, 8192, 2, 8, 128], false, Some(4)),
-            delta_in([1, 8192, 2, 8, 128], false, Some(8)),
-            delta_in([1, 8192, 2, 8, 128], false, Some(12)),
-            delta_in([1, 8192, 2, 8, 128], false, Some(24)),
+            delta_in([1, 8192, 2, 8, 128], false, Some(16)),
             delta_in([1, 8192, 2, 8, 128], false, Some(32)),
             conv([4, 8192, 8192, 4]),
             norm([32768, 2048]),
