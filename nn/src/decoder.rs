@@ -243,7 +243,13 @@ impl Decoder {
     }
 
     /// Negative log-likelihood of each position in nats, `[B·T]`.
-    pub fn token_losses(&self, tokens: &Tensor, targets: &Tensor, cu_seqlens: Option<&Tensor>, observer: Option<&mut dyn Observer>) -> Result<Tensor> {
+    pub fn token_losses(
+        &self,
+        tokens: &Tensor,
+        targets: &Tensor,
+        cu_seqlens: Option<&Tensor>,
+        observer: Option<&mut dyn Observer>,
+    ) -> Result<Tensor> {
         let (x, _) = engine::no_grad(|| self.forward(tokens, cu_seqlens, None, observer))?;
         Ok(linear_cross_entropy_per_token(&x.reshape(&[tokens.numel(), self.config.hidden_size])?, &self.head.detach().cast(x.dtype())?, targets)?)
     }

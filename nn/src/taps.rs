@@ -86,7 +86,10 @@ impl<'a> Taps<'a> {
             Some(Access::Shown(instead) | Access::OnRequest(instead)) => instead,
             _ => "another tensor",
         };
-        Err(Error::invalid("tap", format!("`{name}` can't be replaced: it is made to be looked at, and the model doesn't compute with it; replace {instead}")))
+        Err(Error::invalid(
+            "tap",
+            format!("`{name}` can't be replaced: it is made to be looked at, and the model doesn't compute with it; replace {instead}"),
+        ))
     }
     /// Names the part of the layer that is computed from here on, for those who look for where numbers stop being finite.
     pub fn part(&self, name: &str) {

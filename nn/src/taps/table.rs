@@ -49,7 +49,15 @@ pub struct Tap {
     pub access: Access,
 }
 
-const fn tap(part: Part, name: &'static str, shape: &'static str, dtype: &'static str, op: &'static str, access: Access, meaning: &'static str) -> Tap {
+const fn tap(
+    part: Part,
+    name: &'static str,
+    shape: &'static str,
+    dtype: &'static str,
+    op: &'static str,
+    access: Access,
+    meaning: &'static str,
+) -> Tap {
     Tap { name, part, shape, dtype, meaning, op, access }
 }
 
@@ -104,7 +112,15 @@ pub const TAPS: &[Tap] = &[
         "the matrix A of o = A v (what an initial state adds aside)",
     ),
     tap(Linear, "attn.hook_recurrence_out", "[B, T, Hv, Dv]", "compute", "delta_rule", Replaceable, "what is read from the state, o"),
-    tap(Linear, "attn.hook_state", "[S, Hv, Dk, Dv]", "f32", "delta_rule", Replaceable, "the state after the last token; a generation goes on from it"),
+    tap(
+        Linear,
+        "attn.hook_state",
+        "[S, Hv, Dk, Dv]",
+        "f32",
+        "delta_rule",
+        Replaceable,
+        "the state after the last token; a generation goes on from it",
+    ),
     tap(Linear, "attn.hook_gate_logits", "[B, T, Hk, R, Dv]", "compute", "linear", Replaceable, "the output gate before its activation, z"),
     tap(
         Linear,
@@ -115,7 +131,15 @@ pub const TAPS: &[Tap] = &[
         Shown("hook_gate_logits"),
         "the output gate after its activation",
     ),
-    tap(Linear, "attn.hook_z", "[B, T, Hv, Dv]", "compute", "rms_norm_gated", Replaceable, "o, normalised and gated, which the output projection reads"),
+    tap(
+        Linear,
+        "attn.hook_z",
+        "[B, T, Hv, Dv]",
+        "compute",
+        "rms_norm_gated",
+        Replaceable,
+        "o, normalised and gated, which the output projection reads",
+    ),
     tap(Block, "hook_attn_out", "[B, T, M]", "compute", "linear", Replaceable, "what the attention adds to the residual stream"),
     tap(Block, "hook_resid_mid", "[B, T, M]", "compute", "add", Replaceable, "residual stream between attention and feed-forward"),
     tap(Block, "ln2.hook_out", "[B, T, M]", "compute", "rms_norm", Replaceable, "its norm, which the feed-forward reads"),
