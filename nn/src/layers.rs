@@ -6,7 +6,7 @@ use crate::taps::{Taps, effective_attention};
 use engine::{DType, Result, Tensor};
 use ops::delta_rule::{DeltaRule, DeltaRuleInputs, delta_rule};
 use ops::gated_sdpa::{Activation, Attention as Sdpa, Gate, attention_pattern, gated_sdpa};
-use ops::moe::{Moe as MoeOp, moe};
+use ops::moe::{Moe as MoeOp, add_shared, moe, router_logits};
 use ops::rms_norm::{NormGate, rms_norm_gated};
 use ops::rope::{Positions, norm_rope};
 use ops::short_conv::short_conv;
@@ -236,20 +236,17 @@ impl Sparse {
     pub fn forward(&self, x: &Tensor, c: &ModelConfig, taps: &mut Taps) -> Result<(Tensor, Tensor)> {
         let h = c.hidden_size;
         let flat = x.reshape(&[x.numel() / h, h])?;
-        let logits = project(&flat.cast(wide(x))?, &self.gate)?;
-        let logits = taps.tap("mlp.hook_router_logits", logits)?;
+        let logits = taps.tap("mlp.hook_router_logits", router_logits(&flat, &self.gate)?)?;
         taps.show("mlp.hook_router_probs", || logits.softmax(1))?;
         taps.show("mlp.hook_router_index", || Ok(logits.topk(c.num_experts_per_tok)?.1))?;
-        let (mut y, _) = moe(
-            MoeOp { top_k: c.num_experts_per_tok, norm_topk: c.norm_topk_prob },
-            &flat,
-            &logits,
-            &self.gate_up.cast(x.dtype())?,
-            &self.down.cast(x.dtype())?,
-        )?;
+        // what is kept in f32 gets its gradient in f32
+        let expert = |w: &Tensor| if w.dtype() == DType::F32 { Ok(w.clone()) } else { w.cast(x.dtype()) };
+        let (mut y, _) =
+            moe(MoeOp { top_k: c.num_experts_per_tok, norm_topk: c.norm_topk_prob }, &flat, &logits, &expert(&self.gate_up)?, &expert(&self.down)?)?;
         if let Some((dense, gate)) = &self.shared {
-            let g = taps.tap("mlp.hook_shared_gate", project(&flat, gate)?.sigmoid()?)?;
-            y = y.add(&dense.forward(&flat)?.mul(&g)?)?;
+            let g = taps.tap("mlp.hook_shared_gate_logits", project(&flat, gate)?)?;
+            taps.show("mlp.hook_shared_gate", || g.sigmoid())?;
+            y = add_shared(&y, &dense.forward(&flat)?, &g)?;
         }
         Ok((y.reshape(x.shape())?, logits))
     }

@@ -4,7 +4,7 @@ use cuda::Graph;
 use engine::{DType, Device, Grads, Result, Tensor};
 use ops::adamw::{AdamW, AdamWMany, GlobalNorm, adamw, adamw_many, global_norm};
 use ops::linear_cross_entropy::{IGNORE, linear_cross_entropy, linear_cross_entropy_per_token};
-use ops::moe::{Moe, load_balancing_loss, moe, router_z_loss};
+use ops::moe::{Moe, add_shared, load_balancing_loss, moe, router_logits, router_z_loss};
 use ops::rms_norm::{NormGate, RmsNorm, rms_norm, rms_norm_gated, rms_norm_residual};
 use ops::rope::{Positions, norm_rope, rope};
 use ops::short_conv::short_conv;
@@ -278,6 +278,74 @@ fn moe_on_hopper_takes_ragged_tiles() {
             let (y, counts) = moe(Moe { top_k: k, norm_topk: true }, &v[0], &v[1], &v[2], &v[3])?;
             Ok(vec![y, counts])
         });
+    }
+}
+
+/// The gradients of weights in f32 are those of the same weights in bf16 before rounding.
+#[test]
+fn moe_gives_gradients_of_f32_weights_unrounded() {
+    let _alone = alone();
+    let devices = [device(), cuda::hopper_emulator().ok()];
+    for device in devices.into_iter().flatten() {
+        for (n, h, i) in [(330, 136, 72), (40, 15, 7)] {
+            let x = [randn(&[n, h], 1), randn(&[n, 5], 2), randn(&[5, 2 * i, h], 3), randn(&[5, h, i], 4)];
+            let run = |weights: DType| {
+                let on = |(i, x): (usize, &Tensor)| {
+                    let x = x.cast(DType::BF16).unwrap().cast(if i < 2 { DType::BF16 } else { weights }).unwrap();
+                    x.to_device(&device).unwrap()
+                };
+                let x: Vec<Tensor> = x.iter().enumerate().map(on).collect();
+                outcome(&|v| Ok(vec![moe(Moe { top_k: 2, norm_topk: true }, &v[0], &v[1], &v[2], &v[3])?.0]), &x)
+            };
+            let ((y, wide), (y16, narrow)) = (run(DType::F32), run(DType::BF16));
+            let values = |x: &Tensor| x.to_vec::<f64>().unwrap();
+            assert_eq!(values(&y[0]), values(&y16[0]));
+            for j in 2..4 {
+                let (wide, narrow) = (wide[j].as_ref().unwrap(), narrow[j].as_ref().unwrap());
+                assert_eq!([wide.dtype(), narrow.dtype()], [DType::F32, DType::BF16]);
+                assert_eq!(values(&wide.cast(DType::BF16).unwrap()), values(narrow), "{:?} gradient {j}", (n, h, i));
+                assert_ne!(values(wide), values(narrow));
+            }
+        }
+    }
+}
+
+/// By products in bf16 the logits and the weight's gradient are as near as a product in f32 is, and x's gradient is the exact one's rounding but for ties.
+#[test]
+fn router_logits_are_those_of_f32() {
+    let _alone = alone();
+    let Some(device) = device() else { return };
+    // tensor cores cut sums off where f32 rounds
+    let bound = if cuda::Cuda::of(&device).unwrap().is_emulator() { 1e-6 } else { 2e-6 };
+    for (n, h, e) in [(300, 256, 72), (70, 40, 5), (1, 8, 1), (0, 8, 3)] {
+        let (x, w) = (randn(&[n, h], 1).cast(DType::BF16).unwrap(), randn(&[e, h], 2).cast(DType::F32).unwrap());
+        let dy = randn(&[n, e], 3).cast(DType::F32).unwrap();
+        let run = |device: &Device, wide: bool| {
+            let at = |x: &Tensor| if wide { x.cast(DType::F64) } else { x.to_device(device) }.unwrap().requires_grad();
+            let (x, w, dy) = (at(&x), at(&w), at(&dy).detach());
+            let y = router_logits(&x, &w).unwrap();
+            let grads = y.mul(&dy).unwrap().sum_all().unwrap().backward().unwrap();
+            let here = |t: &Tensor| t.detach().to_device(&Device::cpu()).unwrap();
+            [here(&y), here(grads.get(&x).unwrap()), here(grads.get(&w).unwrap())]
+        };
+        let ([y, dx, dw], [want_y, want_dx, want_dw]) = (run(&device, false), run(&Device::cpu(), true));
+        assert_eq!([y.dtype(), dx.dtype(), dw.dtype()], [DType::F32, DType::BF16, DType::F32]);
+        for (what, got, want) in [("logits", y, want_y), ("weight", dw, want_dw)] {
+            let error = ratio(&got, &want);
+            assert!(error <= bound, "{:?} {what}: {error:e}", (n, h, e));
+        }
+        let values = |x: &Tensor| x.cast(DType::BF16).unwrap().to_vec::<f64>().unwrap();
+        let other = values(&dx).iter().zip(values(&want_dx)).filter(|(a, b)| **a != *b).count();
+        assert!(100 * other <= n * h, "{:?}: {other} of {} elements", (n, h, e), n * h);
+    }
+}
+
+#[test]
+fn shared_expert_of_ragged_rows() {
+    let _alone = alone();
+    for (n, h) in [(37, 264), (9, 7), (3, 1), (0, 8)] {
+        let x = [randn(&[n, h], 1), randn(&[n, h], 2), randn(&[n, 1], 3)];
+        agree(&format!("{:?}", (n, h)), &x, &|v| Ok(vec![add_shared(&strided(&v[0])?, &v[1], &v[2])?]));
     }
 }
 

@@ -97,12 +97,13 @@ impl Seen {
 }
 
 /// Taps that add nothing to what others say.
-const PASSED_OVER: [&str; 10] = [
+const PASSED_OVER: [&str; 11] = [
     "hook_embed",
     "hook_out",
     "hook_rot_q",
     "hook_rot_k",
     "hook_gate_logits",
+    "hook_shared_gate_logits",
     "hook_q_pre_conv",
     "hook_k_pre_conv",
     "hook_v_pre_conv",

@@ -136,6 +136,7 @@ TG_DEVICE void before_the_wait(float x) {
 // d = A B (+ d if `add`), N = 64, 128 or 256 columns; both from shared memory.
 template <int N, int TRANS_A, int TRANS_B> TG_DEVICE void wgmma(float (&d)[N / 2], u64 a, u64 b, int add) { Wgmma<N>::template shared<TRANS_A, TRANS_B>(d, a, b, add); }
 // The same with A in registers, laid out as the A of mma_16x8x16 (each of the four warps has 16 rows): `to_a`'s results.
+// ptxas 13.0 may overwrite fragments that are made once and used at each step of a loop: see `keep` in gated_sdpa_backward_hopper.cu.
 template <int N, int TRANS_B> TG_DEVICE void wgmma(float (&d)[N / 2], const u32 (&a)[4], u64 b, int add) { Wgmma<N>::template registers<TRANS_B>(d, a, b, add); }
 
 // Byte in a tile of 16-byte piece `piece` (0 to 7) of row `row`.

@@ -146,7 +146,8 @@ pub const TAPS: &[Tap] = &[
     tap(Experts, "mlp.hook_router_logits", "[N, E]", "f32", "linear", Replaceable, "the router's logits; its losses are of them, too"),
     tap(Experts, "mlp.hook_router_probs", "[N, E]", "f32", "softmax", Shown("hook_router_logits"), "the router's probabilities of all experts"),
     tap(Experts, "mlp.hook_router_index", "[N, K]", "i64", "topk", Shown("hook_router_logits"), "the experts of each token, likeliest first"),
-    tap(Experts, "mlp.hook_shared_gate", "[N, 1]", "compute", "sigmoid", Replaceable, "the gate on the shared expert"),
+    tap(Experts, "mlp.hook_shared_gate_logits", "[N, 1]", "compute", "linear", Replaceable, "the gate on the shared expert before its sigmoid"),
+    tap(Experts, "mlp.hook_shared_gate", "[N, 1]", "compute", "sigmoid", Shown("hook_shared_gate_logits"), "the gate on the shared expert"),
     tap(Block, "hook_mlp_out", "[B, T, M]", "compute", "moe or linear", Replaceable, "what the feed-forward adds to the residual stream"),
     tap(Block, "hook_resid_post", "[B, T, M]", "compute", "add", Replaceable, "residual stream after the block"),
     tap(Model, "ln_final.hook_out", "[B, T, M]", "compute", "rms_norm", Replaceable, "the last norm, which the output projection reads"),
@@ -175,7 +176,7 @@ impl Tap {
             Block => true,
             Linear => linear,
             Softmax => !linear && (!self.name.starts_with("attn.hook_gate") || c.attention_gate.granularity != GateGranularity::None),
-            Experts => c.is_sparse(layer) && (self.name != "mlp.hook_shared_gate" || c.shared_expert_intermediate_size > 0),
+            Experts => c.is_sparse(layer) && (!self.name.starts_with("mlp.hook_shared") || c.shared_expert_intermediate_size > 0),
         }
     }
 }

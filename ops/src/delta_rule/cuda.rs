@@ -29,11 +29,13 @@ const FRAGMENT: usize = 512;
 const WORTH: usize = 32;
 /// Fewest pieces that are worth a pass that sums them up. The forward's costs about half of a walk; the backward's two cost as much as the walks themselves.
 const LEAST: [usize; 2] = [2, 3];
-/// Pieces that a sequence of so many chunks is cut into, where `chains` blocks walk side by side without a cut: what fills the card once, and no more than
-/// the root of the chunks, where the chunks of a piece and the joints between pieces take about as long (delta_rule_pieces.cu).
+/// Fewest chunks of a piece: its two walks cost several times what a joint does.
+const SHORTEST: usize = 8;
+/// Pieces that a sequence of so many chunks is cut into, where `chains` blocks walk side by side without a cut: what fills the card once
+/// (delta_rule_pieces.cu).
 fn pieces(chunks: usize, chains: usize, dk: usize, processors: usize, back: bool) -> usize {
     let resident = if dk > 128 { 1 } else { 2 }; // blocks of a multiprocessor, by their registers
-    let n = (processors * resident / chains.max(1)).min(chunks.isqrt());
+    let n = (processors * resident / chains.max(1)).min(chunks / SHORTEST);
     if chunks < WORTH || n < LEAST[back as usize] { 1 } else { n }
 }
 
@@ -178,8 +180,9 @@ impl<'a> Call<'a> {
         if self.p.pieces == 2 {
             return Ok(()); // one joint, and nothing to join
         }
-        let (join, parts, shared) =
-            if mapped { (join(wk), dv.div_ceil(32), tile(DType::F32, wk, 32)) } else { (join_decayed(), (dk * dv).div_ceil(256), 0) };
+        let ring = if wk <= 128 { 4 } else { 2 }; // slices of a warp's rows of the maps
+        let shared = tile(DType::F32, wk, 16) + wk / 16 * ring * tile(DType::F32, 16, 32);
+        let (join, parts, shared) = if mapped { (join(wk), dv.div_ceil(16), shared) } else { (join_decayed(), (dk * dv).div_ceil(256), 0) };
         self.cuda.launch(&join, [blocks(joints * hv * parts)?, 1, 1], shared as u32, &self.p)
     }
     /// The list of chunks, and all that can be had of each chunk by itself.
@@ -238,12 +241,13 @@ fn forward(op: &DeltaRule, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
     }
     call.prepare(false)?;
     let dv = call.p.dv as usize;
-    // what the parts of the keys trade lies in W's and Q's place, but O's
+    // what the parts of the keys trade lies in W's and Q's place, but O's; up to 128 keys W and U have two stages, and where pieces are summed up all has
     let fragments = |w: usize| if key_parts(dk) == 2 { 2 * w * (c / 8) * FRAGMENT } else { 0 };
-    let rest = |w: usize| tile(d, c, dk) + tile(d, 16 * w, c) + 3 * c * 4;
-    let summing = tile(d, c, dk).max(fragments(WARPS[0])) + rest(WARPS[0]);
-    call.at_joints(scan(d, dk, WARPS[0], true), dv, summing, op.erase)?;
-    let shared = (2 * tile(d, c, dk)).max(fragments(w)) + rest(w) + tile(d, c, c) + fragments(w) / 2;
+    let stages = 1 + (dk <= 128) as usize;
+    let read = |once: usize, w: usize| (tile(d, c, dk) * if stages == 2 { 3 } else { once }).max(fragments(w)) + stages * tile(d, 16 * w, c);
+    let second = tile(d, c, dk) + 3 * c * 4;
+    call.at_joints(scan(d, dk, WARPS[0], true), dv, read(1, WARPS[0]) + stages * second, op.erase)?;
+    let shared = read(2, w) + second + tile(d, c, c) + fragments(w) / 2;
     call.sequential(scan(d, dk, w, false), dv, shared)
 }
 
@@ -271,7 +275,10 @@ fn backward(op: &DeltaRuleBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Resu
     call.p.d_states = call.per_chunk(wv * wk, e)?;
     call.p.d_new = call.per_chunk(wv * c, e)?;
     let traded = |w: usize| if key_parts(wk) == 2 { 2 * w * (c / 8) * FRAGMENT } else { 0 };
-    let shared = |w: usize| (tile(d, c, wk) + tile(d, c, c)).max(traded(w)) + 2 * tile(d, c, wk) + 2 * (tile(d, c, 16 * w) + 3 * c * 4);
+    let read = tile(d, c, wk) + tile(d, c, c);
+    // K and P of two chunks up to 128 keys
+    let ahead = if wk <= 128 { read } else { 0 };
+    let shared = |w: usize| read.max(traded(w)) + ahead + 2 * tile(d, c, wk) + 2 * (tile(d, c, 16 * w) + 3 * c * 4);
     call.p.back = 1;
     call.at_joints(scan_back(d, wk, WARPS[0], true), wv, shared(WARPS[0]), rule.erase)?;
     call.sequential(scan_back(d, wk, w, false), wv, shared(w))?;
@@ -303,11 +310,19 @@ mod tests {
     #[test]
     fn the_number_of_pieces_follows_the_shapes() {
         // (chunks, chains, Dk) on 132 multiprocessors
-        let cases = [((512, 64, 128), 4), ((512, 8, 128), 22), ((512, 256, 128), 1), ((512, 133, 128), 1), ((512, 132, 128), 2), ((512, 32, 256), 4)];
-        for ((chunks, chains, dk), n) in cases.into_iter().chain([((31, 1, 64), 1), ((32, 1, 64), 5), ((0, 0, 64), 1)]) {
+        let cases = [
+            ((512, 64, 128), 4),
+            ((512, 8, 128), 33),
+            ((128, 16, 128), 16),
+            ((512, 256, 128), 1),
+            ((512, 133, 128), 1),
+            ((512, 132, 128), 2),
+            ((512, 32, 256), 4),
+        ];
+        for ((chunks, chains, dk), n) in cases.into_iter().chain([((31, 1, 64), 1), ((32, 1, 64), 4), ((0, 0, 64), 1)]) {
             assert_eq!(pieces(chunks, chains, dk, 132, false), n, "{chunks} chunks, {chains} chains, Dk {dk}");
         }
-        for ((chunks, chains), n) in [((512, 132), 1), ((512, 88), 3), ((512, 8), 22), ((64, 128), 1)] {
+        for ((chunks, chains), n) in [((512, 132), 1), ((512, 88), 3), ((512, 8), 33), ((64, 128), 1)] {
             assert_eq!(pieces(chunks, chains, 128, 132, true), n, "backward, {chunks} chunks, {chains} chains");
         }
     }

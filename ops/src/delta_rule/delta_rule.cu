@@ -11,15 +11,16 @@
 //                Everything is transposed, so that the accumulators of one product are the A operand of the next: the state (f32) and V' never leave
 //                a warp's registers. A warp owns 16 values of the state, and of more than 64 keys half: two warps then add up their halves of V'^T
 //                and O^T, which they trade through shared memory (V'^T in the place of W and Q, which all have read by then). Of O and V' each stores
-//                half of the steps. Tiles: W, U, Q for the first half of a chunk (both products with h^T), P, K for the second. Each has one buffer:
-//                while one half is computed, the other's tiles are on their way. Registers bound the warps of a multiprocessor (128 in bf16 up to 128
-//                keys, two blocks of 8 warps): what a block knows lies in shared memory, and what follows from the lane is computed anew.
+//                half of the steps. Tiles: W, U, Q for the first half of a chunk (both products with h^T), P, K for the second. While one half is
+//                computed, the other's tiles are on their way; W and U, up to 128 keys, a whole chunk ahead, in two buffers. Registers bound the warps of
+//                a multiprocessor (128 in bf16 up to 128 keys, two blocks of 8 warps): what a block knows lies in shared memory, and what follows from
+//                the lane is computed anew.
 //                Where heads are too few to fill the card, a sequence is cut into pieces that are walked side by side (delta_rule_pieces.cu).
 //
 // d = 128, bf16, per chunk and value head. prepare: G 1.05, S 1.05 (lower blocks only: 0.66 each), W, U 1.05 each (0.66): 2.6 MFLOP; reads q, k, v 48 KB (two
 // value heads share q and k in L2), writes W, U 32 KB, P 8 KB, factors 2.3 KB. 56 KB shared: 4 blocks a multiprocessor.
 // scan: W h 2.1, Q h 2.1, P V' 0.66, K V' 2.1: 7 MFLOP; reads W, Q, K 48 KB (for each of 2 value blocks), U 16 KB, P 8 KB; writes V' 32 KB, O 16 KB.
-// 86 KB shared, of which 16 are what is traded of O: 2 blocks a multiprocessor.
+// 112 KB shared, of which 16 are what is traded of O: 2 blocks a multiprocessor.
 #include "delta_rule.cuh"
 
 // One block of 8 warps. What is wrong with cu_seqlens is told and kept within bounds.
@@ -409,16 +410,21 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan(const 
     // a warp's values and keys, said anew where they are asked for
     auto value_of = [&](u32 warp) { return (unit ? part - own : part) * VALUES + 16 * (warp % WARPS); };
     auto key_of = [&](u32 warp) { return warp / WARPS * KEYS; };
-    // W and Q (in their place what is traded of V'), K, P, U, factors, what is traded of O
-    constexpr int READ = (SUM ? 1 : 2) * Wide::BYTES, TRADED = HALVES ? 2 * WARPS * NC * FRAG_FLOATS * 4 : 0;
-    constexpr int AT_K = TRADED > READ ? TRADED : READ, AT_P = AT_K + Wide::BYTES;
-    constexpr int AT_U = AT_P + (SUM ? 0 : Square::BYTES), AT_F = AT_U + Turned::BYTES, AT_O = AT_F + 3 * C * 4;
-    const Wide w{shared<T>()}, q{shared<T>(Wide::BYTES)}, k{shared<T>(AT_K)};
+    // W, Q and, with two stages, the other W (what is traded of V' takes the place of the W that has been read and of Q); K, P, U, factors, what is traded of
+    // O. Where it only sums up, all that it reads has two stages.
+    constexpr int STAGES = DK <= 128 ? 2 : 1, K_STAGES = SUM ? STAGES : 1;
+    constexpr int READ = STAGES == 2 ? 3 * Wide::BYTES : (SUM ? 1 : 2) * Wide::BYTES, TRADED = HALVES ? 2 * WARPS * NC * FRAG_FLOATS * 4 : 0;
+    static_assert(STAGES == 1 || TRADED <= 2 * Wide::BYTES, "what is traded fits a W and Q");
+    constexpr int AT_K = TRADED > READ ? TRADED : READ, AT_P = AT_K + K_STAGES * Wide::BYTES;
+    constexpr int AT_U = AT_P + (SUM ? 0 : Square::BYTES), AT_F = AT_U + STAGES * Turned::BYTES, AT_O = AT_F + K_STAGES * 3 * C * 4;
+    auto w_of = [&](u32 i) { return Wide{shared<T>(i % STAGES * 2 * Wide::BYTES)}; };
+    auto u_of = [&](u32 i) { return Turned{shared<T>(AT_U + i % STAGES * Turned::BYTES)}; };
+    auto k_of = [&](u32 i) { return Wide{shared<T>(AT_K + i % K_STAGES * Wide::BYTES)}; };
+    auto factors_of = [&](u32 i) { return shared<float>(AT_F + i % K_STAGES * 3 * C * 4); };
+    auto traded_of = [&](u32 i) { return shared<float>(i % STAGES * Wide::BYTES); };
+    const Wide q{shared<T>(Wide::BYTES)};
     const Square pt{shared<T>(AT_P)};
-    const Turned u{shared<T>(AT_U)};
     float* to_q = shared<float>(AT_F);
-    float* to_last = to_q + C;
-    float* e_g = to_last + C;
 
     FragC h[NK];
     float kept = 1.f;
@@ -433,50 +439,52 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan(const 
         const u32 me = thread_anew();
         if (me < C / 4) copy16_async(to + 4 * me, p.factors + (slot * FACTORS + which) * C + 4 * me);
     };
-    // what the two halves of a chunk read
-    auto load_0 = [&](u32 i) {
-        if (i < piece.count) {
-            const Place at = place_in<C>(p, piece, i);
-            if (p.erase) bring_whole<THREADS>(w, (const T*)p.w + slot(i) * C * DK, DK);
-            if (!unit) bring_whole<THREADS>(u, (const T*)p.u + (slot(i) * wide_v + part * VALUES) * C, C);
-            if (!SUM) {
-                bring<THREADS>(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk);
-                copy_floats(to_q, slot(i), TO_Q);
-            }
-        }
-        copy_commit();
+    // what the first half of a chunk reads, and what the second does
+    auto load_w = [&](u32 i) {
+        if (i >= piece.count) return;
+        if (p.erase) bring_whole<THREADS>(w_of(i), (const T*)p.w + slot(i) * C * DK, DK);
+        if (!unit) bring_whole<THREADS>(u_of(i), (const T*)p.u + (slot(i) * wide_v + part * VALUES) * C, C);
     };
-    auto load_1 = [&](u32 i) {
+    auto load_q = [&](u32 i) {
+        if (SUM || i >= piece.count) return;
         const Place at = place_in<C>(p, piece, i);
-        bring<THREADS>(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk);
-        if (!SUM) bring_whole<THREADS>(pt, (const T*)p.p + slot(i) * C * C, C);
-        copy_floats(to_last, slot(i), TO_LAST);
-        copy_floats(e_g, slot(i), E_G);
-        copy_commit();
+        bring<THREADS>(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk);
+        copy_floats(to_q, slot(i), TO_Q);
     };
-    auto turn = [] {
+    auto load_k = [&](u32 i) {
+        if (K_STAGES == 2 && i >= piece.count) return;
+        const Place at = place_in<C>(p, piece, i);
+        bring<THREADS>(k_of(i), head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk);
+        if (!SUM) bring_whole<THREADS>(pt, (const T*)p.p + slot(i) * C * C, C);
+        copy_floats(factors_of(i) + C, slot(i), TO_LAST);
+        copy_floats(factors_of(i) + 2 * C, slot(i), E_G);
+    };
+    load_w(0);
+    load_q(0);
+    if (K_STAGES == 2) load_k(0);
+    copy_commit();
+    for (u32 i = 0; i < piece.count; i++) {
         copy_wait<0>();
         sync();
-    };
-    load_0(0);
-    for (u32 i = 0; i < piece.count; i++) {
-        const Place at = place_in<C>(p, piece, i);
-        const i64 across = (i64)p.hv * p.dv;
-        turn();
-        load_1(i);
+        load_k(i + K_STAGES - 1);
+        copy_commit();
+        if (STAGES == 2) load_w(i + 1);
+        copy_commit();
         FragC v[NC], o[NO ? NO : 1];
         const u32 l = anew(lane()), me = anew(warp()), other = (me + WARPS) % (2 * WARPS), value = value_of(me), row = 16 * (me % WARPS);
-        const OfB<T, Wide::STRIDE> columns(shared<T>() + key_of(me), l);
-        auto read_state = [&](FragC (&c)[NC], int byte) {
+        const Turned u = u_of(anew(i));
+        auto read_state = [&](FragC (&c)[NC], u32 byte) {
+            const OfB<T, Wide::STRIDE> columns(shared<T>(byte) + key_of(me), l);
             TG_UNROLL for (int j = 0; j < NK; j += 2) {
                 FragA<T> fa;
                 to_a(fa, h[j], h[j + 1]);
-                step(c, fa, columns, byte, 0, 8 * j);
+                step(c, fa, columns, 0, 0, 8 * j);
             }
         };
         const bool half = me / WARPS;
         const int o_col = HALVES ? half * (C / 2) : 0; // of O's steps, a warp ends up with all or its half
-        const u64 out = ((u64)at.row * p.hv + head) * p.dv + value;
+        const i64 across = (i64)p.hv * p.dv;
+        auto out = [&](const Place& at) { return ((u64)at.row * p.hv + head) * p.dv + value; };
         if (!SUM) {
             zero(v);
             read_state(v, Wide::BYTES);
@@ -496,23 +504,35 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan(const 
             load_pair(from, v[j].v[0], v[j].v[1]);
             load_pair(from + 8 * u.STRIDE, v[j].v[2], v[j].v[3]);
         }
-        if (p.erase) read_state(v, 0);
+        if (p.erase) read_state(v, anew(i) % STAGES * 2 * Wide::BYTES);
         if (HALVES) {
             sync(); // W and Q have been read: what is traded goes there
-            TG_UNROLL for (int j = 0; j < NC; j++) give(shared<float>() + (me * NC + j) * FRAG_FLOATS, v[j]);
+            float* traded = traded_of(anew(i));
+            TG_UNROLL for (int j = 0; j < NC; j++) give(traded + (me * NC + j) * FRAG_FLOATS, v[j]);
             sync();
-            TG_UNROLL for (int j = 0; j < NC; j++) take(shared<float>() + (other * NC + j) * FRAG_FLOATS, v[j]);
+            TG_UNROLL for (int j = 0; j < NC; j++) take(traded + (other * NC + j) * FRAG_FLOATS, v[j]);
             TG_UNROLL for (int j = 0; j < NO; j++) take(shared<float>(AT_O) + (other * NO + j) * FRAG_FLOATS, o[j]);
         }
-        if (!SUM && p.erase)
-            store_transposed(p.v_new + out, across, v, at.len, (int)(p.dv - value), [&](int j) { return !HALVES || (j >= NC / 2) == half; });
+        if (!SUM && p.erase) {
+            const Place at = place_in<C>(p, piece, i);
+            store_transposed<NO>(p.v_new + out(at) + o_col * across, across, (int)at.len - o_col, (int)(p.dv - value), [&](int j) {
+                FragC c;
+                TG_UNROLL for (int e = 0; e < 4; e++) c.v[e] = HALVES && half ? v[NC - NO + j].v[e] : v[j].v[e];
+                return c;
+            });
+        }
         TG_UNROLL for (int j = 0; j < NO; j++) {
             float f[2];
             load_pair((const float*)to_q + o_col + 8 * j + 2 * (l & 3), f[0], f[1]);
             TG_UNROLL for (int e = 0; e < 4; e++) o[j].v[e] *= f[e & 1];
         }
-        turn();
-        load_0(i + 1);
+        if (K_STAGES == 1) {
+            copy_wait<1>();
+            sync();
+            if (STAGES == 1) load_w(i + 1);
+            load_q(i + 1);
+            copy_commit();
+        }
         const OfB<T, Square::STRIDE> square(shared<T>(AT_P) + o_col * Square::STRIDE, l);
         TG_UNROLL for (int j = 0; j < (SUM ? 0 : NC); j += 2) { // P's column reaches rows from its own
             FragA<T> fa;
@@ -525,8 +545,12 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan(const 
                 mma(o[i + 1], fa, f[1]);
             }
         }
-        if (!SUM) store_transposed((T*)p.o + out + o_col * across, across, o, (int)at.len - o_col, (int)(p.dv - value), [](int) { return true; });
-        const OfBTrans<T, Wide::STRIDE> rows(shared<T>(AT_K) + key_of(me), l);
+        if (!SUM) {
+            const Place at = place_in<C>(p, piece, i);
+            store_transposed<NO>((T*)p.o + out(at) + o_col * across, across, (int)at.len - o_col, (int)(p.dv - value), [&](int j) { return o[j]; });
+        }
+        const OfBTrans<T, Wide::STRIDE> rows(k_of(anew(i)).data + key_of(me), l);
+        const float *to_last = factors_of(anew(i)) + C, *e_g = to_last + C;
         float keep = e_g[C - 1];
         kept *= keep;
         TG_UNROLL for (int j = 0; j < NK; j++)

@@ -395,21 +395,21 @@ TG_DEVICE void take(const float* from, FragC& c) {
 
 // Fragments whose rows are values and whose columns are steps, into rows of steps: `to` is the first step's first value. Neighbouring lanes trade, so
 // that each writes two values of one step.
-// Only those for which `wanted(j)` are stored.
-template <class T, int N, class F> TG_DEVICE void store_transposed(T* to, i64 stride, const FragC (&c)[N], int steps, int values, F wanted) {
+// There are N of them, `fragment(j)` is one.
+template <int N, class T, class F> TG_DEVICE void store_transposed(T* to, i64 stride, int steps, int values, F fragment) {
     const u32 l = anew(lane());
     const bool odd = (l >> 2) & 1, whole = steps >= 8 * N && values >= 16 && ((u64)to / sizeof(T) | stride) % 2 == 0;
     const int step = (l & 3) * 2 + odd, value = (int)(l >> 2) & ~1;
     T* at = to + step * stride + value;
     TG_UNROLL for (int j = 0; j < N; j++) {
+        const FragC c = fragment(j);
         float x[2], y[2];
         TG_UNROLL for (int i = 0; i < 2; i++) {
-            float a = c[j].v[2 * i], b = c[j].v[2 * i + 1], theirs = shuffle_xor(odd ? a : b, 4);
+            float a = c.v[2 * i], b = c.v[2 * i + 1], theirs = shuffle_xor(odd ? a : b, 4);
             x[i] = odd ? theirs : a;
             y[i] = odd ? b : theirs;
         }
-        if (!wanted(j)) {
-        } else if (whole) {
+        if (whole) {
             store_pair(at, x[0], y[0]);
             store_pair(at + 8, x[1], y[1]);
         } else if (step + 8 * j < steps) {

@@ -5,7 +5,7 @@
 // delta_scan_back         sequential, from the last chunk to the first, the gradient of the state (transposed, f32) in registers, 16 values a warp:
 //                         dV'^T = (dh^T K^T) diag(e^{g_last - g}) + dO^T P;  dh^T = e^{g_last} dh^T + (dO^T diag(scale e^g)) Q - dV'^T W.
 //                         Keeps dV'^T and the gradient of the state after each chunk, in T. Warps have values and keys as in the forward's scan, and two
-//                         with the same values trade their halves of dV'^T; W is kept negated.
+//                         with the same values trade their halves of dV'^T; W is kept negated. K, P and dO are brought a whole chunk ahead (up to 128 keys).
 // delta_grad_squares      a block per (chunk, value head): over slabs of the value dimension, dR = A^T dV', dV = beta dR, the squares dO V'^T and
 //                         dM = -dR V'^T (warps own 16 rows), then what they give to g and beta, and the squares that dq and dk need. The next slab's
 //                         dO, V and dV' are on their way meanwhile; in delta_grad_rows, its h and dh.
@@ -18,7 +18,7 @@
 //
 // d = 128, bf16, per chunk and value head: prepare 2.6 MFLOP less U; states 2.1; scan_back 2.1 + 0.66 + 2.1 + 2.1; squares 3 × 0.66; rows 3 × 2.1 + 4 × 1.05
 // (two triangular): about 21 MFLOP. Reads and writes: h and dh 32 KB each, twice; V' 32 KB twice; W, dR, dV', y 16 KB each, twice; squares 40 KB twice;
-// q, k, v, dO and gradients 130 KB: 0.5 MB. Shared memory: states 71 KB (two stages), scan_back 86 KB, squares 85 KB, rows 103 KB: two blocks of 8 warps a
+// q, k, v, dO and gradients 130 KB: 0.5 MB. Shared memory: states 71 KB (two stages), scan_back 112 KB, squares 85 KB, rows 103 KB: two blocks of 8 warps a
 // multiprocessor each, by registers as well.
 #include "delta_rule.cuh"
 
@@ -101,13 +101,16 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan_back(c
     const bool outermost = piece.index + 1 == piece.of;
     if (unit && outermost) return;
     constexpr bool HALVES = key_parts(DK) == 2;
-    // K and P (in their place what is traded), Q, W; dO and the factors are read by both products, so there are two of each
-    constexpr int READ = Wide::BYTES + Square::BYTES, TRADED = HALVES ? 2 * WARPS * NC * FRAG_FLOATS * 4 : 0, AT_Q = TRADED > READ ? TRADED : READ;
-    constexpr int AT_O = AT_Q + 2 * Wide::BYTES, STAGE = Values::BYTES + 3 * C * 4;
-    Wide k{shared<T>()}, q{shared<T>(AT_Q)}, w{shared<T>(AT_Q + Wide::BYTES)};
-    Square pt{shared<T>(Wide::BYTES)};
-    const OfB<T, Wide::STRIDE> columns(shared<T>() + key, lane());
+    // K and P (up to 128 keys of two chunks; what is traded takes the place of those that have been read, and a gap), Q, W; dO and the factors are read by
+    // both products, so there are two of each
+    constexpr int STAGES = DK <= 128 ? 2 : 1;
+    constexpr int READ = Wide::BYTES + Square::BYTES, TRADED = HALVES ? 2 * WARPS * NC * FRAG_FLOATS * 4 : 0, ROOM = TRADED > READ ? TRADED : READ;
+    constexpr int AT_Q = (STAGES - 1) * READ + ROOM, AT_O = AT_Q + 2 * Wide::BYTES, STAGE = Values::BYTES + 3 * C * 4;
+    Wide q{shared<T>(AT_Q)}, w{shared<T>(AT_Q + Wide::BYTES)};
     const OfBTrans<T, Wide::STRIDE> rows(shared<T>() + key, lane());
+    auto k_of = [&](u32 i) { return Wide{shared<T>(i % STAGES * ROOM)}; };
+    auto p_of = [&](u32 i) { return Square{shared<T>(i % STAGES * ROOM + Wide::BYTES)}; };
+    auto traded_of = [&](u32 i) { return shared<float>(i % STAGES * READ); };
     auto d_o_of = [&](u32 i) { return Values{shared<T>(AT_O + i % 2 * STAGE)}; };
     auto factors_of = [&](u32 i) { return shared<float>(AT_O + i % 2 * STAGE + Values::BYTES); };
     FragC h[NK];
@@ -124,25 +127,27 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan_back(c
     };
     auto load_0 = [&](u32 i) {
         const Place at = place_in<C>(p, piece, i);
-        if (wants_new) bring<THREADS>(k, head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk);
-        if (wants_new && !unit) bring_whole<THREADS>(pt, (const T*)p.p + slot(i) * C * C, C);
+        if (wants_new) bring<THREADS>(k_of(i), head_rows<T>(p.k, p.k_stride, at, key_head), p.k_stride[1], at.len, p.dk);
+        if (wants_new && !unit) bring_whole<THREADS>(p_of(i), (const T*)p.p + slot(i) * C * C, C);
         if (!unit) bring<THREADS>(d_o_of(i), (const T*)p.d_o + ((u64)at.row * p.hv + head) * p.dv + part * VALUES, (i64)p.hv * p.dv, at.len, p.dv - part * VALUES);
         copy_floats(factors_of(i), slot(i), TO_Q);
         copy_floats(factors_of(i) + C, slot(i), TO_LAST);
         copy_floats(factors_of(i) + 2 * C, slot(i), E_G);
-        copy_commit();
     };
     auto load_1 = [&](u32 i) {
         const Place at = place_in<C>(p, piece, i);
         if (!unit) bring<THREADS>(q, head_rows<T>(p.q, p.q_stride, at, key_head), p.q_stride[1], at.len, p.dk);
         if (p.erase) bring_whole<THREADS>(w, (const T*)p.w + slot(i) * C * DK, DK);
-        copy_commit();
     };
     if (count) load_0(count - 1);
+    copy_commit();
     for (u32 i = count; i-- > 0;) {
         copy_wait<0>();
         sync();
         load_1(i);
+        copy_commit();
+        if (STAGES == 2 && i) load_0(i - 1);
+        copy_commit();
         const Values d_o = d_o_of(i);
         const float *to_q = factors_of(i), *to_last = to_q + C, *e_g = to_last + C;
         FragC v[NC];
@@ -150,6 +155,7 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan_back(c
         if (!SUM) put_frags(after + key, DK, h);
         zero(v);
         if (live && wants_new) {
+            const OfB<T, Wide::STRIDE> columns(k_of(i).data + key, lane());
             TG_UNROLL for (int j = 0; j < NK; j += 2) {
                 FragA<T> fa;
                 to_a(fa, h[j], h[j + 1]);
@@ -160,6 +166,7 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan_back(c
                 load_pair(to_last + 8 * j + frag_col(0), f[0], f[1]);
                 TG_UNROLL for (int e = 0; e < 4; e++) v[j].v[e] *= f[e & 1];
             }
+            const Square pt = p_of(i);
             // P's row j reaches columns up to j; halves of the keys take turns
             _Pragma("unroll 1") for (int j = unit ? C : 16 * half; j < C; j += HALVES ? 32 : 16) {
                 FragA<T> fa;
@@ -170,15 +177,17 @@ template <class T, int DK, int WARPS, bool SUM> TG_DEVICE void delta_scan_back(c
         if (HALVES && wants_new) {
             sync(); // K and P have been read: what is traded goes there
             const u32 mine = anew(warp()), other = (mine + WARPS) % (2 * WARPS);
-            TG_UNROLL for (int j = 0; j < NC; j++) give(shared<float>() + (mine * NC + j) * FRAG_FLOATS, v[j]);
+            float* traded = traded_of(anew(i));
+            TG_UNROLL for (int j = 0; j < NC; j++) give(traded + (mine * NC + j) * FRAG_FLOATS, v[j]);
             sync();
-            TG_UNROLL for (int j = 0; j < NC; j++) take(shared<float>() + (other * NC + j) * FRAG_FLOATS, v[j]);
+            TG_UNROLL for (int j = 0; j < NC; j++) take(traded + (other * NC + j) * FRAG_FLOATS, v[j]);
         }
         T* d_new = (T*)p.d_new + (slot(i) * wide_v + value) * C;
         if (!SUM && (!HALVES || half == 0)) put_frags(d_new, C, v);
-        copy_wait<0>();
+        copy_wait<1>();
         sync();
-        if (i) load_0(i - 1);
+        if (STAGES == 1 && i) load_0(i - 1);
+        copy_commit();
         if (live) {
             TG_UNROLL for (int j = 0; j < NK; j++)
                 TG_UNROLL for (int e = 0; e < 4; e++) h[j].v[e] *= e_g[C - 1];
@@ -572,11 +581,15 @@ template <class T> TG_DEVICE void delta_grad_rows(const DeltaParams& p) {
 // Rows of [B T, Hk], 4 warps a block; y = 0 for q, 1 for k. A row has as many lanes as it has vectors of 16 bytes, rounded up to a power of two.
 template <class T> TG_DEVICE void delta_grad_finish(const DeltaParams& p) {
     constexpr u32 N = Vec<T>::N, V = 256 / (32 * N); // vectors of a lane
-    u32 lanes = 1;
-    while (lanes < 32 && lanes * N < p.dk) lanes <<= 1;
-    const u64 i = ((u64)block_x() * (threads() / 32) + warp()) * (32 / lanes) + lane() / lanes;
+    u32 bits = 0; // shifts, as divisions would take longer than the rest
+    while (bits < 5 && (N << bits) < p.dk) bits++;
+    const u32 lanes = 1 << bits, mine = lane() & (lanes - 1);
+    const u64 i = ((((u64)block_x() * (threads() / 32) + warp()) << 5) + lane()) >> bits;
     const bool live = i < (u64)p.rows * p.hk;
-    const u32 group = p.hv / p.hk, head = live ? i % p.hk : 0, r = live ? i / p.hk : 0;
+    const u32 group = p.hv / p.hk;
+    u32 r = 0;
+    if (live) r = i >> 32 ? (u32)(i / p.hk) : (u32)i / p.hk;
+    const u32 head = live ? (u32)(i - (u64)r * p.hk) : 0;
     const Place at{r, 1, r / p.t, r % p.t};
     const T* x = block_y() ? head_rows<T>(p.k, p.k_stride, at, head) : head_rows<T>(p.q, p.q_stride, at, head);
     const T* y = (const T*)(block_y() ? p.yk : p.yq) + ((u64)r * p.hv + head * group) * p.dk;
@@ -591,11 +604,11 @@ template <class T> TG_DEVICE void delta_grad_finish(const DeltaParams& p) {
         }
     };
     TG_UNROLL for (u32 v = 0; v < V; v++) {
-        const u32 d = (lane() % lanes + v * lanes) * N;
+        const u32 d = (mine + v * lanes) * N;
         TG_UNROLL for (u32 e = 0; e < N; e++) xs[v][e] = ys[v][e] = 0.f;
         if (!live || d >= p.dk) continue;
         get(xs[v], x, d);
-        _Pragma("unroll 4") for (u32 j = 0; j < group; j++) {
+        _Pragma("unroll 2") for (u32 j = 0; j < group; j++) {
             float more[N];
             get(more, y + (u64)j * p.dk, d);
             TG_UNROLL for (u32 e = 0; e < N; e++) ys[v][e] += more[e];
@@ -611,7 +624,7 @@ template <class T> TG_DEVICE void delta_grad_finish(const DeltaParams& p) {
     }
     const float f = p.l2 ? xy / (xx + 1e-6f) : 0.f;
     TG_UNROLL for (u32 v = 0; v < V; v++) {
-        const u32 d = (lane() % lanes + v * lanes) * N;
+        const u32 d = (mine + v * lanes) * N;
         if (!live || d >= p.dk) continue;
         TG_UNROLL for (u32 e = 0; e < N; e++) ys[v][e] -= f * xs[v][e];
         if (whole) {

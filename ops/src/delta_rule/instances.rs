@@ -59,8 +59,8 @@ pub fn join_decayed() -> Kernel {
 pub const GROUPS: usize = 2;
 pub fn grad(pass: &str, d: DType) -> Kernel {
     let warps = if pass == "finish" { 4 } else { chunk(d) / 16 * GROUPS };
-    let two = warps == 8;
-    Kernel::new(&BACKWARD, format!("delta_grad_{pass}<{}>", cpp(d)), 32 * warps as u32).min_blocks(1 + two as u32)
+    let blocks = if pass == "finish" { 8 } else { warps as u32 / 4 };
+    Kernel::new(&BACKWARD, format!("delta_grad_{pass}<{}>", cpp(d)), 32 * warps as u32).min_blocks(blocks)
 }
 pub fn step(d: DType, dk: usize) -> Kernel {
     Kernel::new(&STEP, format!("delta_step<{}, {dk}>", cpp(d)), 128)

@@ -111,9 +111,9 @@ fn hopper_kernel(head: usize) -> Kernel {
 fn hopper_kernels() -> Vec<Kernel> {
     HOPPER_HEADS.map(hopper_kernel).into()
 }
-/// Q, two tiles of K and two of V, and the rows' bounds.
+/// Q, two tiles of K and two of V, the gate's logits, and the rows' bounds.
 fn hopper_shared(head: usize) -> u32 {
-    (5 * HOPPER_TILE * head * 2 + 8 * HOPPER_TILE) as u32
+    (6 * HOPPER_TILE * head * 2 + 8 * HOPPER_TILE) as u32
 }
 /// Streaming rows of a step of Hopper's backward, and steps that there is room for.
 const HOPPER_STEP: usize = 64;

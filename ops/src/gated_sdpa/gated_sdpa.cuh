@@ -185,9 +185,10 @@ TG_DEVICE float gated(const SdpaParams& p, float u, float logit) {
 }
 
 // ---- the way out ----
-// A thread has vectors of rows; logits of AHEAD of them are on their way at once.
+// A thread has vectors of rows; logits of AHEAD of them are on their way at once. `held`: byte in shared memory where element-wise logits are, rows of HD
+// one after another; or -1, and they come from global memory.
 template <class T, int ROWS, int HD, int THREADS, u32 ACTIVATION>
-TG_DEVICE void write_vectors(const SdpaParams& p, const Tile<float, ROWS, HD>& out, u32 b, u32 hk, int r0, int n) {
+TG_DEVICE void write_vectors(const SdpaParams& p, const Tile<float, ROWS, HD>& out, u32 b, u32 hk, int r0, int n, int held) {
     typedef Shares<T, ROWS, HD, THREADS> S;
     constexpr int AHEAD = 4;
     Rows<T> os(p, p.o, b, hk), us(p, p.u, b, hk);
@@ -198,7 +199,8 @@ TG_DEVICE void write_vectors(const SdpaParams& p, const Tile<float, ROWS, HD>& o
             union { U4 whole; T t[S::N]; } logits[AHEAD];
             TG_UNROLL for (int k = 0; k < AHEAD; k++) {
                 int i = first + k * S::TALL;
-                if (i < n && p.gating == 2) logits[k].whole = *(const U4*)(gates.at(r0 + i) + c);
+                if (i < n && held >= 0) logits[k].whole = *(const U4*)shared<T>(held + (i * HD + c) * (int)sizeof(T));
+                else if (i < n && p.gating == 2) logits[k].whole = *(const U4*)(gates.at(r0 + i) + c);
                 if (i < n && p.gating == 1) {
                     T one = *gates.at(r0 + i);
                     TG_UNROLL for (int j = 0; j < S::N; j++) logits[k].t[j] = one;
@@ -227,12 +229,12 @@ TG_DEVICE void write_vectors(const SdpaParams& p, const Tile<float, ROWS, HD>& o
 }
 // The first n rows of a tile, which are rows r0.. of a head: gated and written, and ungated beside it if there is a gate. By threads 0 to THREADS.
 template <class T, int ROWS, int HD, int THREADS>
-TG_DEVICE void write_gated(const SdpaParams& p, const Tile<float, ROWS, HD>& out, u32 b, u32 hk, int r0, int n) {
+TG_DEVICE void write_gated(const SdpaParams& p, const Tile<float, ROWS, HD>& out, u32 b, u32 hk, int r0, int n, int held = -1) {
     if (p.vec & VEC_O) {
-        if (p.activation == SIGMOID) write_vectors<T, ROWS, HD, THREADS, SIGMOID>(p, out, b, hk, r0, n);
-        else if (p.activation == SILU) write_vectors<T, ROWS, HD, THREADS, SILU>(p, out, b, hk, r0, n);
-        else if (p.activation == NS_SIGMOID) write_vectors<T, ROWS, HD, THREADS, NS_SIGMOID>(p, out, b, hk, r0, n);
-        else write_vectors<T, ROWS, HD, THREADS, IDENTITY>(p, out, b, hk, r0, n);
+        if (p.activation == SIGMOID) write_vectors<T, ROWS, HD, THREADS, SIGMOID>(p, out, b, hk, r0, n, held);
+        else if (p.activation == SILU) write_vectors<T, ROWS, HD, THREADS, SILU>(p, out, b, hk, r0, n, held);
+        else if (p.activation == NS_SIGMOID) write_vectors<T, ROWS, HD, THREADS, NS_SIGMOID>(p, out, b, hk, r0, n, held);
+        else write_vectors<T, ROWS, HD, THREADS, IDENTITY>(p, out, b, hk, r0, n, held);
     } else { // single elements, where rows are not whole aligned vectors
         Rows<T> os(p, p.o, b, hk), us(p, p.u, b, hk);
         Rows<const T> gates(p, p.gate, b, hk);

@@ -116,7 +116,9 @@ template <int HD, bool OF_KEYS, int STEP, int STAGES> TG_DEVICE void sdpa_backwa
     float c = p.c * p.flip;
     u32 base = shared_address(shared<u8>());
     u64 stay1 = k_major(base + group * 64 * 128), stay2 = deeper(stay1, STAY / 16);
-    // where queries stay, there is room for their fragments, which shared memory then need not give again at each step
+    // Where queries stay, there is room for their fragments, which shared memory then need not give again at each step. But ptxas 13.0 forgets that an
+    // operand of an asynchronous product is needed again at the next step, and puts others in its registers (it did at HD 64). So `keep` has each step
+    // read and write them, by an exclusive or with a zero that only the host knows: what a plain instruction reads later stays. It runs beside products.
     constexpr bool HOLD = !OF_KEYS;
     u32 held1[HOLD ? HD / 16 : 1][4], held2[HOLD ? HD / 16 : 1][4];
     if constexpr (HOLD) {
@@ -127,6 +129,12 @@ template <int HD, bool OF_KEYS, int STEP, int STAGES> TG_DEVICE void sdpa_backwa
             ldmatrix4(held2[k], at + STAY);
         }
     }
+    auto keep = [&](auto& held) {
+        if constexpr (HOLD) {
+            TG_UNROLL for (int k = 0; k < HD / 16; k++)
+                TG_UNROLL for (int j = 0; j < 4; j++) held[k][j] ^= (u32)p.split_from; // nothing is split here
+        }
+    };
     int stage = 0;
     TG_ROLLED for (int j0 = begin; j0 < end; j0 += STEP) { // one counter: registers are all used
         u32 by = (2 * STAY + stage * 2 * TILE) / 16;
@@ -150,6 +158,7 @@ template <int HD, bool OF_KEYS, int STEP, int STAGES> TG_DEVICE void sdpa_backwa
 
         wgmma_wait<1>();
         wgmma_settle(s);
+        keep(held1);
         TG_UNROLL for (int k = 0; k < STEP / 8; k++) {
             float l[2];
             if constexpr (OF_KEYS) {
@@ -193,6 +202,7 @@ template <int HD, bool OF_KEYS, int STEP, int STAGES> TG_DEVICE void sdpa_backwa
         }
         TG_UNROLL for (int k = 0; k < STEP / 16; k++) wgmma<HD, 1>(out, ds[k], deeper(xt, k * 128), 1);
         wgmma_commit();
+        keep(held2);
         wgmma_wait<0>();
         wgmma_settle(out);
         if constexpr (OF_KEYS) wgmma_settle(out2);

@@ -3,13 +3,13 @@
 // A block has 128 query rows of one key/value head, and three warpgroups: two that compute, with 64 rows each, and one that brings tiles of 128 keys.
 //
 // shared: Q [128 × HD], two tiles of K and two of V [128 × HD]; each as HD / 64 panels of 128-byte rows, swizzled as hopper.cuh says. S = Q Kᵀ takes both
-//     as they are (K-major), P V takes V as MN-major.
+//     as they are (K-major), P V takes V as MN-major. Logits of an element-wise gate [128 × HD], plain rows.
 // registers: O [64 × HD] and S [64 × 128] of a warpgroup as accumulators (HD / 2 and 64 of a thread), P in bf16 (32): 128-thread groups that compute take
 //     232 registers, the one that copies gives what it has over 40 back.
 // order: tile i's S is started together with the product P V of tile i - 1; the softmax of tile i runs while that one does. The two groups start their
 //     products in turns (barriers TURN), so that one's softmax meets the other's products.
 // copies: asynchronous, 16 bytes a thread, in the order of their use (K0, K1, V0, K2, V1, ..); what was started two tiles before is announced
-//     (FULL, for each group that computes), and a buffer that both groups have read is given back (EMPTY).
+//     (FULL, for each group that computes), and a buffer that both groups have read is given back (EMPTY). The gate's logits come with the second item.
 // epilogue: u = O / sum goes in f32 to the place of Q and K, see write_gated.
 //
 // Estimate, HD 128: a tile is 8.4 MFLOP for the block: 2,048 cycles of tensor cores; 16,384 exponentials take 1,024, the rest of the softmax (about 5
@@ -21,7 +21,8 @@ enum { FULL = 1, EMPTY = 9, TURN = 13, END = 15 }; // barriers: FULL + 4 (is V) 
 
 template <int HD> TG_DEVICE void sdpa_forward_hopper(const SdpaParams& p) {
     constexpr int ROWS = 128, KEYS = 128, THREADS = 384, TILE = KEYS * HD * 2, PANEL = 128 * 128, AT_K = ROWS * HD * 2, AT_V = AT_K + 2 * TILE;
-    int *lo = shared<int>(AT_V + 2 * TILE), *hi = lo + ROWS;
+    constexpr int AT_GATE = AT_V + 2 * TILE;
+    int *lo = shared<int>(AT_GATE + ROWS * HD * 2), *hi = lo + ROWS;
     if (block_x() == 0) check_documents(p);
     auto [bh, rank] = turn_of(p);
     u32 b, hk;
@@ -36,6 +37,7 @@ template <int HD> TG_DEVICE void sdpa_forward_hopper(const SdpaParams& p) {
     sync();
     int begin = lo[0] / KEYS * KEYS, end = hi[n - 1], lo_last = lo[n - 1], hi_first = hi[0];
     int tiles = end > begin ? (int)div_up(end - begin, KEYS) : 0;
+    bool gate_held = tiles > 0 && p.gating == 2 && (p.vec & VEC_O);
     u32 group = shuffle(thread() / 128, 0);
 
     if (group == 2) {
@@ -67,6 +69,11 @@ template <int HD> TG_DEVICE void sdpa_forward_hopper(const SdpaParams& p) {
             TG_UNROLL for (int j = 0; j < KEYS; j += 16) {
                 TG_UNROLL for (int c = 0; c < HD; c += 64) copy16_async(to + c / 64 * PANEL + j * 128, x + c, first + j < p.keys && piece * 8 + c < cols);
                 x += next;
+            }
+            if (i == 1 && gate_held) {
+                Rows<const bf16> gates(p, p.gate, b, hk);
+                TG_ROLLED for (int r = row; r < n; r += 16)
+                    TG_UNROLL for (int c = 8 * piece; c < HD; c += 64) copy16_async(shared<u8>(AT_GATE + 2 * (r * HD + c)), gates.at(r0 + r) + c, c < p.dv_cols);
             }
             copy_commit();
             if (i >= 2) {
@@ -194,5 +201,5 @@ template <int HD> TG_DEVICE void sdpa_forward_hopper(const SdpaParams& p) {
         TG_UNROLL for (int j = 0; j < HD / 8; j++) store_pair(out.at(i, 8 * j + frag_col(0)), o[4 * j + 2 * h] * inverse, o[4 * j + 2 * h + 1] * inverse);
     }
     sync_some(END, 256);
-    write_gated<bf16, ROWS, HD, 256>(p, out, b, hk, r0, n);
+    write_gated<bf16, ROWS, HD, 256>(p, out, b, hk, r0, n, gate_held ? AT_GATE : -1);
 }

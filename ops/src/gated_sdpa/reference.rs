@@ -126,6 +126,13 @@ engine::self_test!("gated_sdpa", [[2, 77, 4, 32], [2, 77, 2, 32], [2, 77, 2, 32]
 engine::self_test!("gated_sdpa packed", [[1, 77, 4, 32], [1, 77, 2, 32], [1, 77, 2, 32], [1, 77, 4]],
     |x| Ok(vec![super::gated_sdpa(&x[0], &x[1], &x[2], Some((&x[3], SILU)), Some(&cu(&x[0])?), WINDOW)?])
     => |x| Ok(vec![composed(&x[0], &x[1], &x[2], Some((&x[3], SILU)), Some(&cu(&x[0])?), WINDOW)?]));
+// head dims and rows that have kernels of their own on Hopper
+engine::self_test!("gated_sdpa of head dim 64", [[1, 150, 4, 64], [1, 150, 2, 64], [1, 150, 2, 64], [1, 150, 4, 64]],
+    |x| Ok(vec![super::gated_sdpa(&x[0], &x[1], &x[2], Some((&x[3], SIGMOID)), None, CAUSAL)?])
+    => |x| Ok(vec![composed(&x[0], &x[1], &x[2], Some((&x[3], SIGMOID)), None, CAUSAL)?]));
+engine::self_test!("gated_sdpa of head dim 128", [[1, 150, 4, 128], [1, 150, 2, 128], [1, 150, 2, 128], [1, 150, 4]],
+    |x| Ok(vec![super::gated_sdpa(&x[0], &x[1], &x[2], Some((&x[3], SIGMOID)), None, CAUSAL)?])
+    => |x| Ok(vec![composed(&x[0], &x[1], &x[2], Some((&x[3], SIGMOID)), None, CAUSAL)?]));
 engine::self_test!("gated_sdpa of one token", [[2, 1, 4, 32], [2, 77, 2, 32], [2, 77, 2, 32]],
     |x| Ok(vec![super::gated_sdpa(&x[0], &x[1], &x[2], None, None, CAUSAL)?]) => |x| Ok(vec![composed(&x[0], &x[1], &x[2], None, None, CAUSAL)?]));
 engine::self_test!("attention_pattern", [[2, 77, 4, 32], [2, 77, 2, 32]],

@@ -141,7 +141,7 @@ fn gather<F: Real>(r: &Routing<F>, k: usize, h: usize, x: &[F], run: &std::ops::
 
 fn forward<F: Real>(op: &Moe, x: &Inputs, y: &mut Outputs) -> Result<()> {
     let (_, h, e, i) = sizes(x.shape(0), x.shape(2));
-    let (v, w1, w2) = (x.real::<F>(0)?, x.real::<F>(2)?, x.real::<F>(3)?);
+    let (v, w1, w2) = (x.real::<F>(0)?, x.real::<F>(4)?, x.real::<F>(5)?);
     let r = route(op, &x.real::<F>(1)?, e);
     let (mut out, mut counts, mut hidden) = (y.real::<F>(0)?, y.slice::<i64>(1)?, y.slice::<F>(2)?);
     counts.iter_mut().zip(&r.runs).for_each(|(c, r)| *c = r.len() as i64);

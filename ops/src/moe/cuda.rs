@@ -9,14 +9,14 @@ use engine::{DType, Error, Result, View};
 
 cuda_source!(static ROUTING = "routing.cu", kernels: routing_kernels, headers: ["../ops.cuh"]);
 cuda_source!(static GROUPED = "grouped.cu", kernels: grouped_kernels);
-cuda_source!(static HOPPER = "grouped_hopper.cu", kernels: || (0..5).map(on_hopper).collect());
+cuda_source!(static HOPPER = "grouped_hopper.cu", kernels: hopper_kernels);
 
 params! {
     struct RouteParams { logits: Ptr, expert: Ptr, weight: Ptr, total: Ptr, counts: Ptr, n: u32, e: u32, k: u32, norm: u32 }
     struct SortParams {
         expert: Ptr, counts: Ptr, all: Ptr, starts: Ptr, tiles: Ptr, out: Ptr, order: Ptr, place: Ptr, blocks: u32, e: u32, k: u32, slots: u32,
     }
-    struct CombineParams { rows: Ptr, y: Ptr, weight: Ptr, place: Ptr, n: u64, k: u32, width: u32, per_row: u32, wide: u32 }
+    struct CombineParams { rows: Ptr, y: Ptr, weight: Ptr, place: Ptr, n: u64, per_row: FastDiv, k: u32, width: u32, wide: u32, many: u32, unused: u32 }
     struct ActivationParams {
         projections: Ptr, weight: Ptr, dact: Ptr, dprojections: Ptr, act: Ptr, dweight: Ptr, order: Ptr, slots: u32, width: u32, wide: u32, unused: u32,
     }
@@ -51,18 +51,30 @@ fn plain(name: &str, threads: u32) -> Kernel {
     routing(format!("{name}<0>"), threads)
 }
 
-/// How B lies, or which operand of a weight's gradient is read through the permutation.
-fn grouped(name: &str, d: DType, arg: &str) -> Kernel {
-    Kernel::new(&GROUPED, format!("grouped_{name}<{}, {arg}>", cpp(d)), THREADS).min_blocks(if d == DType::BF16 { 2 } else { 1 })
+/// `mode`: how B lies; `out`: of a weight's gradient, of which A or B is read through the permutation.
+fn grouped_rows(d: DType, mode: u32) -> Kernel {
+    grouped("rows", d, format!("{}, {mode}", cpp(d)))
 }
+fn grouped_weights(d: DType, out: DType, gather_a: bool) -> Kernel {
+    grouped("weights", d, format!("{}, {}, {gather_a}", cpp(d), cpp(out)))
+}
+fn grouped(name: &str, d: DType, args: String) -> Kernel {
+    Kernel::new(&GROUPED, format!("grouped_{name}<{args}>"), THREADS).min_blocks(if d == DType::BF16 { 2 } else { 1 })
+}
+/// Dtypes of the rows, and of a weight's gradient beside them.
+const GRADIENTS: [(DType, DType); 3] = [(DType::F32, DType::F32), (DType::BF16, DType::BF16), (DType::BF16, DType::F32)];
 fn grouped_kernels() -> Vec<Kernel> {
-    let each = |d| [("rows", "0"), ("rows", "1"), ("rows", "2"), ("weights", "true"), ("weights", "false")].map(|(name, arg)| grouped(name, d, arg));
-    FLOATS.into_iter().flat_map(each).collect()
+    let mut all: Vec<Kernel> = FLOATS.into_iter().flat_map(|d| [0, 1, 2].map(|mode| grouped_rows(d, mode))).collect();
+    all.extend(GRADIENTS.into_iter().flat_map(|(d, out)| [true, false].map(|gather_a| grouped_weights(d, out, gather_a))));
+    all
 }
 /// As in grouped_hopper.cu: rows with a product B[columns, depth], the same with the activation, B[depth, columns], a weight's gradient with A or B
 /// read through the permutation.
-fn on_hopper(kind: u32) -> Kernel {
-    Kernel::new(&HOPPER, format!("grouped<{kind}>"), THREADS).hopper()
+fn on_hopper(kind: u32, out: DType) -> Kernel {
+    Kernel::new(&HOPPER, format!("grouped<{kind}, {}>", cpp(out)), THREADS).hopper()
+}
+fn hopper_kernels() -> Vec<Kernel> {
+    (0..5).map(|kind| on_hopper(kind, DType::BF16)).chain([3, 4].map(|kind| on_hopper(kind, DType::F32))).collect()
 }
 const WIDE_TILE: usize = 256;
 const HOPPER_SHARED: u32 = 4 * (128 + 256) * 64 * 2;
@@ -165,9 +177,9 @@ impl<'a> Routed<'a> {
         self.cuda.is_hopper() && self.dtype == DType::BF16 && whole
     }
     /// Launches one of Hopper's kernels, on no more blocks than there may be tiles.
-    fn launch_hopper(&self, kind: u32, tiles: usize, p: &GroupedParams) -> Result<()> {
+    fn launch_hopper(&self, kernel: &Kernel, tiles: usize, p: &GroupedParams) -> Result<()> {
         let grid = tiles.min(self.cuda.processors() as usize);
-        self.cuda.launch(&on_hopper(kind), [blocks("moe", grid, 1)?, 1, 1], HOPPER_SHARED, p)
+        self.cuda.launch(kernel, [blocks("moe", grid, 1)?, 1, 1], HOPPER_SHARED, p)
     }
     /// C `[slots, cols]` = A · B of the row's expert, A `[slots, depth]`, or of tokens if `gather`.
     fn rows(&self, mode: u32, (cols, depth): (usize, usize), gather: bool, abc: [Ptr; 3], act: Ptr) -> Result<()> {
@@ -180,29 +192,31 @@ impl<'a> Routed<'a> {
         // every expert may have one tile that is not full
         let tiles = self.slots / TILE + self.e.min(self.slots);
         if hopper {
-            return self.launch_hopper(mode, tiles * across, &p);
+            return self.launch_hopper(&on_hopper(mode, DType::BF16), tiles * across, &p);
         }
         let shared = stages(self.dtype) * (tile_bytes(self.dtype, false) + tile_bytes(self.dtype, mode == 2));
-        self.cuda.launch(&grouped("rows", self.dtype, &mode.to_string()), [blocks("moe", tiles * across, 1)?, 1, 1], shared, &p)
+        self.cuda.launch(&grouped_rows(self.dtype, mode), [blocks("moe", tiles * across, 1)?, 1, 1], shared, &p)
     }
     /// C `[experts, rows, cols]` = Aᵀ B over each expert's rows, one of both of tokens, read through the permutation.
-    fn weights(&self, (rows, cols): (usize, usize), gather_a: bool, abc: [Ptr; 3]) -> Result<()> {
+    fn weights(&self, (rows, cols): (usize, usize), gather_a: bool, [a, b]: [Ptr; 2], c: &View) -> Result<()> {
+        let abc = [a, b, Ptr::of(c)?];
         let hopper = self.hopper(abc, Ptr::NULL, [rows, cols]);
         let across = cols.div_ceil(if hopper { WIDE_TILE } else { TILE });
         let each = rows.div_ceil(TILE) * across;
         let p = GroupedParams { across: FastDiv::new(across), each: FastDiv::new(each), rows_of: rows as u32, cols: cols as u32, ..self.params(abc) };
         if hopper {
-            return self.launch_hopper(if gather_a { 3 } else { 4 }, each * self.e, &p);
+            return self.launch_hopper(&on_hopper(if gather_a { 3 } else { 4 }, c.dtype), each * self.e, &p);
         }
         let shared = stages(self.dtype) * 2 * tile_bytes(self.dtype, true);
-        let kernel = grouped("weights", self.dtype, if gather_a { "true" } else { "false" });
-        self.cuda.launch(&kernel, [blocks("moe", each, 1)?, self.e as u32, 1], shared, &p)
+        self.cuda.launch(&grouped_weights(self.dtype, c.dtype, gather_a), [blocks("moe", each, 1)?, self.e as u32, 1], shared, &p)
     }
     fn combine(&self, rows: Ptr, weight: Ptr, y: &View) -> Result<()> {
         let per_row = self.h.div_ceil(16 / self.dtype.size());
         let wide = (self.h * self.dtype.size()).is_multiple_of(16) && aligned(16, &[y])?;
         let (n, k, width) = ((self.n * per_row) as u64, self.k as u32, self.h as u32);
-        let p = CombineParams { rows, y: Ptr::of(y)?, weight, place: self.place, n, k, width, per_row: per_row as u32, wide: wide as u32 };
+        let many = (n > i32::MAX as u64) as u32;
+        let (y, place, per_vector) = (Ptr::of(y)?, self.place, FastDiv::new(per_row));
+        let p = CombineParams { rows, y, weight, place, n, per_row: per_vector, k, width, wide: wide as u32, many, unused: 0 };
         self.cuda.launch(&typed("combine", self.dtype), [blocks("moe", self.n * per_row, THREADS as usize)?, 1, 1], 0, &p)
     }
     fn scratch(&self, elements: usize) -> Result<(CudaBuffer, Ptr)> {
@@ -210,7 +224,7 @@ impl<'a> Routed<'a> {
     }
 }
 
-fn zero(cuda: &Cuda, y: &View) -> Result<()> {
+pub(super) fn zero(cuda: &Cuda, y: &View) -> Result<()> {
     cuda.fill(Ptr::of(y)?, 0, y.layout.numel() * y.dtype.size())
 }
 
@@ -221,8 +235,8 @@ cuda_kernel!(Moe => |op, cuda, x, y| {
     }
     let (_act, act) = r.scratch(r.slots * r.i)?;
     let (_rows, rows) = r.scratch(r.slots * r.h)?;
-    r.rows(1, (2 * r.i, r.h), true, [Ptr::of(&x[0])?, Ptr::of(&x[2])?, Ptr::of(&y[2])?], act)?;
-    r.rows(0, (r.h, r.i), false, [act, Ptr::of(&x[3])?, rows], Ptr::NULL)?;
+    r.rows(1, (2 * r.i, r.h), true, [Ptr::of(&x[0])?, Ptr::of(&x[4])?, Ptr::of(&y[2])?], act)?;
+    r.rows(0, (r.h, r.i), false, [act, Ptr::of(&x[5])?, rows], Ptr::NULL)?;
     r.combine(rows, r.weight, &y[0])
 });
 
@@ -255,8 +269,8 @@ fn backward(op: &MoeBackward, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()>
         unused: 0,
     };
     cuda.launch(&typed("activation_backward", r.dtype), [blocks("moe", r.slots, 8)?, 1, 1], 0, &p)?;
-    r.weights((r.h, r.i), true, [dy, act, Ptr::of(&y[3])?])?;
-    r.weights((2 * r.i, r.h), false, [dgu, tokens, Ptr::of(&y[2])?])?;
+    r.weights((r.h, r.i), true, [dy, act], &y[3])?;
+    r.weights((2 * r.i, r.h), false, [dgu, tokens], &y[2])?;
     let (_rows, rows) = r.scratch(r.slots * r.h)?;
     r.rows(2, (r.h, 2 * r.i), false, [dgu, w1, rows], Ptr::NULL)?;
     r.combine(rows, Ptr::NULL, &y[0])?;

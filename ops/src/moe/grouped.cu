@@ -6,7 +6,7 @@
 // by side in a tile, so that the epilogue has both and writes the projections (f32, for the backward) and silu(gate) · up; 2: B is [depth, columns].
 //
 // grouped_weights: C[expert] = Aᵀ B over the expert's rows, one of A and B read through the permutation; a block has 128 × 128 of one expert's matrix
-// and goes over its rows in order; an expert without rows gets zeros.
+// and goes over its rows in order; an expert without rows gets zeros. C's dtype is the weight's, f32 where it is kept so.
 //
 // Depth goes in steps of 32 through 3 stages of asynchronous copies (2 in f32), one barrier a step. 8 warps have 32 × 64 each: 64 accumulators a thread,
 // 16 mma for 6 ldmatrix a step of 16. bf16: 60 KB of shared memory, 2 blocks on a multiprocessor. A tile of 128 × 128 reads (128 + 128) · 2 bytes for
@@ -163,7 +163,7 @@ template <class T, int MODE> TG_DEVICE void grouped_rows(const GroupedParams& p)
         }
 }
 
-template <class T, bool GATHER_A> TG_DEVICE void grouped_weights(const GroupedParams& p) {
+template <class T, class O, bool GATHER_A> TG_DEVICE void grouped_weights(const GroupedParams& p) {
     constexpr int S = Stages<T>::N;
     typedef Tile<T, BK, BM> A;
     typedef Tile<T, BK, BN> B;
@@ -211,7 +211,7 @@ template <class T, bool GATHER_A> TG_DEVICE void grouped_weights(const GroupedPa
         }
     }
     copy_wait<0>();
-    T* out = (T*)p.c + (u64)e * p.rows_of * p.cols;
+    O* out = (O*)p.c + (u64)e * p.rows_of * p.cols;
     TG_UNROLL for (int m = 0; m < 2; m++)
         TG_UNROLL for (int h = 0; h < 4; h += 2) {
             u32 r = m0 + row + 16 * m + frag_row(h);

@@ -11,7 +11,8 @@
 // grouped_weights (KIND 3: A, 4: B is read through the permutation): both MN-major, as their rows are the depth; an expert's rows are its depth, what is
 // beyond is zero, and an expert without rows takes one step of zeros.
 //
-// Four lanes that have a row's neighbouring columns exchange words, so that each writes 16 bytes.
+// Lanes that have a row's neighbouring columns exchange words, so that each writes 16 bytes. C is in bf16, but KIND 1's projections and the gradients (O) of
+// weights that are kept in f32.
 #include "hopper.cuh"
 
 constexpr u32 BM = 128, BN = 256, BK = 64, STAGES = 4;
@@ -165,8 +166,18 @@ template <int N, class F> TG_DEVICE void write_row(bf16* row, u32 n0, u32 width,
         if (ok && n < width) *(U4*)(row + n) = out;
     }
 }
+// The same in f32: this lane has two columns, first(j) and second(j), of every block, and gets four of every second one.
+template <int N, class F, class G> TG_DEVICE void write_wide(float* row, u32 n0, u32 width, bool ok, F first, G second) {
+    bool odd = lane() & 1;
+    TG_UNROLL for (int j = 0; j < N; j += 2) {
+        u32 a0 = float_bits(first(j)), a1 = float_bits(second(j)), b0 = float_bits(first(j + 1)), b1 = float_bits(second(j + 1));
+        u32 c0 = shuffle_xor(odd ? a0 : b0, 1), c1 = shuffle_xor(odd ? a1 : b1, 1);
+        u32 n = n0 + 8 * (j + odd) + 4 * ((lane() & 3) / 2);
+        if (ok && n < width) *(U4*)(row + n) = odd ? U4{c0, c1, b0, b1} : U4{a0, a1, c0, c1};
+    }
+}
 
-template <int KIND> TG_DEVICE void finish(const Grouped<KIND>& g, const Place& x, const float (&d)[BN / 2]) {
+template <int KIND, class O> TG_DEVICE void finish(const Grouped<KIND>& g, const Place& x, const float (&d)[BN / 2]) {
     const GroupedParams& p = g.p;
     u32 width = g.width();
     TG_UNROLL for (int h = 0; h < 4; h += 2) {
@@ -175,24 +186,21 @@ template <int KIND> TG_DEVICE void finish(const Grouped<KIND>& g, const Place& x
         u64 at = KIND < 3 ? x.first + r : (u64)x.e * p.rows_of + x.m0 + r;
         if (KIND == 1) {
             float* gate = (float*)p.c + at * p.cols;
-            TG_UNROLL for (int j = 0; j < 16; j++) {
-                u32 n = x.n0 + 8 * j + 2 * (lane() & 3);
-                if (ok && n < width) {
-                    *(U2*)(gate + n) = U2{float_bits(d[4 * j + h]), float_bits(d[4 * j + h + 1])};
-                    *(U2*)(gate + width + n) = U2{float_bits(d[4 * j + h + 64]), float_bits(d[4 * j + h + 65])};
-                }
-            }
+            write_wide<16>(gate, x.n0, width, ok, [&](int j) { return d[4 * j + h]; }, [&](int j) { return d[4 * j + h + 1]; });
+            write_wide<16>(gate + width, x.n0, width, ok, [&](int j) { return d[4 * j + h + 64]; }, [&](int j) { return d[4 * j + h + 65]; });
             auto silu = [](float x) { return x * fast_reciprocal(1.f + fast_exp(-x)); };
             write_row<16>(p.act + at * width, x.n0, width, ok, [&](int j) {
                 return pack_bf16(silu(d[4 * j + h]) * d[4 * j + h + 64], silu(d[4 * j + h + 1]) * d[4 * j + h + 65]);
             });
+        } else if (sizeof(O) == 4) {
+            write_wide<32>((float*)p.c + at * p.cols, x.n0, width, ok, [&](int j) { return d[4 * j + h]; }, [&](int j) { return d[4 * j + h + 1]; });
         } else {
             write_row<32>((bf16*)p.c + at * p.cols, x.n0, width, ok, [&](int j) { return pack_bf16(d[4 * j + h], d[4 * j + h + 1]); });
         }
     }
 }
 
-template <int KIND> TG_DEVICE void grouped(const GroupedParams& p) {
+template <int KIND, class O> TG_DEVICE void grouped(const GroupedParams& p) {
     constexpr int TRANS_A = KIND >= 3, TRANS_B = KIND >= 2;
     Grouped<KIND> g{p};
     u32 tiles = g.count(), stage = 0;
@@ -223,7 +231,7 @@ template <int KIND> TG_DEVICE void grouped(const GroupedParams& p) {
         }
         wgmma_wait<0>();
         wgmma_settle(d);
-        finish<KIND>(g, x, d);
+        finish<KIND, O>(g, x, d);
     }
     copy_wait<0>();
 }

@@ -5,10 +5,14 @@ mod cpu;
 mod cuda;
 mod losses;
 pub mod reference;
+mod router;
+mod shared;
 #[cfg(test)]
 mod tests;
 
 pub use losses::{load_balancing_loss, router_z_loss};
+pub use router::router_logits;
+pub use shared::add_shared;
 
 use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, run};
 use std::ops::RangeInclusive;
@@ -27,12 +31,13 @@ pub(crate) fn sizes(x: &[usize], gate_up: &[usize]) -> (usize, usize, usize, usi
     (x[0], x[1], gate_up[0], gate_up[1] / 2)
 }
 
+/// Inputs: x, router logits, both weights as they are kept, both in x's dtype.
 impl Op for Moe {
     fn name(&self) -> &'static str {
         "moe"
     }
     fn arity(&self) -> RangeInclusive<usize> {
-        4..=4
+        6..=6
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
         let op = "moe";
@@ -54,10 +59,12 @@ impl Op for Moe {
             if !x[0].dtype.is_float() {
                 return Err(Error::dtype(op, "x", "a float dtype", x[0].dtype));
             }
-            if name != "router_logits" && m.dtype != x[0].dtype {
-                return Err(Error::dtype(op, name, format!("{}, as x", x[0].dtype), m.dtype));
-            }
             crate::dtypes::beside(op, name, x[0].dtype, m.dtype)?;
+        }
+        for (copy, of) in x[4..].iter().zip(&x[2..]) {
+            if copy.dtype != x[0].dtype || copy.shape != of.shape {
+                return Err(Error::dtype(op, "a weight's copy", format!("{}, as x, and of the weight's shape", x[0].dtype), copy.dtype));
+            }
         }
         let hidden = Meta::new(&[n * self.top_k, i2], crate::dtypes::sums(x[0].dtype));
         Ok(vec![x[0].clone(), Meta::new(&[e], DType::I64), hidden])
@@ -67,18 +74,20 @@ impl Op for Moe {
         1
     }
     fn saves(&self) -> (Vec<usize>, Vec<usize>) {
-        (vec![0, 1, 2, 3], vec![2])
+        (vec![0, 1, 2, 3, 4, 5], vec![2])
     }
     fn backward(&self, s: &Saved, dy: &[Option<Tensor>], _: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let Some(dy) = &dy[0] else { return Ok(vec![None; 4]) };
-        let g = run(MoeBackward(*self), &[s.input(0)?, s.input(1)?, s.input(2)?, s.input(3)?, s.output(2)?, dy])?;
-        Ok(g.into_iter().map(Some).collect())
+        let Some(dy) = &dy[0] else { return Ok(vec![None; 6]) };
+        let kept = [s.input(2)?.dtype(), s.input(3)?.dtype()];
+        let g = run(MoeBackward(*self, kept), &[s.input(0)?, s.input(1)?, s.input(4)?, s.input(5)?, s.output(2)?, dy])?;
+        Ok(g.into_iter().map(Some).chain([None, None]).collect())
     }
 }
 
-/// Gradients of x, router logits, gate_up_proj and down_proj; inputs: the forward's, the saved projections, dy.
+/// Gradients of x, router logits, gate_up_proj and down_proj, of which the last two have the dtypes that are named; inputs: the forward's in x's dtype, the
+/// saved projections, dy.
 #[derive(Debug, Clone, Copy)]
-pub struct MoeBackward(pub(crate) Moe);
+pub struct MoeBackward(pub(crate) Moe, pub(crate) [DType; 2]);
 
 impl Op for MoeBackward {
     fn name(&self) -> &'static str {
@@ -88,14 +97,17 @@ impl Op for MoeBackward {
         6..=6
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
-        Ok(x[..4].to_vec())
+        let weight = |i: usize| Meta::new(&x[2 + i].shape, self.1[i]);
+        Ok(vec![x[0].clone(), x[1].clone(), weight(0), weight(1)])
     }
 }
 
 /// x `[N, H]`, router logits `[N, E]`, `gate_up_proj [E, 2I, H]` (gate rows first), `down_proj [E, H, I]`.
-/// Returns y `[N, H]` and how many tokens each expert got (i64 `[E]`). Routing is in f32 (f64 for f64).
+/// Returns y `[N, H]` and how many tokens each expert got (i64 `[E]`). Routing is in f32 (f64 for f64). Weights in f32 beside x in bf16 or f16 are brought to
+/// x's dtype, and their gradients are the products' f32 sums.
 pub fn moe(op: Moe, x: &Tensor, router_logits: &Tensor, gate_up_proj: &Tensor, down_proj: &Tensor) -> Result<(Tensor, Tensor)> {
-    let mut v = run(op, &[x, router_logits, gate_up_proj, down_proj])?;
+    let copies = [gate_up_proj.detach().cast(x.dtype())?, down_proj.detach().cast(x.dtype())?];
+    let mut v = run(op, &[x, router_logits, gate_up_proj, down_proj, &copies[0], &copies[1]])?;
     let counts = v.remove(1);
     Ok((v.remove(0), counts))
 }

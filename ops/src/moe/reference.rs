@@ -18,6 +18,17 @@ pub fn moe(op: Moe, x: &Tensor, router_logits: &Tensor, gate_up_proj: &Tensor, d
     Ok(y)
 }
 
+/// As [`super::router_logits`].
+pub fn router_logits(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let wide = crate::dtypes::sums(x.dtype());
+    x.cast(wide)?.linear(&weight.cast(wide)?)
+}
+
+/// As [`super::add_shared`].
+pub fn add_shared(y: &Tensor, s: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    y.add(&s.mul(&gate.sigmoid()?)?)
+}
+
 /// As [`super::load_balancing_loss`] for one layer's router: an expert is chosen by a token if fewer than `top_k` others are likelier.
 pub fn load_balancing_loss(router_logits: &Tensor, top_k: usize) -> Result<Tensor> {
     let p = router_logits.softmax(1)?;
@@ -46,6 +57,10 @@ engine::self_test!("moe", [[77, 40], [77, 6], [6, 34, 40], [6, 40, 17]], |x| {
     let counts = Tensor::ones(&[77, 2], x[0].dtype(), x[0].device())?.scatter_add(1, &chosen, 6)?.sum(&[0], false)?;
     Ok(vec![moe(TOP2, &x[0], &x[1], &x[2], &x[3])?, counts])
 });
+engine::self_test!("router_logits", [[77, 40], [6, 40]],
+    |x| Ok(vec![super::router_logits(&x[0], &x[1])?]) => |x| Ok(vec![router_logits(&x[0], &x[1])?]));
+engine::self_test!("add_shared", [[77, 40], [77, 40], [77, 1]],
+    |x| Ok(vec![super::add_shared(&x[0], &x[1], &x[2])?]) => |x| Ok(vec![add_shared(&x[0], &x[1], &x[2])?]));
 engine::self_test!("load_balancing_loss", [[77, 6]],
     |x| Ok(vec![super::load_balancing_loss(&[&x[0]], 2)?]) => |x| Ok(vec![load_balancing_loss(&x[0], 2)?]));
 engine::self_test!("router_z_loss", [[77, 6]], |x| Ok(vec![super::router_z_loss(&[&x[0]])?]) => |x| Ok(vec![router_z_loss(&x[0])?]));

@@ -140,29 +140,37 @@ struct CombineParams {
     const float* weight; // null: 1
     const u32* place;
     u64 n; // vectors
-    u32 k, width, per_row, wide;
+    FastDiv per_row;
+    u32 k, width, wide, many, unused; // many: n needs 64 bits
 };
-template <class T> TG_DEVICE void combine(const CombineParams& p) {
-    constexpr int N = Vec<T>::N;
-    u64 i = (u64)block_x() * threads() + thread();
-    if (i >= p.n) return;
-    u64 token = i / p.per_row;
-    u32 c = (u32)(i - token * p.per_row) * N;
+// The vector at column c of a token; WIDE: all vectors are whole and aligned.
+template <class T, bool WIDE> TG_DEVICE void combine_vector(const CombineParams& p, u64 token, u32 c) {
+    constexpr int N = Vec<T>::N, AHEAD = 6;
+    int n = WIDE ? N : (int)(p.width - c);
+    const T* rows = (const T*)p.rows + c;
     float y[N] = {};
-    // four slots at a time: their places are read before their rows, their rows before they are added
-    for (u32 j = 0; j < p.k; j += 4) {
+    // six slots at a time: their places are read before their rows, their rows before they are added
+    for (u32 j = 0; j < p.k; j += AHEAD) {
         u64 slot = token * p.k + j;
-        int some = (int)min_of<u32>(p.k - j, 4);
-        u32 place[4];
-        float w[4];
-        Pack<T, N> row[4];
-        TG_UNROLL for (int s = 0; s < 4; s++) place[s] = s < some ? p.place[slot + s] : 0, w[s] = s < some && p.weight ? p.weight[slot + s] : 1.f;
-        TG_UNROLL for (int s = 0; s < 4; s++)
-            if (s < some) read_raw(row[s], (const T*)p.rows + (u64)place[s] * p.width + c, p.wide, (int)(p.width - c));
-        TG_UNROLL for (int s = 0; s < 4; s++)
+        int some = (int)min_of<u32>(p.k - j, AHEAD);
+        u32 place[AHEAD];
+        float w[AHEAD];
+        Pack<T, N> row[AHEAD];
+        TG_UNROLL for (int s = 0; s < AHEAD; s++) place[s] = s < some ? p.place[slot + s] : 0, w[s] = s < some && p.weight ? p.weight[slot + s] : 1.f;
+        TG_UNROLL for (int s = 0; s < AHEAD; s++)
+            if (s < some) read_raw(row[s], rows + (u64)place[s] * p.width, WIDE, n);
+        TG_UNROLL for (int s = 0; s < AHEAD; s++)
             if (s < some) { TG_UNROLL for (int u = 0; u < N; u++) y[u] += w[s] * load(row[s].t[u]); }
     }
-    write((T*)p.y + token * p.width + c, y, p.wide, (int)(p.width - c));
+    write((T*)p.y + token * p.width + c, y, WIDE, n);
+}
+template <class T> TG_DEVICE void combine(const CombineParams& p) {
+    u64 i = (u64)block_x() * threads() + thread();
+    if (i >= p.n) return;
+    u64 token = p.many ? i / p.per_row.divisor : p.per_row.div((u32)i);
+    u32 c = (u32)(i - token * p.per_row.divisor) * Vec<T>::N;
+    if (p.wide) combine_vector<T, true>(p, token, c);
+    else combine_vector<T, false>(p, token, c);
 }
 
 // A warp has a row in sorted order. From the gradient of the activation (not weighted yet) to those of the projections and of the slot's weight

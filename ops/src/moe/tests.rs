@@ -43,6 +43,28 @@ fn narrow_types_stay_within_bounds_and_threads_do_not_matter() {
 }
 
 #[test]
+fn weights_kept_in_f32_get_gradients_that_are_not_rounded() {
+    let op = Moe { top_k: 2, norm_topk: true };
+    let rounded = inputs(300, 32, 8, 16).map(|x| x.cast(DType::BF16).unwrap());
+    let run = |v: &[Tensor], reference: bool| {
+        let f =
+            |v: &[Tensor]| Ok(vec![if reference { reference::moe(op, &v[0], &v[1], &v[2], &v[3])? } else { moe(op, &v[0], &v[1], &v[2], &v[3])?.0 }]);
+        whole(f, v, upstream)
+    };
+    let wide = |i: usize| rounded[i].cast(DType::F32).unwrap();
+    let got = run(&[rounded[0].clone(), wide(1), wide(2), wide(3)], false);
+    let narrow = run(&[rounded[0].clone(), wide(1), rounded[2].clone(), rounded[3].clone()], false);
+    let want = run(&rounded.each_ref().map(|x| x.cast(DType::F64).unwrap()), true);
+    assert_eq!(bits(&got[0]), bits(&narrow[0]));
+    for i in [3, 4] {
+        assert_eq!(got[i].dtype(), DType::F32);
+        close(&got[i], &want[i], 1e-5);
+        assert_eq!(bits(&got[i].cast(DType::BF16).unwrap()), bits(&narrow[i]));
+    }
+    fails(moe(op, &wide(0), &wide(1), &rounded[2], &wide(3)), "moe: gate_up_proj must be f32 as the input, or f32, found bf16");
+}
+
+#[test]
 fn a_token_does_not_see_the_others() {
     let op = Moe { top_k: 2, norm_topk: true };
     for d in [DType::F32, DType::BF16] {
@@ -58,6 +80,29 @@ fn a_token_does_not_see_the_others() {
             }
         }
     }
+}
+
+#[test]
+fn router_logits_are_in_f32() {
+    let (x, w) = (randn(&[30, 40], 1), randn(&[6, 40], 2));
+    check(|v| Ok(vec![router_logits(&v[0], &v[1])?]), &[x.clone(), w.clone()]);
+    let f = |v: &[Tensor]| Ok(vec![router_logits(&v[0], &v[1])?]);
+    narrow("router_logits", f, |v| Ok(vec![reference::router_logits(&v[0], &v[1])?]), &[x.clone(), w.clone()], &[1], &[1e-6, 0.003, 1e-6]);
+    let x = x.cast(DType::BF16).unwrap();
+    assert_eq!(router_logits(&x, &w.cast(DType::BF16).unwrap()).unwrap().dtype(), DType::F32);
+    let w = w.cast(DType::F32).unwrap();
+    fails(router_logits(&x, &w.narrow(1, 0, 39).unwrap()), "router_logits: weight must have shape [experts, 40], found [6, 39]");
+    fails(router_logits(&x.reshape(&[3, 10, 40]).unwrap(), &w), "router_logits: x must have shape [tokens, hidden], found [3, 10, 40]");
+}
+
+#[test]
+fn the_shared_expert_is_gated() {
+    let x = [randn(&[30, 40], 1), randn(&[30, 40], 2), randn(&[30, 1], 3)];
+    let f = |v: &[Tensor]| Ok(vec![add_shared(&v[0], &v[1], &v[2])?]);
+    check(f, &x);
+    narrow("add_shared", f, |v| Ok(vec![reference::add_shared(&v[0], &v[1], &v[2])?]), &x, &[], &[0.003; 4]);
+    fails(add_shared(&x[0], &x[1], &x[0]), "add_shared: gate must have shape [30, 1], found [30, 40]");
+    fails(add_shared(&x[0], &x[1].cast(DType::F32).unwrap(), &x[2]), "add_shared: s must be a float dtype, as y, found f32");
 }
 
 #[test]
@@ -94,7 +139,7 @@ fn bad_arguments_are_named() {
     fails(run(&x, &l, &w1.narrow(1, 0, 3).unwrap(), &w2), "moe: gate_up_proj must have shape [experts, 2I, 4], found [3, 3, 4]");
     fails(run(&x, &l, &w1, &w1), "moe: down_proj must have shape [3, 4, 2], found [3, 4, 4]");
     fails(run(&x.cast(DType::I64).unwrap(), &l, &w1, &w2), "moe: x must be a float dtype, found i64");
-    fails(run(&x, &l, &w1, &w2.cast(DType::F32).unwrap()), "moe: down_proj must be f64, as x, found f32");
+    fails(run(&x, &l, &w1, &w2.cast(DType::F32).unwrap()), "moe: down_proj must be f64 as the input, or f64, found f32");
     fails(run(&x, &l.cast(DType::F32).unwrap(), &w1, &w2), "moe: router_logits must be f64 as the input, or f64, found f32");
     fails(router_z_loss(&[]), "router_z_loss: needs the router logits of at least one layer");
     let experts = |n: usize, e: usize| run(&randn(&[n, 4], 1), &randn(&[n, e], 2), &randn(&[e, 4, 4], 3), &randn(&[e, 4, 2], 4));

@@ -107,8 +107,16 @@ fn sdpa([b, t, h, hk, d]: [usize; 5], gated: bool) -> Spec {
 }
 
 /// Gated DeltaNet, counted as a recurrence: 6·Dk·Dv operations a token and value head forward, twice as many backward. Chunkwise kernels do about twice that.
-fn delta([b, t, hk, hv, d]: [usize; 5], packed: bool) -> Spec {
-    let shape = if packed { format!("{b} packed of T{t} H{hk}/{hv} D{d}") } else { format!("B{b} T{t} H{hk}/{hv} D{d}") };
+fn delta(sizes: [usize; 5], packed: bool) -> Spec {
+    delta_in(sizes, packed, None)
+}
+
+/// The same, with sequences cut into so many pieces.
+fn delta_in([b, t, hk, hv, d]: [usize; 5], packed: bool, pieces: Option<usize>) -> Spec {
+    let mut shape = if packed { format!("{b} packed of T{t} H{hk}/{hv} D{d}") } else { format!("B{b} T{t} H{hk}/{hv} D{d}") };
+    if let Some(n) = pieces {
+        shape += &format!(" pieces {n}");
+    }
     spec("delta_rule", shape, move |m| {
         let [rows, time] = if packed { [1, b * t] } else { [b, t] };
         let (q, v) = ([rows, time, hk, d], [rows, time, hv, d]);
@@ -121,9 +129,11 @@ fn delta([b, t, hk, hv, d]: [usize; 5], packed: bool) -> Spec {
         }
         let flops = 6.0 * (b * t * hv) as f64 * (d * d) as f64;
         let (n, o) = (b * t * d * (2 * hk + hv), b * t * hv * d);
-        Ok(case(m, inputs, [flops, 2.0 * flops], [n + o, 2 * n + o], |x| {
+        Ok(case(m, inputs, [flops, 2.0 * flops], [n + o, 2 * n + o], move |x| {
             let more = DeltaRuleInputs { log_decay: Some(&x[3]), beta: Some(&x[4]), initial_state: None, cu_seqlens: x.get(5) };
-            Ok(delta_rule(DeltaRule::gated_delta_net(), &x[0], &x[1], &x[2], more)?.0)
+            let mut rule = DeltaRule::gated_delta_net();
+            rule.pieces = pieces;
+            Ok(delta_rule(rule, &x[0], &x[1], &x[2], more)?.0)
         }))
     })
 }
@@ -210,6 +220,12 @@ pub(super) fn all(scale: Scale) -> Vec<Spec> {
             delta([4, 8192, 16, 32, 128], false),
             delta([4, 8192, 16, 32, 128], true),
             delta([1, 8192, 2, 8, 128], false),
+            // what the choice of pieces is worth
+            delta_in([1, 8192, 2, 8, 128], false, Some(4)),
+            delta_in([1, 8192, 2, 8, 128], false, Some(8)),
+            delta_in([1, 8192, 2, 8, 128], false, Some(12)),
+            delta_in([1, 8192, 2, 8, 128], false, Some(24)),
+            delta_in([1, 8192, 2, 8, 128], false, Some(32)),
             conv([4, 8192, 8192, 4]),
             norm([32768, 2048]),
             rotate([4, 8192, 16, 128]),
