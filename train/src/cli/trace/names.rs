@@ -99,7 +99,7 @@ mod tests {
             all.iter().any(|n| n == "blocks.3.attn.hook_z")
                 && !all.iter().any(|n| n.ends_with("hook_pattern") || n.ends_with("hook_effective_attention"))
         );
-        assert_eq!(names(&["*hook_pattern", "blocks.?.attn.hook_pattern"]).unwrap(), ["blocks.3.attn.hook_pattern", LOGITS]);
+        assert_eq!(names(&["*hook_pattern", "blocks.?.attn.hook_pattern"]).unwrap(), [LOGITS, "blocks.3.attn.hook_pattern"]);
         assert_eq!(names(&[LOGITS]).unwrap(), [LOGITS]);
         let e = names(&["blocks.3.attn.hook_p*"]).unwrap_err().to_string();
         assert!(e.contains("*hook_pattern"), "{e}");
