@@ -48,7 +48,7 @@ impl Observer for Clamp {
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/oracles/golden/next_d32");
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/oracles/golden/next_d64_old");
     let folder = Path::new(args.first().map_or(default, |a| a));
     let model = Decoder::open(folder)?;
     if !matches!(model.config().attention_gate, AttentionGate { activation: GateActivation::Sigmoid, op: GateOp::Multiply, .. }) {

@@ -113,6 +113,30 @@ fn a_trace_is_what_transformers_computes() {
 }
 
 #[test]
+fn the_emulator_of_a_gpu_writes_what_the_cpu_does() {
+    if let Err(e) = cuda::emulator() {
+        return println!("SKIPPED: {e}");
+    }
+    let tmp = tempfile::tempdir().unwrap();
+    let folder = golden("next_d32");
+    let file = folder.join("golden.safetensors");
+    let all = ["--names", "*,*hook_pattern,*hook_effective_attention", "--grad", "--dtype", "f32"];
+    let written = |device: &str| {
+        let out = format!("{device}.safetensors");
+        let places = ["trace", "--model", folder.to_str().unwrap(), "--input", file.to_str().unwrap(), "--out", &out, "--device", device];
+        let o = Command::new(env!("CARGO_BIN_EXE_tidegate")).args(places).args(all).current_dir(tmp.path()).output().unwrap();
+        assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
+        read(&tmp.path().join(out))
+    };
+    let (cpu, emulated) = (written("cpu"), written("emulated"));
+    assert_eq!(cpu.keys().collect::<Vec<_>>(), emulated.keys().collect::<Vec<_>>());
+    for (name, (shape, values)) in &cpu {
+        assert_eq!(shape, &emulated[name].0, "{name}");
+        assert!(off(&emulated[name].1, values) <= GRADIENTS, "{name} is off by {:.1e}", off(&emulated[name].1, values));
+    }
+}
+
+#[test]
 fn names_labels_and_texts() {
     let tmp = tempfile::tempdir().unwrap();
     let folder = golden("next_d32");
