@@ -132,6 +132,22 @@ impl Decoder {
         write_synced(&dir.join(CONFIG), config.as_bytes())
     }
 
+    /// Tensors of the parameters' shapes, such as gradients, under the names that the checkpoint `dir` has for the parameters: whole, or in transformers'
+    /// parts (each expert's for itself, gate and up apart).
+    pub fn named_as_in(&self, dir: &Path, tensor: impl Fn(&Param) -> Result<Tensor>) -> Result<Vec<(String, Tensor)>> {
+        let files = Files::open(dir)?;
+        let mut names = BTreeSet::new();
+        for (path, file) in &files.0 {
+            names.extend(file.tensors(path)?.into_keys());
+        }
+        let mut out = vec![];
+        for p in self.params() {
+            let t = tensor(p)?;
+            out.extend(if names.contains(&p.name) { vec![(p.name.clone(), t)] } else { parts(&p.name, &t)? });
+        }
+        Ok(out)
+    }
+
     /// The model that the folder `dir` holds, in f32: `config.json`, and `model.safetensors` or the shards that `model.safetensors.index.json` names.
     /// The files' names and shapes are held against the configuration before memory is taken.
     pub fn open(dir: &Path) -> Result<Decoder> {

@@ -3,18 +3,14 @@
 use crate::aside::Aside;
 use crate::config::{LayerType, ModelConfig};
 use crate::init::{Builder, Source};
-use crate::layers::{Attention, Cache, Context, Dense, GatedDeltaNet, Param, Sparse, Taps, project};
+use crate::layers::{Attention, Cache, Context, Dense, GatedDeltaNet, Param, Sparse, project};
+use crate::taps::{Observer, Taps};
 use crate::{Error, Result};
 use engine::watch::place;
 use engine::{DType, Device, Tensor};
 use ops::linear_cross_entropy::{linear_cross_entropy, linear_cross_entropy_per_token};
 use ops::moe::{load_balancing_loss, router_z_loss};
 use ops::rms_norm::{rms_norm, rms_norm_residual};
-
-/// Sees named tensors as the model computes them: `blocks.{i}.attn.hook_gate` (after its
-/// activation), `…hook_beta`, `…hook_log_decay`, `…hook_state` (the delta rule's last), `blocks.{i}.mlp.hook_router_probs`,
-/// `blocks.{i}.hook_resid_post`, … (TransformerLens's names). What nobody looks at costs nothing.
-pub type Tap<'a> = &'a mut dyn FnMut(&str, &Tensor);
 
 enum Mixer {
     Softmax(Attention),
@@ -149,13 +145,23 @@ impl Decoder {
     /// Final hidden states `[B, T, H]` of tokens `[B, T]` (any integer dtype), and the router logits of each sparse layer.
     ///
     /// `cu_seqlens [n + 1]` (B = 1) keeps packed documents apart: in attention, convolution, state and positions. `caches`, one per layer, carry a context
-    /// from call to call; `offset` is how many tokens they hold.
+    /// from call to call; `offset` is how many tokens they hold. `observer` sees, and may replace, what is computed on the way.
     pub fn forward(
         &self,
         tokens: &Tensor,
         cu_seqlens: Option<&Tensor>,
         caches: Option<(&mut [Cache], usize)>,
-        tap: Option<Tap>,
+        observer: Option<&mut dyn Observer>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        self.tapped(tokens, cu_seqlens, caches, &mut Taps::new(observer))
+    }
+
+    fn tapped(
+        &self,
+        tokens: &Tensor,
+        cu_seqlens: Option<&Tensor>,
+        caches: Option<(&mut [Cache], usize)>,
+        taps: &mut Taps,
     ) -> Result<(Tensor, Vec<Tensor>)> {
         let c = &self.config;
         if tokens.rank() != 2 {
@@ -170,37 +176,40 @@ impl Decoder {
             return Err(Error::Usage(format!("the model has {} layers and needs as many caches", c.num_hidden_layers)));
         }
         let ctx = Context { cu_seqlens, positions: positions.as_ref(), offset };
-        let mut taps = Taps { sink: tap, layer: 0 };
         place(|| "embed_tokens".into());
-        let mut stream = self.embed.embedding(tokens)?.cast(self.place.compute)?;
+        let mut stream = taps.tap("hook_embed", self.embed.embedding(tokens)?.cast(self.place.compute)?)?;
         let mut delta: Option<Tensor> = None;
         let mut routers = vec![];
         for (i, block) in self.blocks.iter().enumerate() {
-            taps.layer = i;
+            taps.layer = Some(i);
             taps.part("attn");
-            let (x, h) = add_norm(delta.take(), stream, &block.input_norm, c)?;
-            taps.see("hook_resid_pre", || Ok(h.clone()))?;
+            let (x, h) = tapped_norm(delta.take(), stream, &block.input_norm, c, taps, ["hook_resid_pre", "ln1.hook_out"])?;
             let cache = caches.as_mut().map(|k| &mut k[i]);
             let y = match &block.mixer {
-                Mixer::Softmax(m) => m.forward(&x, c, &ctx, cache, &mut taps)?,
-                Mixer::Delta(m) => m.forward(&x, c, &ctx, cache, &mut taps)?,
+                Mixer::Softmax(m) => m.forward(&x, c, &ctx, cache, taps)?,
+                Mixer::Delta(m) => m.forward(&x, c, &ctx, cache, taps)?,
             };
+            let y = taps.tap("hook_attn_out", y)?;
             taps.part("mlp");
-            let (x, h) = add_norm(Some(y), h, &block.post_norm, c)?;
-            taps.see("hook_resid_mid", || Ok(h.clone()))?;
+            let (x, h) = tapped_norm(Some(y), h, &block.post_norm, c, taps, ["hook_resid_mid", "ln2.hook_out"])?;
             let y = match &block.feed_forward {
                 FeedForward::Dense(f) => f.forward(&x)?,
                 FeedForward::Sparse(f) => {
-                    let (y, logits) = f.forward(&x, c, &mut taps)?;
+                    let (y, logits) = f.forward(&x, c, taps)?;
                     routers.push(logits);
                     y
                 }
             };
-            taps.see("hook_resid_post", || h.add(&y))?;
-            (stream, delta) = (h, Some(y));
+            let y = taps.tap("hook_mlp_out", y)?;
+            // the sum is otherwise formed inside the next norm
+            (stream, delta) = match taps.offer("hook_resid_post", || h.add(&y))? {
+                Some(replaced) => (replaced, None),
+                None => (h, Some(y)),
+            };
         }
+        taps.layer = None;
         place(|| "norm".into());
-        Ok((add_norm(delta, stream, &self.norm, c)?.0, routers))
+        Ok((taps.tap("ln_final.hook_out", add_norm(delta, stream, &self.norm, c)?.0)?, routers))
     }
 
     /// Logits `[N, V]` of hidden states `[N, H]`.
@@ -209,10 +218,12 @@ impl Decoder {
     }
 
     /// The loss of predicting `targets [B·T]` (i64, −100 where none is asked) from `tokens [B, T]`.
-    pub fn loss(&self, tokens: &Tensor, targets: &Tensor, cu_seqlens: Option<&Tensor>, tap: Option<Tap>) -> Result<Losses> {
+    pub fn loss(&self, tokens: &Tensor, targets: &Tensor, cu_seqlens: Option<&Tensor>, observer: Option<&mut dyn Observer>) -> Result<Losses> {
         let c = &self.config;
-        let (x, routers) = self.forward(tokens, cu_seqlens, None, tap)?;
+        let mut taps = Taps::new(observer);
+        let (x, routers) = self.tapped(tokens, cu_seqlens, None, &mut taps)?;
         place(|| "lm_head".into());
+        taps.show("logits", || project(&x, &self.head))?;
         let nll = linear_cross_entropy(&x.reshape(&[tokens.numel(), c.hidden_size])?, &self.head.cast(x.dtype())?, targets)?;
         let mut objective = nll.clone();
         let routers: Vec<&Tensor> = routers.iter().collect();
@@ -232,8 +243,14 @@ impl Decoder {
     }
 
     /// Negative log-likelihood of each position in nats, `[B·T]`.
-    pub fn token_losses(&self, tokens: &Tensor, targets: &Tensor, cu_seqlens: Option<&Tensor>) -> Result<Tensor> {
-        let (x, _) = engine::no_grad(|| self.forward(tokens, cu_seqlens, None, None))?;
+    pub fn token_losses(
+        &self,
+        tokens: &Tensor,
+        targets: &Tensor,
+        cu_seqlens: Option<&Tensor>,
+        observer: Option<&mut dyn Observer>,
+    ) -> Result<Tensor> {
+        let (x, _) = engine::no_grad(|| self.forward(tokens, cu_seqlens, None, observer))?;
         Ok(linear_cross_entropy_per_token(&x.reshape(&[tokens.numel(), self.config.hidden_size])?, &self.head.detach().cast(x.dtype())?, targets)?)
     }
 }
@@ -244,6 +261,22 @@ fn add_norm(delta: Option<Tensor>, stream: Tensor, weight: &Tensor, c: &ModelCon
         Some(d) => rms_norm_residual(&d, &stream, weight, c.rms_norm_eps, c.zero_centered_norms)?,
         None => (rms_norm(&stream, weight, c.rms_norm_eps, c.zero_centered_norms)?, stream),
     })
+}
+
+/// [`add_norm`], with taps on the stream and its norm: a stream that is replaced is normalised anew.
+fn tapped_norm(
+    delta: Option<Tensor>,
+    stream: Tensor,
+    weight: &Tensor,
+    c: &ModelConfig,
+    taps: &mut Taps,
+    [stream_name, norm_name]: [&str; 2],
+) -> Result<(Tensor, Tensor)> {
+    let (mut x, mut h) = add_norm(delta, stream, weight, c)?;
+    if let Some(replaced) = taps.offer(stream_name, || Ok(h.clone()))? {
+        (x, h) = add_norm(None, replaced, weight, c)?;
+    }
+    Ok((taps.tap(norm_name, x)?, h))
 }
 
 /// Positions `[1, T]` (i64) that restart at each document, computed where the bounds are.

@@ -1,6 +1,6 @@
 //! Generation, token by token, with a key/value cache and a recurrent state.
 
-use crate::{Cache, Decoder, Error, Result};
+use crate::{Cache, Decoder, Error, Observer, Result};
 use engine::{Tensor, no_grad, rng};
 
 /// How the next token is drawn.
@@ -52,12 +52,18 @@ pub struct Generator<'a> {
     model: &'a Decoder,
     caches: Vec<Cache>,
     seen: usize,
+    observer: Option<&'a mut dyn Observer>,
 }
 
 impl<'a> Generator<'a> {
     /// An empty context.
     pub fn new(model: &'a Decoder) -> Self {
-        Generator { model, caches: vec![Cache::Empty; model.config().num_hidden_layers], seen: 0 }
+        Generator { model, caches: vec![Cache::Empty; model.config().num_hidden_layers], seen: 0, observer: None }
+    }
+    /// The same context, with an observer of everything that is read from here on, tokens of a prompt all at once and then one by one.
+    pub fn observed(mut self, observer: &'a mut dyn Observer) -> Self {
+        self.observer = Some(observer);
+        self
     }
     /// Reads tokens on top of what was read before; returns the logits after the last.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<Vec<f64>> {
@@ -66,7 +72,8 @@ impl<'a> Generator<'a> {
         }
         let t = Tensor::from_vec(tokens, &[1, tokens.len()])?.to_device(&self.model.place().device)?;
         no_grad(|| {
-            let (x, _) = self.model.forward(&t, None, Some((&mut self.caches, self.seen)), None)?;
+            let observer = self.observer.as_deref_mut().map(|o| o as &mut dyn Observer);
+            let (x, _) = self.model.forward(&t, None, Some((&mut self.caches, self.seen)), observer)?;
             self.seen += tokens.len();
             let last = x.narrow(1, tokens.len() - 1, 1)?.reshape(&[1, self.model.config().hidden_size])?;
             Ok(self.model.logits(&last)?.to_vec::<f64>()?)

@@ -2,9 +2,10 @@
 
 use crate::config::{GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate};
 use crate::init::Builder;
-use engine::{DType, Result, Tensor, no_grad};
+use crate::taps::{Taps, effective_attention};
+use engine::{DType, Result, Tensor};
 use ops::delta_rule::{DeltaRule, DeltaRuleInputs, delta_rule};
-use ops::gated_sdpa::{Activation, Attention as Sdpa, Gate, gated_sdpa};
+use ops::gated_sdpa::{Activation, Attention as Sdpa, Gate, attention_pattern, gated_sdpa};
 use ops::moe::{Moe as MoeOp, add_shared, moe, router_logits};
 use ops::rms_norm::{NormGate, rms_norm_gated};
 use ops::rope::{Positions, norm_rope};
@@ -40,27 +41,6 @@ pub enum Cache {
     KeyValue(Tensor, Tensor),
     /// The convolutions' last inputs (q, k, v) and the delta rule's state.
     Recurrent([Tensor; 3], Tensor),
-}
-
-/// Sees named tensors; see [`crate::Decoder::forward`].
-pub(crate) struct Taps<'a, 'b> {
-    pub sink: Option<&'a mut (dyn FnMut(&str, &Tensor) + 'b)>,
-    pub layer: usize,
-}
-
-impl Taps<'_, '_> {
-    /// Shows `f()` to the observer, if there is one.
-    pub fn see(&mut self, name: &str, f: impl FnOnce() -> Result<Tensor>) -> Result<()> {
-        if let Some(sink) = &mut self.sink {
-            let t = no_grad(f)?;
-            sink(&format!("blocks.{}.{name}", self.layer), &t);
-        }
-        Ok(())
-    }
-    /// Names the part of the layer that is computed from here on, for those who look for where numbers stop being finite.
-    pub fn part(&self, name: &str) {
-        engine::watch::place(|| format!("blocks.{}.{name}", self.layer));
-    }
 }
 
 /// What every layer is told about a batch.
@@ -103,8 +83,10 @@ impl Attention {
         let at = || ctx.positions.map_or(Positions::From(ctx.offset), Positions::Given);
         let turn = |x: &Tensor, w: &Tensor| norm_rope(x, w, c.rms_norm_eps, c.zero_centered_norms, c.rotary_dim(), c.rope_theta, at());
         let qg = qg.split(3, &[d, c.gate_dim()])?;
-        let (q, mut k) = (turn(&qg[0], &self.q_norm)?, turn(&k, &self.k_norm)?);
-        let mut v = v;
+        let (q, k) = (taps.tap("attn.hook_q", qg[0].clone())?, taps.tap("attn.hook_k", k)?);
+        let mut v = taps.tap("attn.hook_v", v)?;
+        let q = taps.tap("attn.hook_rot_q", turn(&q, &self.q_norm)?)?;
+        let mut k = taps.tap("attn.hook_rot_k", turn(&k, &self.k_norm)?)?;
         if let Some(cache) = cache {
             if let Cache::KeyValue(pk, pv) = cache {
                 (k, v) = (Tensor::cat(&[pk, &k], 1)?, Tensor::cat(&[pv, &v], 1)?);
@@ -125,19 +107,19 @@ impl Attention {
             },
             additive: c.attention_gate.op == GateOp::Add,
         };
-        taps.see("attn.hook_q", || Ok(q.clone()))?;
-        taps.see("attn.hook_k", || Ok(k.clone()))?;
-        taps.see("attn.hook_v", || Ok(v.clone()))?;
+        let gate = gate.map(|g| taps.tap("attn.hook_gate_logits", g)).transpose()?;
         if let Some(g) = &gate {
-            taps.see("attn.hook_gate", || match how.activation {
+            taps.show("attn.hook_gate", || match how.activation {
                 Activation::Sigmoid => g.sigmoid(),
                 Activation::Silu => g.silu(),
                 Activation::NsSigmoid => g.sigmoid()?.affine(0.5, 0.5),
                 Activation::Identity => Ok(g.clone()),
             })?;
         }
-        let o = gated_sdpa(&q, &k, &v, gate.as_ref().map(|g| (g, how)), ctx.cu_seqlens, Sdpa { causal: true, window: self.window, scale: None })?;
-        taps.see("attn.hook_z", || Ok(o.clone()))?;
+        let masked = Sdpa { causal: true, window: self.window, scale: None };
+        taps.show("attn.hook_pattern", || attention_pattern(&q, &k, ctx.cu_seqlens, masked))?;
+        let o = gated_sdpa(&q, &k, &v, gate.as_ref().map(|g| (g, how)), ctx.cu_seqlens, masked)?;
+        let o = taps.tap("attn.hook_z", o)?;
         project(&o.reshape(&[b, t, c.num_attention_heads * d])?, &self.o_proj)
     }
 }
@@ -180,8 +162,13 @@ impl GatedDeltaNet {
         // the convolution runs over [all q | all k | all v], channel by channel: three calls read their parts in place
         let qkvz = qkvz.split(3, &[dk, dk, r * dv, r * dv])?;
         let filters = self.conv1d.split(0, &[nk * dk, nk * dk, nv * dv])?;
-        let conv = |i: usize| short_conv(&qkvz[i], &filters[i], true, old.as_ref().map(|o| &o[i]), ctx.cu_seqlens);
-        let ((q, sq), (k, sk), (v, sv)) = (conv(0)?, conv(1)?, conv(2)?);
+        let mut conv = |i: usize, name: &str| {
+            let x = taps.tap(name, qkvz[i].clone())?;
+            short_conv(&x, &filters[i], true, old.as_ref().map(|o| &o[i]), ctx.cu_seqlens)
+        };
+        let (q, sq) = conv(0, "attn.hook_q_pre_conv")?;
+        let (k, sk) = conv(1, "attn.hook_k_pre_conv")?;
+        let (v, sv) = conv(2, "attn.hook_v_pre_conv")?;
         let v = v.reshape(&[b, t, nv, dv])?;
         let z = qkvz[3].reshape(&[b, t, nk, r, dv])?;
         let ba = ba.split(3, &[r, r])?;
@@ -190,21 +177,20 @@ impl GatedDeltaNet {
         let beta = if c.linear_allow_neg_eigval { beta.affine(2.0, 0.0)? } else { beta };
         let a = ba[1].reshape(&[b, t, nv])?.cast(acc)?;
         let log_decay = a.add(&self.dt_bias.cast(acc)?)?.softplus()?.mul(&self.a_log.cast(acc)?.exp()?.neg()?)?;
-        taps.see("attn.hook_q", || Ok(q.clone()))?;
-        taps.see("attn.hook_k", || Ok(k.clone()))?;
-        taps.see("attn.hook_v", || Ok(v.clone()))?;
-        taps.see("attn.hook_beta", || Ok(beta.clone()))?;
-        taps.see("attn.hook_log_decay", || Ok(log_decay.clone()))?;
+        let (q, k, v) = (taps.tap("attn.hook_q", q)?, taps.tap("attn.hook_k", k)?, taps.tap("attn.hook_v", v)?);
+        let (beta, log_decay) = (taps.tap("attn.hook_beta", beta)?, taps.tap("attn.hook_log_decay", log_decay)?);
         let inputs = DeltaRuleInputs { log_decay: Some(&log_decay), beta: Some(&beta), initial_state: state.as_ref(), cu_seqlens: ctx.cu_seqlens };
+        taps.show("attn.hook_effective_attention", || effective_attention(&q, &k, nv, inputs))?;
         let (o, last) = delta_rule(DeltaRule::gated_delta_net(), &q, &k, &v, inputs)?;
-        taps.see("attn.hook_state", || Ok(last.clone()))?;
-        taps.see("attn.hook_recurrence_out", || Ok(o.clone()))?;
-        taps.see("attn.hook_gate", || if c.output_gate_type == OutputGate::Silu { z.silu() } else { z.sigmoid() })?;
+        let (o, last) = (taps.tap("attn.hook_recurrence_out", o)?, taps.tap("attn.hook_state", last)?);
+        let z = taps.tap("attn.hook_gate_logits", z)?;
+        taps.show("attn.hook_gate", || if c.output_gate_type == OutputGate::Silu { z.silu() } else { z.sigmoid() })?;
         if let Some(cache) = cache {
             *cache = Cache::Recurrent([sq, sk, sv], last);
         }
         let act = if c.output_gate_type == OutputGate::Silu { NormGate::Silu } else { NormGate::Sigmoid };
         let y = rms_norm_gated(&o.reshape(&[b, t, nk, r, dv])?, &self.norm, &z, c.rms_norm_eps, act)?;
+        let y = taps.tap("attn.hook_z", y.reshape(&[b, t, nv, dv])?)?;
         project(&y.reshape(&[b, t, nv * dv])?, &self.out_proj)
     }
 }
@@ -250,17 +236,16 @@ impl Sparse {
     pub fn forward(&self, x: &Tensor, c: &ModelConfig, taps: &mut Taps) -> Result<(Tensor, Tensor)> {
         let h = c.hidden_size;
         let flat = x.reshape(&[x.numel() / h, h])?;
-        let logits = router_logits(&flat, &self.gate)?;
-        taps.see("mlp.hook_router_logits", || Ok(logits.clone()))?;
-        taps.see("mlp.hook_router_probs", || logits.softmax(1))?;
-        taps.see("mlp.hook_router_index", || Ok(logits.topk(c.num_experts_per_tok)?.1))?;
+        let logits = taps.tap("mlp.hook_router_logits", router_logits(&flat, &self.gate)?)?;
+        taps.show("mlp.hook_router_probs", || logits.softmax(1))?;
+        taps.show("mlp.hook_router_index", || Ok(logits.topk(c.num_experts_per_tok)?.1))?;
         // what is kept in f32 gets its gradient in f32
         let expert = |w: &Tensor| if w.dtype() == DType::F32 { Ok(w.clone()) } else { w.cast(x.dtype()) };
         let (mut y, _) =
             moe(MoeOp { top_k: c.num_experts_per_tok, norm_topk: c.norm_topk_prob }, &flat, &logits, &expert(&self.gate_up)?, &expert(&self.down)?)?;
         if let Some((dense, gate)) = &self.shared {
-            let g = project(&flat, gate)?;
-            taps.see("mlp.hook_shared_gate", || g.sigmoid())?;
+            let g = taps.tap("mlp.hook_shared_gate_logits", project(&flat, gate)?)?;
+            taps.show("mlp.hook_shared_gate", || g.sigmoid())?;
             y = add_shared(&y, &dense.forward(&flat)?, &g)?;
         }
         Ok((y.reshape(x.shape())?, logits))

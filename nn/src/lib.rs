@@ -8,11 +8,13 @@ mod error;
 mod generate;
 mod init;
 mod layers;
+mod taps;
 pub mod tensor_file;
 
 pub use aside::Aside;
 pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, ModelType, OutputGate, nearest};
-pub use decoder::{Decoder, Losses, Placement, Tap};
+pub use decoder::{Decoder, Losses, Placement};
 pub use error::{Error, Result};
 pub use generate::{Generator, Sampler};
 pub use layers::{Cache, Param};
+pub use taps::{Access, Observer, Part, TAPS, Tap, on_request};

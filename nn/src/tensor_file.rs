@@ -18,7 +18,11 @@ struct Lazy<'a> {
 
 impl View for Lazy<'_> {
     fn dtype(&self) -> Dtype {
-        if self.tensor.dtype() == DType::F64 { Dtype::F64 } else { Dtype::F32 }
+        match self.tensor.dtype() {
+            DType::F64 => Dtype::F64,
+            d if d.is_float() => Dtype::F32,
+            _ => Dtype::I64,
+        }
     }
     fn shape(&self) -> &[usize] {
         self.tensor.shape()
@@ -26,6 +30,7 @@ impl View for Lazy<'_> {
     fn data(&self) -> Cow<'_, [u8]> {
         let bytes = match self.dtype() {
             Dtype::F64 => self.tensor.to_vec::<f64>().map(|v| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()),
+            Dtype::I64 => self.tensor.to_vec::<i64>().map(|v| v.iter().flat_map(|x| x.to_le_bytes()).collect()),
             _ => self.tensor.to_vec::<f32>().map(|v| v.iter().flat_map(|x| x.to_le_bytes()).collect()),
         };
         Cow::Owned(bytes.unwrap_or_else(|e| {
@@ -34,7 +39,7 @@ impl View for Lazy<'_> {
         }))
     }
     fn data_len(&self) -> usize {
-        self.tensor.numel() * if self.dtype() == Dtype::F64 { 8 } else { 4 }
+        self.tensor.numel() * if self.dtype() == Dtype::F32 { 4 } else { 8 }
     }
 }
 
@@ -86,7 +91,7 @@ impl View for Entry<'_> {
     }
 }
 
-/// Writes a safetensors file, in f64 for f64 tensors and in f32 for all others, and syncs it to disk.
+/// Writes a safetensors file, and syncs it to disk: f64 tensors in f64, other floats in f32, integers in i64.
 pub fn write(path: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
     write_with(path, tensors, &[])
 }

@@ -300,8 +300,11 @@ fn a_step_on_a_gpu_or_its_emulator_is_the_cpus() {
 fn taps_show_gates_and_states() {
     let m = Decoder::new(&tiny(), 3, DType::F32).unwrap();
     let mut seen = std::collections::BTreeMap::new();
-    m.forward(&tokens(2, 5), None, None, Some(&mut |name, t| drop(seen.insert(name.to_string(), (t.shape().to_vec(), t.to_vec::<f32>().unwrap())))))
-        .unwrap();
+    let mut see = |name: &str, t: &Tensor| {
+        seen.insert(name.to_string(), (t.shape().to_vec(), t.to_vec::<f32>()?));
+        Ok(None)
+    };
+    m.forward(&tokens(2, 5), None, None, Some(&mut see)).unwrap();
     assert_eq!(seen["blocks.0.attn.hook_state"].0, [2, 2, 4, 3]);
     assert_eq!(seen["blocks.0.attn.hook_gate"].0, [2, 5, 1, 2, 3]);
     assert_eq!(seen["blocks.1.attn.hook_gate"].0, [2, 5, 4, 4]);

@@ -117,6 +117,7 @@ fn forward(model: &Decoder, tokens: &Tensor, cu_seqlens: Option<&Tensor>, mut co
         if name.ends_with("hook_resid_post") {
             streams.push(f64s(t));
         }
+        Ok(None)
     };
     let (x, routers) = no_grad(|| model.forward(tokens, cu_seqlens, None, Some(&mut tap))).unwrap();
     if let Some((worst, gold)) = &mut compare {

@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 
 /// The weights' file name in a checkpoint.
 pub const MODEL: &str = "model.safetensors";
+/// What names the files of a checkpoint from elsewhere whose weights are in several.
+const SHARDS: &str = "model.safetensors.index.json";
 /// The model configuration's file name in a checkpoint.
 pub const CONFIG: &str = "config.json";
 /// The optimizer's file name in a checkpoint.
@@ -246,7 +248,7 @@ fn steps_in(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
 
 /// The checkpoints that `path` may mean: itself, or those of a run folder (or of its folder `checkpoints`), newest first. At least one.
 pub fn candidates(path: &Path) -> Result<Vec<PathBuf>> {
-    if path.join(STATE).is_file() || path.join(MODEL).is_file() {
+    if [STATE, MODEL, SHARDS].iter().any(|name| path.join(name).is_file()) {
         return Ok(vec![path.to_path_buf()]);
     }
     let inside = if path.join("checkpoints").is_dir() { path.join("checkpoints") } else { path.to_path_buf() };

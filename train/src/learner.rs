@@ -5,10 +5,8 @@ pub use crate::trained::Trained;
 use crate::trainer::Sampling;
 use crate::{Error, Result};
 use engine::{DType, Device, Tensor};
+pub use nn::Observer;
 use std::path::Path;
-
-/// Sees named tensors as a network computes them.
-pub type Tap<'a> = &'a mut dyn FnMut(&str, &Tensor);
 
 /// What a forward pass gives.
 pub struct Loss {
@@ -24,8 +22,8 @@ pub struct Loss {
 pub trait Network: Sync {
     /// Every parameter with its name, always in the same order.
     fn params(&self) -> Vec<(&str, &Tensor)>;
-    /// The loss over a batch; named tensors go to `tap`.
-    fn loss(&self, batch: &Feed, tap: Option<Tap>) -> Result<Loss>;
+    /// The loss over a batch; `observer` sees, and may replace, named tensors on the way.
+    fn loss(&self, batch: &Feed, observer: Option<&mut dyn Observer>) -> Result<Loss>;
     /// Continues a prompt; returns the new tokens.
     fn generate(&self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>>;
     /// Writes `model.safetensors` and `config.json` into `dir`.
@@ -93,8 +91,8 @@ impl Network for Hybrid {
     fn params(&self) -> Vec<(&str, &Tensor)> {
         self.model.params().iter().map(|p| (p.name.as_str(), &p.tensor)).collect()
     }
-    fn loss(&self, batch: &Feed, tap: Option<Tap>) -> Result<Loss> {
-        let l = self.model.loss(&batch.tokens, &batch.targets, batch.cu_seqlens.as_ref(), tap)?;
+    fn loss(&self, batch: &Feed, observer: Option<&mut dyn Observer>) -> Result<Loss> {
+        let l = self.model.loss(&batch.tokens, &batch.targets, batch.cu_seqlens.as_ref(), observer)?;
         let auxiliary = [("loss_balancing", l.load_balancing), ("loss_z", l.router_z)];
         Ok(Loss { objective: l.objective, nll: l.nll, auxiliary: auxiliary.into_iter().filter_map(|(name, t)| Some((name, t?))).collect() })
     }

@@ -2,6 +2,7 @@
 
 use crate::metrics::Scalars;
 use engine::{DType, Result, Tensor};
+use nn::{Observer, on_request};
 
 /// Scalars that nobody has waited for yet, f64, by name.
 #[derive(Default)]
@@ -92,6 +93,39 @@ impl Seen {
                 Ok(())
             }
         }
+    }
+}
+
+/// Taps that add nothing to what others say.
+const PASSED_OVER: [&str; 11] = [
+    "hook_embed",
+    "hook_out",
+    "hook_rot_q",
+    "hook_rot_k",
+    "hook_gate_logits",
+    "hook_shared_gate_logits",
+    "hook_q_pre_conv",
+    "hook_k_pre_conv",
+    "hook_v_pre_conv",
+    "hook_attn_out",
+    "hook_mlp_out",
+];
+
+/// An observer that [summarises](Seen::summarise) what it sees.
+pub struct Summary<'a> {
+    /// Where scalars go.
+    pub seen: &'a mut Seen,
+    /// Routed experts in a layer.
+    pub experts: usize,
+}
+
+impl Observer for Summary<'_> {
+    fn wants(&self, name: &str) -> bool {
+        !on_request(name) && !PASSED_OVER.contains(&name.rsplit('.').next().unwrap_or(name))
+    }
+    fn see(&mut self, name: &str, value: &Tensor) -> Result<Option<Tensor>> {
+        self.seen.summarise(name, value, self.experts)?;
+        Ok(None)
     }
 }
 

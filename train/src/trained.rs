@@ -5,7 +5,7 @@ use crate::data::Batch;
 use crate::feed::Feed;
 use crate::learner::{Loss, Network};
 use crate::metrics::Scalars;
-use crate::observe::Seen;
+use crate::observe::{Seen, Summary};
 use crate::optim::{self, AdamW};
 use crate::progress::say;
 use crate::trainer::{Batches, Learner, Sampling, Step, Stepped};
@@ -113,16 +113,7 @@ impl<N: Network> Trained<N> {
 
     /// A micro-batch's loss, with what there is to see of it.
     fn observed_loss(&self, feed: &Feed, seen: &mut Seen) -> Result<Loss> {
-        let (mut failed, experts) = (None, self.net.experts());
-        let mut tap = |name: &str, t: &Tensor| {
-            if failed.is_none() {
-                failed = seen.summarise(name, t, experts).err();
-            }
-        };
-        let loss = self.net.loss(feed, Some(&mut tap))?;
-        if let Some(e) = failed {
-            return Err(e.into());
-        }
+        let loss = self.net.loss(feed, Some(&mut Summary { seen, experts: self.net.experts() }))?;
         seen.push("loss_auxiliary", &loss.objective.detach().sub(&loss.nll.detach())?)?;
         loss.auxiliary.iter().try_for_each(|(name, value)| seen.push(*name, value))?;
         Ok(loss)

@@ -4,7 +4,7 @@ use super::*;
 use crate::checkpoint::{RunDir, candidates};
 use crate::config::RunConfig;
 use crate::data::Corpus;
-use crate::learner::{Hybrid, Tap};
+use crate::learner::{Hybrid, Observer};
 use crate::{presets, trainer};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -28,7 +28,7 @@ impl Network for Tiny {
     fn params(&self) -> Vec<(&str, &Tensor)> {
         self.params.iter().map(|(n, t)| (*n, t)).collect()
     }
-    fn loss(&self, batch: &Feed, mut tap: Option<Tap>) -> Result<Loss> {
+    fn loss(&self, batch: &Feed, mut observer: Option<&mut dyn Observer>) -> Result<Loss> {
         let mut run = || -> engine::Result<Loss> {
             let tokens = batch.tokens.reshape(&[batch.targets.numel()])?.cast(DType::I64)?;
             engine::watch::place(|| "layer 1".into());
@@ -36,8 +36,8 @@ impl Network for Tiny {
             if let Some(at) = self.break_at {
                 h = h.affine(f64::from(at), 0.0)?;
             }
-            if let Some(tap) = &mut tap {
-                tap("blocks.0.hook_resid_post", &h);
+            if let Some(observer) = &mut observer {
+                observer.see("blocks.0.hook_resid_post", &h)?;
             }
             let logits = h.silu()?.linear(&self.params[1].1)?.log_softmax(1)?;
             let picked = logits.gather(1, &batch.targets.reshape(&[batch.targets.numel(), 1])?)?;

@@ -1,4 +1,4 @@
-//! The command line: `tidegate train | generate | eval | tokenize | bench | doctor`.
+//! The command line: `tidegate train | generate | eval | trace | tokenize | bench | doctor`.
 //!
 //! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed at run time, 2 wrong usage.
 
@@ -6,6 +6,7 @@ mod bench;
 mod device;
 mod doctor;
 mod tokenize;
+mod trace;
 mod train;
 
 use crate::config::{MOST_TOKENS, RunConfig};
@@ -48,6 +49,8 @@ enum Command {
     Generate(Generate),
     /// Score held-out text in bits per byte
     Eval(Eval),
+    /// Write what a model computes on the way to a file: hidden states, gates, gradients
+    Trace(trace::Args),
     /// Train tokenizers, and turn text into tokens
     Tokenize(tokenize::Args),
     /// Time operations and training steps
@@ -112,6 +115,7 @@ pub fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate(&args),
         Command::Eval(args) => eval(&args),
+        Command::Trace(args) => trace::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),
