@@ -285,11 +285,11 @@ fn the_number_of_pieces() {
         c.op.pieces = pieces;
         c.run(c.rounded(DType::F32), &device).into_iter().flat_map(|(_, x)| x.to_vec::<f64>().unwrap()).collect::<Vec<_>>()
     };
-    // the emulator has 4 processors: 8 blocks side by side, but 32 chunks are no more than 2 pieces
-    let chosen = bits(1024, None);
-    assert_eq!(chosen, bits(1024, None));
-    assert_eq!(chosen, bits(1024, Some(2)));
-    assert_ne!(chosen, bits(1024, Some(1)), "a cut rounds in another order");
+    // the emulator has 4 processors: 8 blocks side by side, but 48 chunks are no more than 3 pieces; with 2 the second would begin with the first's own state
+    let chosen = bits(48 * 32, None);
+    assert_eq!(chosen, bits(48 * 32, None));
+    assert_eq!(chosen, bits(48 * 32, Some(3)));
+    assert_ne!(chosen, bits(48 * 32, Some(1)), "a cut rounds in another order");
     assert_eq!(bits(31 * 32, None), bits(31 * 32, Some(1)), "a short sequence stays whole");
     assert_eq!(bits(70, Some(3)), bits(70, Some(99)), "no more pieces than chunks");
     let mut none = case([1, 8, 1, 1, 8, 8], 0.1);
