@@ -5,7 +5,7 @@
 //! `S_t = α_t S_{t−1} − β_t k_t (k_tᵀ α_t S_{t−1}) + β_t k_t v_tᵀ`, `o_t = scale · S_tᵀ q_t`.
 //!
 //! With decay and erase it is Gated DeltaNet; erase alone, DeltaNet (2406.06484); decay alone, Mamba2's state-space dual (2405.21060); neither, linear
-//! attention. In chunks of 32 steps, with `g` the running sum of log-decay inside a chunk, `D_ij = exp(g_i − g_j)` for i ≥ j, and h the state before it:
+//! attention. In chunks (of 32 steps; of 64 in bf16 on CUDA), with `g` the running sum of log-decay inside a chunk, `D_ij = exp(g_i − g_j)` for i ≥ j, and h the state before it:
 //!
 //! `M = strictLower(β_i (K Kᵀ)_ij D_ij)`, `A = (I + M)⁻¹`, `R = β (V − e^g (K h))`, `V' = A R`,
 //! `O = scale (e^g (Q h) + tril(Q Kᵀ D) V')`, `h' = e^{g_last} h + (e^{g_last − g} K)ᵀ V'`.
