@@ -1,9 +1,10 @@
 //! The decoder: embedding, pre-norm residual blocks, final norm, output projection.
 
 use crate::aside::Aside;
+use crate::cache::{self, Caches};
 use crate::config::{LayerType, ModelConfig};
 use crate::init::{Builder, Source};
-use crate::layers::{Attention, Cache, Context, Dense, GatedDeltaNet, Param, Sparse, project};
+use crate::layers::{Attention, Context, Dense, GatedDeltaNet, Param, Sparse, project};
 use crate::taps::{Observer, Taps};
 use crate::{Error, Result};
 use engine::watch::place;
@@ -144,38 +145,42 @@ impl Decoder {
 
     /// Final hidden states `[B, T, H]` of tokens `[B, T]` (any integer dtype), and the router logits of each sparse layer.
     ///
-    /// `cu_seqlens [n + 1]` (B = 1) keeps packed documents apart: in attention, convolution, state and positions. `caches`, one per layer, carry a context
-    /// from call to call; `offset` is how many tokens they hold. `observer` sees, and may replace, what is computed on the way.
+    /// `cu_seqlens [n + 1]` (B = 1) keeps packed documents apart: in attention, convolution, state and positions. `caches` carry B sequences from
+    /// call to call, each as long as it may be, without packed documents and outside recording. `observer` sees, and may replace, what is computed on the way.
     pub fn forward(
         &self,
         tokens: &Tensor,
         cu_seqlens: Option<&Tensor>,
-        caches: Option<(&mut [Cache], usize)>,
+        caches: Option<&mut Caches>,
         observer: Option<&mut dyn Observer>,
     ) -> Result<(Tensor, Vec<Tensor>)> {
         self.tapped(tokens, cu_seqlens, caches, &mut Taps::new(observer))
     }
 
-    fn tapped(
-        &self,
-        tokens: &Tensor,
-        cu_seqlens: Option<&Tensor>,
-        caches: Option<(&mut [Cache], usize)>,
-        taps: &mut Taps,
-    ) -> Result<(Tensor, Vec<Tensor>)> {
+    fn tapped(&self, tokens: &Tensor, cu_seqlens: Option<&Tensor>, caches: Option<&mut Caches>, taps: &mut Taps) -> Result<(Tensor, Vec<Tensor>)> {
         let c = &self.config;
         if tokens.rank() != 2 {
             return Err(engine::Error::shape("decoder", "tokens", "[B, T]", tokens.shape()).into());
         }
-        let positions = cu_seqlens.map(|cu| restarted(cu, tokens.dim(1))).transpose()?;
-        let (mut caches, offset) = match caches {
-            Some((c, n)) => (Some(c), n),
-            None => (None, 0),
-        };
-        if caches.as_ref().is_some_and(|k| k.len() != c.num_hidden_layers) {
-            return Err(Error::Usage(format!("the model has {} layers and needs as many caches", c.num_hidden_layers)));
+        let mut positions = cu_seqlens.map(|cu| restarted(cu, tokens.dim(1))).transpose()?;
+        let (mut caches, mut lens) = (caches, vec![0]);
+        if let Some(caches) = &mut caches {
+            if caches.layers.len() != c.num_hidden_layers {
+                return Err(Error::Usage(format!(
+                    "the model has {} layers, the caches are of one with {}",
+                    c.num_hidden_layers,
+                    caches.layers.len()
+                )));
+            }
+            if cu_seqlens.is_some() {
+                return Err(Error::Usage(
+                    "a context is carried on for whole sequences: packed documents (cu_seqlens) and caches exclude each other".into(),
+                ));
+            }
+            lens = caches.begin(tokens.dim(0))?;
+            positions = cache::positions(&lens, tokens.dim(1), tokens.device())?;
         }
-        let ctx = Context { cu_seqlens, positions: positions.as_ref(), offset };
+        let ctx = Context { cu_seqlens, positions: positions.as_ref(), offset: lens.first().copied().unwrap_or(0) };
         place(|| "embed_tokens".into());
         let mut stream = taps.tap("hook_embed", self.embed.embedding(tokens)?.cast(self.place.compute)?)?;
         let mut delta: Option<Tensor> = None;
@@ -184,7 +189,7 @@ impl Decoder {
             taps.layer = Some(i);
             taps.part("attn");
             let (x, h) = tapped_norm(delta.take(), stream, &block.input_norm, c, taps, ["hook_resid_pre", "ln1.hook_out"])?;
-            let cache = caches.as_mut().map(|k| &mut k[i]);
+            let cache = caches.as_mut().map(|k| &mut k.layers[i]);
             let y = match &block.mixer {
                 Mixer::Softmax(m) => m.forward(&x, c, &ctx, cache, taps)?,
                 Mixer::Delta(m) => m.forward(&x, c, &ctx, cache, taps)?,
@@ -206,6 +211,9 @@ impl Decoder {
                 Some(replaced) => (replaced, None),
                 None => (h, Some(y)),
             };
+        }
+        if let Some(caches) = caches {
+            caches.lens = lens.iter().map(|n| n + tokens.dim(1)).collect();
         }
         taps.layer = None;
         place(|| "norm".into());

@@ -1,5 +1,6 @@
-//! The layers of the decoder: mixers, feed-forwards, and the caches that they decode with.
+//! The layers of the decoder: mixers and feed-forwards.
 
+use crate::cache::Cache;
 use crate::config::{GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate};
 use crate::init::Builder;
 use crate::taps::{Taps, effective_attention};
@@ -29,18 +30,6 @@ pub(crate) fn project(x: &Tensor, w: &Tensor) -> Result<Tensor> {
 /// The dtype that must not be narrow: f32, or f64 in checks.
 fn wide(x: &Tensor) -> DType {
     if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
-}
-
-/// What a layer remembers between calls while decoding.
-#[derive(Clone, Debug, Default)]
-pub enum Cache {
-    /// Nothing yet.
-    #[default]
-    Empty,
-    /// Keys and values so far, `[B, S, Hkv, D]`.
-    KeyValue(Tensor, Tensor),
-    /// The convolutions' last inputs (q, k, v) and the delta rule's state.
-    Recurrent([Tensor; 3], Tensor),
 }
 
 /// What every layer is told about a batch.
@@ -84,15 +73,9 @@ impl Attention {
         let turn = |x: &Tensor, w: &Tensor| norm_rope(x, w, c.rms_norm_eps, c.zero_centered_norms, c.rotary_dim(), c.rope_theta, at());
         let qg = qg.split(3, &[d, c.gate_dim()])?;
         let (q, k) = (taps.tap("attn.hook_q", qg[0].clone())?, taps.tap("attn.hook_k", k)?);
-        let mut v = taps.tap("attn.hook_v", v)?;
+        let v = taps.tap("attn.hook_v", v)?;
         let q = taps.tap("attn.hook_rot_q", turn(&q, &self.q_norm)?)?;
-        let mut k = taps.tap("attn.hook_rot_k", turn(&k, &self.k_norm)?)?;
-        if let Some(cache) = cache {
-            if let Cache::KeyValue(pk, pv) = cache {
-                (k, v) = (Tensor::cat(&[pk, &k], 1)?, Tensor::cat(&[pv, &v], 1)?);
-            }
-            *cache = Cache::KeyValue(k.clone(), v.clone());
-        }
+        let k = taps.tap("attn.hook_rot_k", turn(&k, &self.k_norm)?)?;
         let gate = match c.attention_gate.granularity {
             GateGranularity::None => None,
             GateGranularity::Headwise => Some(qg[1].reshape(&[b, t, c.num_attention_heads])?),
@@ -117,8 +100,23 @@ impl Attention {
             })?;
         }
         let masked = Sdpa { causal: true, window: self.window, scale: None };
-        taps.show("attn.hook_pattern", || attention_pattern(&q, &k, ctx.cu_seqlens, masked))?;
-        let o = gated_sdpa(&q, &k, &v, gate.as_ref().map(|g| (g, how)), ctx.cu_seqlens, masked)?;
+        let mut attend = |q: &Tensor, k: &Tensor, v: &Tensor, gate: Option<&Tensor>| {
+            taps.show("attn.hook_pattern", || attention_pattern(q, k, ctx.cu_seqlens, masked))?;
+            gated_sdpa(q, k, v, gate.map(|g| (g, how)), ctx.cu_seqlens, masked)
+        };
+        let o = match cache {
+            None => attend(&q, &k, &v, gate.as_ref())?,
+            // each over its own past
+            Some(cache) => {
+                let one = |x: &Tensor, i: usize| x.narrow(0, i, 1);
+                let each = cache.key_values(&k, &v)?.iter_mut().enumerate().map(|(i, past)| {
+                    let (k, v) = past.push(&one(&k, i)?, &one(&v, i)?)?;
+                    attend(&one(&q, i)?, &k, &v, gate.as_ref().map(|g| one(g, i)).transpose()?.as_ref())
+                });
+                let each = each.collect::<Result<Vec<_>>>()?;
+                if b == 1 { each[0].clone() } else { Tensor::cat(&each.iter().collect::<Vec<_>>(), 0)? }
+            }
+        };
         let o = taps.tap("attn.hook_z", o)?;
         project(&o.reshape(&[b, t, c.num_attention_heads * d])?, &self.o_proj)
     }

@@ -3,6 +3,7 @@
 pub(crate) mod convert;
 pub mod gemm;
 pub mod simd;
+mod thin;
 pub mod tile;
 
 use crate::cpu::convert::convert_all;

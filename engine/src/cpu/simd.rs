@@ -263,7 +263,7 @@ pub fn prefetch<T>(x: &[T]) {
 
 /// Folds sixteen lanes as a tree: four dependent steps instead of sixteen.
 #[inline(always)]
-fn fold<F: Real>(mut lanes: [F; 16], f: impl Fn(F, F) -> F) -> F {
+pub(super) fn fold<F: Real>(mut lanes: [F; 16], f: impl Fn(F, F) -> F) -> F {
     for half in [8, 4, 2, 1] {
         for i in 0..half {
             lanes[i] = f(lanes[i], lanes[i + half]);

@@ -1,0 +1,70 @@
+//! A product of few rows with a matrix that lies column by column, as a decoded token's with a weight `[out, in]`: it reads the matrix once, and packing it
+//! would cost more than the product.
+
+use super::simd::{Real, dot, fold};
+use crate::vectorized;
+use rayon::prelude::*;
+
+/// Rows up to which this is faster than the packed product: at 256 to 1024 columns and rows of the matrix, eight take half its time, sixteen as long.
+pub(super) const ROWS: usize = 8;
+/// Elements of the matrix that one thread is done with before two are awake.
+const ALONE: usize = 1 << 16;
+
+/// `C[i, j] = beta·C[i, j] + alpha·<A[i], B[j]>` for rows of length `k`: `A` and `C` have `m` rows, `lda` and `rsc` apart, `B` has `n`, `ldb` apart.
+///
+/// The result does not depend on the number of threads.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn thin<F: Real>(m: usize, n: usize, k: usize, alpha: F, a: &[F], lda: usize, b: &[F], ldb: usize, beta: F, c: &mut [F], rsc: usize) {
+    let c = super::gemm::C::of(c);
+    let piece = if n * k <= ALONE { n } else { n.div_ceil(rayon::current_num_threads()).next_multiple_of(4) };
+    let block = |j: usize| {
+        let width = piece.min(n - j);
+        rows(m, k, a, lda, &b[j * ldb..], ldb, width, |i, at, x: [F; 4], len| {
+            // SAFETY: `gemm` asserted that C holds the shape; blocks of columns are apart.
+            let c = unsafe { std::slice::from_raw_parts_mut(c.at(i * rsc + j + at), len) };
+            for (c, x) in c.iter_mut().zip(x) {
+                *c = if beta == F::ZERO { alpha * x } else { beta.mul_add(*c, alpha * x) };
+            }
+        });
+    };
+    if piece == n { block(0) } else { (0..n).into_par_iter().step_by(piece).for_each(block) }
+}
+
+vectorized! {
+    /// Gives `put` the products of row i with rows `at .. at + len` of B, four at a time.
+    fn rows[F: Real, P: FnMut(usize, usize, [F; 4], usize)](m: usize, k: usize, a: &[F], lda: usize, b: &[F], ldb: usize, n: usize, put: P) {
+        let mut put = put;
+        for j in (0..n / 4 * 4).step_by(4) {
+            let b = [0, 1, 2, 3].map(|r| &b[(j + r) * ldb..][..k]);
+            for i in 0..m {
+                put(i, j, four(&a[i * lda..][..k], b), 4);
+            }
+        }
+        for j in n / 4 * 4..n {
+            for i in 0..m {
+                put(i, j, [dot(&a[i * lda..][..k], &b[j * ldb..][..k]), F::ZERO, F::ZERO, F::ZERO], 1);
+            }
+        }
+    }
+}
+
+/// Four inner products with one vector.
+#[inline(always)]
+fn four<F: Real>(a: &[F], b: [&[F]; 4]) -> [F; 4] {
+    let mut lanes = [[F::ZERO; 16]; 4];
+    let (a16, tail) = a.as_chunks::<16>();
+    let b16 = b.map(|b| b.as_chunks::<16>().0);
+    for (c, a) in a16.iter().enumerate() {
+        for r in 0..4 {
+            for i in 0..16 {
+                lanes[r][i] = a[i].mul_add(b16[r][c][i], lanes[r][i]);
+            }
+        }
+    }
+    for (i, a) in tail.iter().enumerate() {
+        for r in 0..4 {
+            lanes[r][i] = a.mul_add(b[r][a16.len() * 16 + i], lanes[r][i]);
+        }
+    }
+    lanes.map(|l| fold(l, |a, b| a + b))
+}
