@@ -110,15 +110,11 @@ impl<'a> Generator<'a> {
         self.read(tokens, tokens.len())
     }
     fn read(&mut self, tokens: &[u32], rows: usize) -> Result<Vec<Vec<f64>>> {
-        let n = tokens.len() / rows.max(1);
-        let t = Tensor::from_vec(tokens, &[rows, n])?.to_device(&self.model.place().device)?;
-        no_grad(|| {
-            let observer = self.observer.as_deref_mut().map(|o| o as &mut dyn Observer);
-            let (x, _) = self.model.forward(&t, None, Some(&mut self.caches), observer)?;
-            let last = x.narrow(1, n - 1, 1)?.reshape(&[rows, self.model.config().hidden_size])?;
-            let logits = self.model.logits(&last)?.to_vec::<f64>()?;
-            Ok(logits.chunks(self.model.config().vocab_size).map(<[f64]>::to_vec).collect())
-        })
+        let (model, caches) = (self.model, &mut self.caches);
+        match self.observer.as_deref_mut() {
+            Some(observer) => logits(model, caches, tokens, rows, Some(observer)),
+            None => engine::cpu::in_pool(|| logits(model, caches, tokens, rows, None)),
+        }
     }
     /// Continues a prompt by `n` tokens, each shown to `each` as it comes.
     pub fn generate(&mut self, prompt: &[u32], n: usize, how: &Sampler, mut each: impl FnMut(u32)) -> Result<Vec<u32>> {
@@ -134,4 +130,16 @@ impl<'a> Generator<'a> {
         }
         Ok(out)
     }
+}
+
+/// The logits after the last of `tokens` of each of `rows` sequences.
+fn logits(model: &Decoder, caches: &mut Caches, tokens: &[u32], rows: usize, observer: Option<&mut dyn Observer>) -> Result<Vec<Vec<f64>>> {
+    let n = tokens.len() / rows.max(1);
+    let t = Tensor::from_vec(tokens, &[rows, n])?.to_device(&model.place().device)?;
+    no_grad(|| {
+        let (x, _) = model.forward(&t, None, Some(caches), observer)?;
+        let last = x.narrow(1, n - 1, 1)?.reshape(&[rows, model.config().hidden_size])?;
+        let logits = model.logits(&last)?.to_vec::<f64>()?;
+        Ok(logits.chunks(model.config().vocab_size).map(<[f64]>::to_vec).collect())
+    })
 }

@@ -95,6 +95,12 @@ pub fn trim() {
     drop(freed);
 }
 
+/// Runs `f` on a thread of the pool that kernels share their work out to. From any other thread, each kernel would wake the pool and wait for it, which takes
+/// longer than the small kernels of a decoded token.
+pub fn in_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| f())
+}
+
 /// Eight size classes per power of two waste at most an eighth.
 fn size_class(bytes: usize) -> Option<usize> {
     if bytes <= 1024 {

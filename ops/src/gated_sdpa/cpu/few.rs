@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 /// Queries times heads of a key/value head up to which this is taken.
 pub const COLS: usize = 16;
-/// Keys of a task; the cut does not depend on the number of threads.
+/// Keys of a task, in which all heads are done; the cut does not depend on the number of threads.
 const PIECE: usize = 512;
 /// Keys whose scores are formed at a time.
 const BLOCK: usize = 64;
@@ -39,51 +39,55 @@ pub fn forward<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, v: View, g
     let cols = p.t * group;
     let (lo, hi) = bands.keys(0, p.t);
     let pieces = (hi - lo).div_ceil(PIECE).max(1);
-    let task = |i: usize| -> Part<F> {
-        let (bh, piece) = (i / pieces, i % pieces);
-        let (b, hk) = (bh / p.hkv, bh % p.hkv);
-        let mut queries = vec![F::ZERO; cols * p.d];
+    // all heads of a piece in one task: they lie side by side
+    let task = |i: usize| -> Vec<Part<F>> {
+        let (b, piece) = (i / pieces, i % pieces);
+        let mut queries = vec![F::ZERO; p.hkv * cols * p.d];
         for (c, row) in queries.chunks_exact_mut(p.d).enumerate() {
+            let (hk, c) = (c / cols, c % cols);
             q.row([b, c / group, hk * group + c % group], F::from_f64(p.scale), row);
         }
-        let (mut part, mut scores) = (Part::new(cols, p.dv), [F::ZERO; BLOCK]);
-        let (mut buf, from) = (vec![F::ZERO; BLOCK * p.d.max(p.dv)], lo + piece * PIECE);
+        let mut parts: Vec<Part<F>> = (0..p.hkv).map(|_| Part::new(cols, p.dv)).collect();
+        let (mut buf, mut scores) = (vec![F::ZERO; BLOCK * p.d.max(p.dv)], vec![F::ZERO; cols * BLOCK]);
+        let from = lo + piece * PIECE;
         let end = (from + PIECE).min(hi);
-        let mut all = vec![F::ZERO; cols * BLOCK];
         for k0 in (from..end).step_by(BLOCK) {
             let n = BLOCK.min(end - k0);
-            let (keys, ldk) = k.rows(b, k0, n, hk, p.d, &mut buf);
-            for (c, q) in queries.chunks_exact(p.d).enumerate() {
-                inner(q, keys, ldk, &mut all[c * BLOCK..][..n]);
-            }
-            let (values, ldv) = v.rows(b, k0, n, hk, p.dv, &mut buf);
-            for c in 0..cols {
-                // the part of the block that this query sees
-                let (a, e) = (bands.lo[c / group].clamp(k0, k0 + n) - k0, bands.hi[c / group].clamp(k0, k0 + n) - k0);
-                if a < e {
-                    scores[..e - a].copy_from_slice(&all[c * BLOCK + a..c * BLOCK + e]);
-                    let acc = &mut part.acc[c * p.dv..][..p.dv];
-                    weigh(&mut scores[..e - a], &values[a * ldv..], ldv, &mut part.max[c], &mut part.sum[c], acc);
+            for (hk, part) in parts.iter_mut().enumerate() {
+                let (keys, ldk) = k.rows(b, k0, n, hk, p.d, &mut buf);
+                for (q, s) in queries[hk * cols * p.d..].chunks_exact(p.d).zip(scores.chunks_exact_mut(BLOCK)) {
+                    inner(q, keys, ldk, &mut s[..n]);
+                }
+                let (values, ldv) = v.rows(b, k0, n, hk, p.dv, &mut buf);
+                for (c, s) in scores.chunks_exact_mut(BLOCK).enumerate() {
+                    // the part of the block that this query sees
+                    let (a, e) = (bands.lo[c / group].clamp(k0, k0 + n) - k0, bands.hi[c / group].clamp(k0, k0 + n) - k0);
+                    if a < e {
+                        let acc = &mut part.acc[c * p.dv..][..p.dv];
+                        weigh(&mut s[a..e], &values[a * ldv..], ldv, &mut part.max[c], &mut part.sum[c], acc);
+                    }
                 }
             }
         }
-        part
+        parts
     };
-    let n = p.b * p.hkv * pieces;
-    let parts: Vec<Part<F>> = if (hi - lo) * p.b * p.hkv < PIECE { (0..n).map(task).collect() } else { (0..n).into_par_iter().map(task).collect() };
-    for (bh, parts) in parts.chunks(pieces).enumerate() {
-        let mut whole = Part::new(cols, p.dv);
-        for c in 0..cols {
-            let top = parts.iter().fold(F::NEG_INFINITY, |m, x| m.max(x.max[c]));
-            let acc = &mut whole.acc[c * p.dv..][..p.dv];
-            for x in parts.iter().filter(|x| x.sum[c] > F::ZERO) {
-                let s = (x.max[c] - top).exp();
-                whole.sum[c] += s * x.sum[c];
-                acc.iter_mut().zip(&x.acc[c * p.dv..]).for_each(|(y, x)| *y = s.mul_add(*x, *y));
+    let n = p.b * pieces;
+    let parts: Vec<Vec<Part<F>>> = if n == 1 { vec![task(0)] } else { (0..n).into_par_iter().map(task).collect() };
+    for (b, parts) in parts.chunks(pieces).enumerate() {
+        for hk in 0..p.hkv {
+            let mut whole = Part::new(cols, p.dv);
+            for c in 0..cols {
+                let top = parts.iter().fold(F::NEG_INFINITY, |m, x| m.max(x[hk].max[c]));
+                let acc = &mut whole.acc[c * p.dv..][..p.dv];
+                for x in parts.iter().map(|x| &x[hk]).filter(|x| x.sum[c] > F::ZERO) {
+                    let s = (x.max[c] - top).exp();
+                    whole.sum[c] += s * x.sum[c];
+                    acc.iter_mut().zip(&x.acc[c * p.dv..]).for_each(|(y, x)| *y = s.mul_add(*x, *y));
+                }
+                whole.max[c] = top;
             }
-            whole.max[c] = top;
+            finish(p, (b, hk), 0, gating, &mut whole.acc, &whole.max, &whole.sum, out);
         }
-        finish(p, (bh / p.hkv, bh % p.hkv), 0, gating, &mut whole.acc, &whole.max, &whole.sum, out);
     }
 }
 
