@@ -35,7 +35,7 @@ pub(super) struct Args {
     /// Sequences side by side
     #[arg(long, default_value_t = 1, value_parser = |t: &str| super::super::whole(t, 1 << 12).and_then(|n| if n > 0 { Ok(n) } else { Err("expected at least 1".to_string()) }))]
     batch: u64,
-    /// Show where decoding's time goes, op by op (on a GPU: that of launches)
+    /// Show where the time goes, op by op (on a GPU: that of launches)
     #[arg(long)]
     profile: bool,
     #[command(flatten)]
@@ -64,6 +64,9 @@ fn measure(model: &Decoder, context: usize, args: &Args) -> Result<Measured> {
         .collect();
     let (mut best, mut read) = (f64::INFINITY, vec![]);
     clock::reset_peak(&model.place().device);
+    if args.profile {
+        engine::profile::start();
+    }
     for _ in 0..args.common.reps().unwrap_or(2) {
         read.clear();
         let start = Instant::now();
@@ -73,6 +76,9 @@ fn measure(model: &Decoder, context: usize, args: &Args) -> Result<Measured> {
             read.push((greedy.draw(&logits, 0) as u32, g.into_caches()));
         }
         best = best.min(start.elapsed().as_secs_f64());
+    }
+    if args.profile {
+        say(&format!("reading {context} tokens:\n{}", engine::profile::stop()));
     }
     let (mut last, caches): (Vec<u32>, Vec<Caches>) = read.into_iter().unzip();
     let caches = if caches.is_empty() { Caches::new(layers) } else { Caches::join(caches)? };
