@@ -8,6 +8,7 @@ mod error;
 mod generate;
 mod init;
 mod layers;
+mod spelling;
 mod taps;
 pub mod tensor_file;
 

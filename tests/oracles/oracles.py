@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, logging
 from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_loss_func
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -96,7 +96,46 @@ MODELS = {
             head_dim=64, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=8, mlp_only_layers=[1],
         ),
     ),
+    # the text model of Qwen3.5, dense: the delta rule's projections apart, three key groups with two value heads each
+    "qwen3_5_d32": dict(
+        seed=7, docs=[40, 1, 70, 9],
+        config=dict(
+            model_type="qwen3_5_text", vocab_size=47, hidden_size=20, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=32, linear_num_key_heads=3, linear_num_value_heads=6, linear_key_head_dim=8, linear_value_head_dim=12,
+            layer_types=["linear_attention", "linear_attention", "full_attention"],
+        ),
+    ),
+    # with experts, in bf16 but for the delta rule's decay and norms, which are f32, as published
+    "qwen3_5_moe_d256": dict(
+        seed=18, docs=[1, 20, 3], dtype=torch.bfloat16, wide=("A_log", "linear_attn.norm.weight"),
+        config=dict(
+            model_type="qwen3_5_moe_text", vocab_size=41, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=256,
+            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=24, linear_value_head_dim=16, num_experts=8, num_experts_per_tok=3,
+            moe_intermediate_size=6, shared_expert_intermediate_size=6, layer_types=["linear_attention", "full_attention"],
+        ),
+    ),
+    # as published: inside a model that reads images, too; tied, rotations for images, tensors of multi-token prediction
+    "qwen3_5_images_d64": dict(
+        seed=89, docs=[30, 1, 35], mtp=True, around="qwen3_5",
+        config=dict(
+            model_type="qwen3_5_text", vocab_size=43, hidden_size=16, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=64, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_interleaved=True, mrope_section=[3, 3, 2]),
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+    ),
+    # likewise with experts, fused, in shards
+    "qwen3_5_moe_images_d128": dict(
+        seed=30, docs=[25, 25], dtype=torch.bfloat16, wide=("A_log", "linear_attn.norm.weight"), shards=2, mtp=True, around="qwen3_5_moe",
+        config=dict(
+            model_type="qwen3_5_moe_text", vocab_size=47, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=128,
+            linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=6, num_experts_per_tok=2,
+            moe_intermediate_size=8, shared_expert_intermediate_size=8, layer_types=["linear_attention", "full_attention"],
+            rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_interleaved=True, mrope_section=[6, 5, 5]),
+        ),
+    ),
 }
+VISION = dict(depth=1, hidden_size=4, intermediate_size=4, num_heads=2, patch_size=2, num_position_embeddings=4)
 
 
 class Close(Exception):
@@ -120,6 +159,11 @@ def create(name, how, seed):
             elif key.endswith("A_log"):
                 p.copy_(torch.empty_like(p).uniform_(0.05, 3).log())
     model = model.to(how.get("dtype", torch.float32))
+    for key, p in model.named_parameters():
+        if key.endswith(how.get("wide", ())):
+            p.data = p.data.float()
+    if how.get("around"):
+        model = inside(model, how["around"])
     model.save_pretrained(out)
     path, spelled = out / "model.safetensors", json.loads((out / "config.json").read_text())
     if how.get("old"):
@@ -133,11 +177,12 @@ def create(name, how, seed):
     if how.get("twice"):
         weights = load_file(path)
         save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path, metadata={"format": "pt"})
+    h = config.hidden_size
+    mtp = {"mtp.fc.weight": torch.randn(h, 2 * h), "mtp.norm.weight": torch.randn(h).to(torch.bfloat16)} if how.get("mtp") else {}
+    if mtp and not how.get("shards"):
+        save_file(load_file(path) | mtp, path, metadata={"format": "pt"})
     if how.get("shards"):
-        weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-        if how.get("mtp"):
-            h = config.hidden_size
-            weights |= {"mtp.fc.weight": torch.randn(h, 2 * h), "mtp.norm.weight": torch.randn(h).to(torch.bfloat16)}
+        weights = {k: v.contiguous() for k, v in model.state_dict().items()} | mtp
         parts = [f"model-{i + 1:05}-of-{how['shards']:05}.safetensors" for i in range(how["shards"])]
         index = {key: parts[i % len(parts)] for i, key in enumerate(sorted(weights))}
         for part in parts:
@@ -148,6 +193,16 @@ def create(name, how, seed):
         (out / "generation_config.json").unlink(missing_ok=True)
     for f in out.iterdir():
         f.chmod(0o644)
+
+
+def inside(text, kind):
+    """The model that reads images, too, with this text model."""
+    config = AutoConfig.for_model(kind, text_config=text.config.to_dict(), vision_config=dict(VISION, out_hidden_size=text.config.hidden_size))
+    config.tie_word_embeddings = text.config.tie_word_embeddings
+    model = AutoModelForImageTextToText.from_config(config, dtype=text.dtype, **EAGER)
+    model.model.language_model, model.lm_head = text.model, text.lm_head
+    model.tie_weights()
+    return model
 
 
 def opened(folder, dtype):
@@ -211,7 +266,8 @@ def train(model, seen, docs):
 
 
 def error(x, y):
-    return float((x.double() - y.double()).norm() / y.double().norm())
+    x, y = x.detach().double(), y.detach().double()
+    return float((x - y).norm() / y.norm())
 
 
 def in_f32(name, how, seed):
@@ -226,8 +282,13 @@ def in_f32(name, how, seed):
     top = torch.stack([x[0].topk(2).values for x in written.logits])
     if (top[:, 0] - top[:, 1]).min() < 1e-3:
         raise Close("the greedy continuation")
+    if len(set(written.sequences[0, len(prompt):].tolist())) < 3:
+        raise Close("the greedy continuation, which says the same again and again,")
     seen = watched(model)
     out = compute(model, seen, docs)
+    if how.get("around"):  # the whole model reads text as its text model does
+        whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **EAGER)
+        assert all(error(whole(input_ids=d[None], use_cache=False).logits[0], model(input_ids=d[None], use_cache=False).logits[0]) < 1e-6 for d in docs)
     if len(set(how["docs"])) == 1:  # equal lengths: transformers' own batch and loss
         batch = torch.stack(docs)
         whole = model(input_ids=batch, labels=batch, use_cache=False)

@@ -1,3 +1,4 @@
+use super::validate::LARGEST;
 use super::*;
 use crate::config::json::nearest;
 use serde_json::{Value, json};
@@ -81,7 +82,7 @@ fn mistakes_are_named() {
     assert!(err(json!({"num_hidden_layers": 4, "mlp_only_layers": [4]})).contains("names layer 4"));
     assert!(err(json!({"attention_dropout": 0.1})).contains("attention_dropout"));
     let e = err(json!({"model_type": "llama", "mlp_bias": false}));
-    assert!(e.contains("\"llama\" is not supported") && e.contains("qwen3_next, qwen3, qwen3_moe and tidegate"), "{e}");
+    assert!(e.contains("\"llama\" is not supported") && e.contains("qwen3_next, qwen3, qwen3_moe, qwen3_5") && e.contains("tidegate"), "{e}");
     assert!(err(json!({"model_type": 3})).contains("must be a string"));
     assert!(err(json!({"rope_parameters": {"rope_type": "yarn"}})).contains("yarn"));
     assert!(err(json!({"rope_parameters": {"mrope_section": [1]}})).contains("mrope_section"));
