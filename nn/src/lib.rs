@@ -13,7 +13,7 @@ mod taps;
 pub mod tensor_file;
 
 pub use aside::Aside;
-pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, ModelType, OutputGate, nearest};
+pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, ModelType, OutputGate, QkNorm, nearest};
 pub use decoder::{Decoder, Losses, Placement};
 pub use error::{Error, Result};
 pub use generate::{Generator, Sampler};

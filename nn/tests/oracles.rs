@@ -12,7 +12,7 @@ const VALUES: f64 = 1e-5;
 const GRADIENTS: f64 = 1e-4;
 const TRAINING: f64 = 1e-4;
 
-const MODELS: [&str; 10] = [
+const MODELS: [&str; 14] = [
     "next_d32",
     "next_d64_old",
     "next_d128_shards",
@@ -23,6 +23,10 @@ const MODELS: [&str; 10] = [
     "qwen3_5_moe_d256",
     "qwen3_5_images_d64",
     "qwen3_5_moe_images_d128",
+    "olmo_hybrid_d32",
+    "olmo_hybrid_d64",
+    "gated_head_d128",
+    "gated_elements_d64",
 ];
 /// Those of them that are a Qwen3-Next, and saved as one.
 const NEXT: [&str; 2] = ["next", "qwen3_5"];

@@ -28,12 +28,16 @@ import json
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, logging
 from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_loss_func
+
+import gated_qwen3
+from gated_qwen3 import GatedQwen3
 
 GOLDEN = Path(__file__).parent / "golden"
 ADAMW = dict(lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=1.0)  # gentle, so that rounding does not grow; the decay shows in the loss
@@ -134,7 +138,46 @@ MODELS = {
             rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_interleaved=True, mrope_section=[6, 5, 5]),
         ),
     ),
+    # OLMo-Hybrid as transformers writes it, the convolution in three of almost the same size; rotation; more value heads than key heads, grouped queries
+    "olmo_hybrid_d32": dict(
+        seed=21, docs=[33, 1, 66],
+        config=dict(
+            model_type="olmo_hybrid", vocab_size=47, hidden_size=20, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=12, linear_value_head_dim=8,
+            rope_parameters=dict(rope_type="default", rope_theta=5e5),
+        ),
+    ),
+    # as published: no rotation, its names for norms, the convolution in its three parts, in bf16
+    "olmo_hybrid_d64": dict(
+        seed=2, docs=[30, 30], dtype=torch.bfloat16, published=True,
+        config=dict(
+            model_type="olmo_hybrid", vocab_size=43, hidden_size=16, intermediate_size=20, num_hidden_layers=3, num_attention_heads=2, head_dim=64,
+            linear_num_key_heads=3, linear_num_value_heads=3, linear_key_head_dim=8, linear_value_head_dim=16, linear_allow_neg_eigval=False,
+            rope_parameters=dict(rope_type="default", rope_theta=None), layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+    ),
+    # 2505.06708's own checkpoints: a gate for each head, tied
+    "gated_head_d128": dict(
+        seed=13, docs=[25, 1, 40],
+        config=dict(
+            model_type="gated_qwen3", vocab_size=43, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=128, headwise_attn_output_gate=True, tie_word_embeddings=True, rope_theta=1e6,
+        ),
+    ),
+    # for each dimension, with biases, without norms of queries and keys, in bf16
+    "gated_elements_d64": dict(
+        seed=44, docs=[30, 2], dtype=torch.bfloat16,
+        config=dict(
+            model_type="gated_qwen3", vocab_size=43, hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+            head_dim=64, elementwise_attn_output_gate=True, qkv_bias=True, use_qk_norm=False,
+        ),
+    ),
 }
+# what Qwen3 and its authors' gates are where nothing is said
+GATED = dict(
+    headwise_attn_output_gate=False, elementwise_attn_output_gate=False, qkv_bias=False, use_qk_norm=True, tie_word_embeddings=False, rope_theta=1e4,
+    rms_norm_eps=1e-6, initializer_range=0.1,
+)
 VISION = dict(depth=1, hidden_size=4, intermediate_size=4, num_heads=2, patch_size=2, num_position_embeddings=4)
 
 
@@ -147,9 +190,13 @@ def create(name, how, seed):
     out = GOLDEN / name
     shutil.rmtree(out, ignore_errors=True)
     torch.manual_seed(seed)
-    config = dict(COMMON, **how["config"])
-    config = AutoConfig.for_model(config.pop("model_type"), **config)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER)
+    config = dict(how["config"])
+    kind = config.pop("model_type")
+    if kind == "gated_qwen3":
+        config = SimpleNamespace(**GATED | config)
+    else:
+        config = AutoConfig.for_model(kind, **COMMON | config)
+    model = fresh(config, torch.float32)
     with torch.no_grad():  # transformers starts these at constants, which would hide a mistake in how they enter, or where almost nothing is remembered
         for key, p in model.named_parameters():
             if key.endswith("norm.weight"):
@@ -177,6 +224,9 @@ def create(name, how, seed):
     if how.get("twice"):
         weights = load_file(path)
         save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path, metadata={"format": "pt"})
+    if how.get("published"):
+        publish(path, spelled, config)
+        (out / "config.json").write_text(json.dumps(spelled, indent=2) + "\n")
     h = config.hidden_size
     mtp = {"mtp.fc.weight": torch.randn(h, 2 * h), "mtp.norm.weight": torch.randn(h).to(torch.bfloat16)} if how.get("mtp") else {}
     if mtp and not how.get("shards"):
@@ -195,6 +245,28 @@ def create(name, how, seed):
         f.chmod(0o644)
 
 
+def fresh(config, dtype):
+    """A random model."""
+    if hasattr(config, "elementwise_attn_output_gate"):
+        return GatedQwen3(vars(config)).to(dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **EAGER)
+
+
+def publish(path, spelled, config):
+    """Makes an OLMo-Hybrid's files what the published ones are: transformers writes other parts of the convolution, and another name for a norm."""
+    weights, k = load_file(path), config.linear_num_key_heads * config.linear_key_head_dim
+    for layer, kind in enumerate(config.layer_types):
+        at = f"model.layers.{layer}."
+        if kind == "linear_attention":
+            whole = torch.cat([weights.pop(f"{at}linear_attn.{c}_conv1d.weight") for c in "qkv"])
+            parts = whole.split([k, k, len(whole) - 2 * k])
+            weights |= {f"{at}linear_attn.{c}_conv1d.weight": w.clone() for c, w in zip("qkv", parts)}
+        else:
+            weights[f"{at}post_attention_layernorm.weight"] = weights.pop(f"{at}feedforward_layer_norm.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    spelled["rope_parameters"] = dict(rope_theta=None)
+
+
 def inside(text, kind):
     """The model that reads images, too, with this text model."""
     config = AutoConfig.for_model(kind, text_config=text.config.to_dict(), vision_config=dict(VISION, out_hidden_size=text.config.hidden_size))
@@ -207,6 +279,8 @@ def inside(text, kind):
 
 def opened(folder, dtype):
     """The model of a folder, and an error if a key is missing, unexpected or of another shape."""
+    if "elementwise_attn_output_gate" in (folder / "config.json").read_text():
+        return gated_qwen3.opened(folder, dtype).eval()
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **EAGER)
     wrong = {k: sorted(map(str, v)) for k, v in info.items() if v}
     if wrong:
@@ -289,7 +363,7 @@ def in_f32(name, how, seed):
     if how.get("around"):  # the whole model reads text as its text model does
         whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **EAGER)
         assert all(error(whole(input_ids=d[None], use_cache=False).logits[0], model(input_ids=d[None], use_cache=False).logits[0]) < 1e-6 for d in docs)
-    if len(set(how["docs"])) == 1:  # equal lengths: transformers' own batch and loss
+    if len(set(how["docs"])) == 1 and not isinstance(model, GatedQwen3):  # equal lengths: transformers' own batch and loss
         batch = torch.stack(docs)
         whole = model(input_ids=batch, labels=batch, use_cache=False)
         assert error(whole.loss, out["loss"]) < 1e-6 and error(whole.logits.flatten(0, 1), out["logits"]) < 1e-5
@@ -315,7 +389,7 @@ def f32_means_f64():
 def in_f64(name, config, weights, docs):
     """What transformers computes where "f32" means f64."""
     with f32_means_f64():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, **EAGER).eval()
+        model = fresh(config, torch.float64).eval()
         model.load_state_dict(weights)
         seen = watched(model)
         out = compute(model, seen, docs)

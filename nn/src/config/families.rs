@@ -1,6 +1,6 @@
 //! How the configurations of other families read as ours.
 
-use super::{AttentionGate, GateGranularity};
+use super::{AttentionGate, GateGranularity, LayerType, QkNorm};
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
 
@@ -27,6 +27,16 @@ const QWEN3_5: &[(&str, usize)] =
 /// Likewise `qwen3_5_moe_text`.
 const QWEN3_5_MOE: &[(&str, usize)] = &[("vocab_size", 248_320), ("num_hidden_layers", 40), ("num_experts_per_tok", 8), ("num_experts", 256)];
 
+/// Likewise `olmo_hybrid`.
+const OLMO_HYBRID: &[(&str, usize)] = &[
+    ("vocab_size", 100_352),
+    ("hidden_size", 3840),
+    ("intermediate_size", 11008),
+    ("num_hidden_layers", 32),
+    ("num_attention_heads", 30),
+    ("max_position_embeddings", 65536),
+];
+
 /// What a Qwen3.5 that reads images, too, says beside its `text_config`, and its text model does not depend on.
 const AROUND: &[&str] = &["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_config", "language_model_only"];
 /// What it may say of itself and, differently, of its text model.
@@ -45,16 +55,22 @@ pub(super) fn translate(map: &mut Keys) -> Result<()> {
         "qwen3" | "qwen3_moe" => qwen3(map, &kind),
         "qwen3_5_text" | "qwen3_5_moe_text" => qwen3_5(map, &kind),
         "qwen3_5" | "qwen3_5_moe" => text_of(map, &kind),
+        "olmo_hybrid" => olmo_hybrid(map, &kind),
         _ => Err(Error::Config(format!(
-            "`model_type` = \"{kind}\" is not supported; models of qwen3_next, qwen3, qwen3_moe, qwen3_5 and qwen3_5_moe (their text models) and tidegate (this \
-             project's own) can be read"
+            "`model_type` = \"{kind}\" is not supported; models of qwen3_next, qwen3, qwen3_moe, qwen3_5, qwen3_5_moe (their text models), olmo_hybrid \
+             and tidegate (this project's own) can be read"
         ))),
     }
 }
 
-/// Whether the query projections in the files of this configuration hold the rows of one key/value group after the other.
-pub(crate) fn grouped_queries(_json: &Value) -> bool {
-    false
+/// Gates that 2505.06708's authors' checkpoints, of model type `qwen3`, may have.
+const GATES: [(&str, GateGranularity); 2] =
+    [("headwise_attn_output_gate", GateGranularity::Headwise), ("elementwise_attn_output_gate", GateGranularity::Elementwise)];
+
+/// Whether the query projections in the files of this configuration hold the rows of one key/value group after the other, its queries before its gates: so
+/// do the checkpoints of 2505.06708's authors.
+pub(crate) fn grouped_queries(json: &Value) -> bool {
+    json["model_type"] == "qwen3" && GATES.iter().any(|(key, _)| json[key] == true)
 }
 
 /// Sets what a family leaves no choice about; an error for a file that says otherwise.
@@ -67,6 +83,23 @@ fn fix(map: &mut Keys, kind: &str, fixed: impl IntoIterator<Item = (&'static str
         }
     }
     Ok(())
+}
+
+/// Takes out what must be true or false, if it is there.
+fn flag(map: &mut Keys, key: &str) -> Result<Option<bool>> {
+    match map.remove(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Bool(b)) => Ok(Some(b)),
+        Some(x) => Err(Error::Config(format!("`{key}` must be true or false, found {x}"))),
+    }
+}
+
+fn json_of(x: impl serde::Serialize) -> Result<Value> {
+    serde_json::to_value(x).map_err(|e| Error::Config(e.to_string()))
+}
+
+fn gate(granularity: GateGranularity) -> Result<Value> {
+    json_of(AttentionGate { granularity, ..AttentionGate::default() })
 }
 
 fn size(map: &Keys, key: &str) -> u64 {
@@ -91,10 +124,9 @@ fn qwen3(map: &mut Keys, kind: &str) -> Result<()> {
     let head_dim = if moe { size(map, "hidden_size") / size(map, "num_attention_heads").max(1) } else { 128 };
     map.entry("head_dim").or_insert(head_dim.into());
     map.entry("norm_topk_prob").or_insert(false.into());
-    let gate = AttentionGate { granularity: GateGranularity::None, ..AttentionGate::default() };
-    let gate = serde_json::to_value(gate).map_err(|e| Error::Config(e.to_string()))?;
+    let granularity = if moe { GateGranularity::None } else { gated(map)? };
     let fixed = [
-        ("attention_gate", gate),
+        ("attention_gate", gate(granularity)?),
         ("zero_centered_norms", false.into()),
         ("partial_rotary_factor", json!(1.0)),
         ("shared_expert_intermediate_size", 0.into()),
@@ -103,6 +135,30 @@ fn qwen3(map: &mut Keys, kind: &str) -> Result<()> {
     fix(map, kind, fixed.into_iter().chain((!moe).then(|| ("num_experts", 0.into()))))?;
     map.insert("model_type".into(), "tidegate".into());
     Ok(())
+}
+
+/// What 2505.06708's authors add to Qwen3: the gate, which is returned, whether there are norms of queries and keys, and another name for `attention_bias`.
+fn gated(map: &mut Keys) -> Result<GateGranularity> {
+    let mut granularity = GateGranularity::None;
+    for (key, g) in GATES {
+        if flag(map, key)?.unwrap_or(false) {
+            if granularity != GateGranularity::None {
+                return Err(Error::Config(format!("`{}` and `{key}` are both true; a model has one gate at most", GATES[0].0)));
+            }
+            granularity = g;
+        }
+    }
+    if let Some(bias) = flag(map, "qkv_bias")? {
+        if !bias && map.get("attention_bias") == Some(&json!(true)) {
+            return Err(Error::Config("`attention_bias` = true and `qkv_bias` = false contradict each other; keep one".into()));
+        }
+        map.insert("attention_bias".into(), bias.into());
+    }
+    if flag(map, "use_qk_norm")? == Some(false) {
+        map.insert("qk_norm".into(), json_of(QkNorm::None)?);
+    }
+    map.remove("auto_map"); // where the authors' code is
+    Ok(granularity)
 }
 
 /// The text model of Qwen3.5 is a Qwen3-Next; of its rotations for images, text sees one, the plain one: its three positions are the same.
@@ -160,4 +216,64 @@ fn text_of(map: &mut Keys, kind: &str) -> Result<()> {
     *map = text;
     map.retain(|_, x| !x.is_null());
     qwen3_5(map, &expected)
+}
+
+/// OLMo-Hybrid: no gate on softmax attention, whose layers' norms stand behind; one norm over all queries, one over all keys; mostly no rotation.
+fn olmo_hybrid(map: &mut Keys, kind: &str) -> Result<()> {
+    map.retain(|key, x| !x.is_null() || key.starts_with("rope"));
+    for (key, n) in OLMO_HYBRID {
+        map.entry(*key).or_insert((*n).into());
+    }
+    let heads = size(map, "num_attention_heads");
+    for key in ["num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads"] {
+        map.entry(key).or_insert(heads.into());
+    }
+    let hidden = size(map, "hidden_size");
+    map.entry("head_dim").or_insert((hidden / heads.max(1)).into());
+    let key_dim = (3 * hidden / 4) / size(map, "linear_num_key_heads").max(1);
+    map.entry("linear_key_head_dim").or_insert(key_dim.into());
+    let key_dim = size(map, "linear_key_head_dim");
+    map.entry("linear_value_head_dim").or_insert(key_dim.saturating_mul(2).into());
+    map.entry("linear_allow_neg_eigval").or_insert(true.into());
+    if !map.contains_key("layer_types") && size(map, "num_hidden_layers") < 4 {
+        let (linear, full) = (json_of(LayerType::LinearAttention)?, json_of(LayerType::FullAttention)?);
+        let linear = vec![linear; (size(map, "num_hidden_layers") as usize).saturating_sub(1)];
+        map.insert("layer_types".into(), [linear, vec![full]].concat().into());
+    }
+    // how its first values are drawn
+    for key in ["linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor"] {
+        map.remove(key);
+    }
+    // null is said by the published files, which rotate nothing; files of transformers always say something
+    let theta = match (map.get("rope_parameters"), map.get("rope_theta")) {
+        (Some(Value::Object(rope)), None) => rope.get("rope_theta").cloned(),
+        (_, Some(theta)) => Some(theta.clone()),
+        (rope, None) => rope.cloned(),
+    };
+    let rotated = match theta {
+        None => {
+            return Err(Error::Config(format!(
+                "a model of type {kind} must say whether it rotates: `rope_parameters` = {{\"rope_theta\": null}} for no, \
+                 {{\"rope_type\": \"default\", \"rope_theta\": 500000}} for yes; found none"
+            )));
+        }
+        Some(Value::Null) => {
+            map.remove("rope_parameters");
+            map.remove("rope_theta");
+            json!(0.0)
+        }
+        Some(_) => json!(1.0),
+    };
+    let fixed = [
+        ("attention_gate", gate(GateGranularity::None)?),
+        ("zero_centered_norms", false.into()),
+        ("partial_rotary_factor", rotated),
+        ("num_experts", 0.into()),
+        ("qk_norm", json_of(QkNorm::Projection)?),
+        ("post_norm", json_of([LayerType::FullAttention])?),
+        ("linear_norm_eps", json!(1e-5)),
+    ];
+    fix(map, kind, fixed)?;
+    map.insert("model_type".into(), "tidegate".into());
+    Ok(())
 }

@@ -17,7 +17,6 @@ const BOOKKEEPING: &[&str] = &[
     "pad_token_id",
     "use_cache",
     "output_router_logits",
-    "attention_bias",
     "attention_dropout",
     "hidden_act",
     "rope_scaling",
@@ -56,7 +55,6 @@ impl ModelConfig {
             Some(x) if !fine.contains(x) => Err(Error::Config(format!("`{key}` = {x} is not supported; it can be {}", list(fine)))),
             _ => Ok(()),
         };
-        refuse(map, "attention_bias", &[Value::Bool(false)])?;
         refuse(map, "use_sliding_window", &[Value::Bool(false)])?;
         refuse(map, "hidden_act", &["silu".into()])?;
         refuse(map, "rope_scaling", &[Value::Null])?;

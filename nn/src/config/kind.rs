@@ -1,6 +1,6 @@
 //! `model_type`: what a configuration is, and what may be called `qwen3_next`.
 
-use super::{AttentionGate, LayerType, ModelConfig, OutputGate};
+use super::{AttentionGate, LayerType, ModelConfig, OutputGate, QkNorm};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +21,7 @@ impl ModelConfig {
     /// What of this model `qwen3_next` cannot express, in words; empty for a Qwen3-Next.
     pub fn beyond_qwen3_next(&self) -> Vec<String> {
         let mut beyond = vec![];
-        let mut layers = 0..self.num_hidden_layers;
+        let layers = 0..self.num_hidden_layers;
         if let Some(i) = layers.clone().find(|i| self.layer_type(*i) == LayerType::SlidingAttention) {
             beyond.push(format!("sliding attention (layer {i})"));
         }
@@ -36,8 +36,17 @@ impl ModelConfig {
         if linear && self.linear_allow_neg_eigval {
             beyond.push("`linear_allow_neg_eigval`".into());
         }
-        if self.shared_expert_intermediate_size == 0 && layers.any(|i| self.is_sparse(i)) {
+        if self.shared_expert_intermediate_size == 0 && layers.clone().any(|i| self.is_sparse(i)) {
             beyond.push("experts without a shared one".into());
+        }
+        if softmax && self.qk_norm != QkNorm::Head {
+            beyond.push("a `qk_norm` other than head".into());
+        }
+        if let Some(i) = layers.clone().find(|i| self.is_post_norm(*i)) {
+            beyond.push(format!("norms behind attention and feed-forward (`post_norm`, layer {i})"));
+        }
+        if linear && self.output_norm_eps() != self.rms_norm_eps {
+            beyond.push("a `linear_norm_eps` that is not `rms_norm_eps`".into());
         }
         if !self.zero_centered_norms {
             beyond.push("norms that are not zero-centred".into());

@@ -90,6 +90,18 @@ pub enum OutputGate {
     Sigmoid,
 }
 
+/// The RMS norm of softmax attention's queries and keys, before they are rotated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNorm {
+    /// Each head by itself, all with one weight.
+    Head,
+    /// All heads at once, as OLMo.
+    Projection,
+    /// None.
+    None,
+}
+
 /// A decoder. Names and defaults are those of transformers' `Qwen3NextConfig`; fields that it does not know say "ours".
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -118,9 +130,11 @@ pub struct ModelConfig {
     pub rms_norm_eps: f64,
     /// Whether the output projection is the embedding.
     pub tie_word_embeddings: bool,
+    /// Whether softmax attention's four projections have a bias.
+    pub attention_bias: bool,
     /// Base of the rotary embedding's wavelengths.
     pub rope_theta: f64,
-    /// The part of `head_dim` that is rotated.
+    /// The part of `head_dim` that is rotated; 0: nothing is.
     pub partial_rotary_factor: f64,
     /// Without `layer_types`, every so-many-th layer is full attention.
     pub full_attention_interval: usize,
@@ -156,6 +170,10 @@ pub struct ModelConfig {
     pub router_aux_loss_coef: f64,
     /// Ours: whether the norms (but for the delta rule's output norm) multiply by 1 + weight, as Qwen3-Next's, or by the weight, as Qwen3's.
     pub zero_centered_norms: bool,
+    /// Ours: kinds of layers whose two norms stand behind attention and feed-forward, on what these add to the residual stream, instead of before them.
+    pub post_norm: Vec<LayerType>,
+    /// Ours: the norm of queries and keys.
+    pub qk_norm: QkNorm,
     /// Ours: coefficient of the router's z-loss.
     pub router_z_loss_coef: f64,
     /// Ours: the gate of softmax attention.
@@ -164,6 +182,8 @@ pub struct ModelConfig {
     pub output_gate_type: OutputGate,
     /// Ours: β in (0, 2), so that the state's transition may have negative eigenvalues.
     pub linear_allow_neg_eigval: bool,
+    /// Ours: ε of the delta rule's output norm; 0: `rms_norm_eps`.
+    pub linear_norm_eps: f64,
 }
 
 impl Default for ModelConfig {
@@ -181,6 +201,7 @@ impl Default for ModelConfig {
             initializer_range: 0.02,
             rms_norm_eps: 1e-6,
             tie_word_embeddings: false,
+            attention_bias: false,
             rope_theta: 10_000.0,
             partial_rotary_factor: 0.25,
             full_attention_interval: 4,
@@ -200,10 +221,13 @@ impl Default for ModelConfig {
             norm_topk_prob: true,
             router_aux_loss_coef: 0.001,
             zero_centered_norms: true,
+            post_norm: vec![],
+            qk_norm: QkNorm::Head,
             router_z_loss_coef: 0.0,
             attention_gate: AttentionGate::default(),
             output_gate_type: OutputGate::Silu,
             linear_allow_neg_eigval: false,
+            linear_norm_eps: 0.0,
         }
     }
 }
@@ -221,6 +245,16 @@ impl ModelConfig {
     /// Whether layer `i` has a mixture of experts (else a dense feed-forward).
     pub fn is_sparse(&self, i: usize) -> bool {
         self.num_experts > 0 && !self.mlp_only_layers.contains(&i) && (i + 1).is_multiple_of(self.decoder_sparse_step.max(1))
+    }
+
+    /// Whether the norms of layer `i` stand behind attention and feed-forward.
+    pub(crate) fn is_post_norm(&self, i: usize) -> bool {
+        self.post_norm.contains(&self.layer_type(i))
+    }
+
+    /// ε of the delta rule's output norm.
+    pub(crate) fn output_norm_eps(&self) -> f64 {
+        if self.linear_norm_eps > 0.0 { self.linear_norm_eps } else { self.rms_norm_eps }
     }
 
     /// Rotated dimensions of a head.

@@ -85,6 +85,9 @@ impl ModelConfig {
                 return fail(format!("`{name}` must be positive, found {x}"));
             }
         }
+        if !(self.linear_norm_eps.is_finite() && self.linear_norm_eps >= 0.0) {
+            return fail(format!("`linear_norm_eps` must be positive, or 0 for `rms_norm_eps`, found {}", self.linear_norm_eps));
+        }
         self.saved_type().map(drop)
     }
 }
