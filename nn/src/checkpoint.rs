@@ -4,7 +4,7 @@
 use crate::aside::Aside;
 use crate::config::grouped_queries;
 use crate::init::Source;
-use crate::spelling::{Piece, Spellings};
+use crate::spelling::{Piece, found, parts};
 use crate::tensor_file::{self, Part, Raw, TensorFile, fill_parts, readable};
 use crate::{Decoder, Error, ModelConfig, Param, Placement, Result};
 use engine::{DType, Tensor};
@@ -68,7 +68,7 @@ impl Files {
 
     /// The tensors that a file has for a parameter, if `has` says which there are.
     fn pieces(&self, p: &Param, c: &ModelConfig, has: impl Fn(&str) -> Option<Vec<usize>>) -> Vec<Piece> {
-        Spellings::of(p, c, grouped_queries(&self.config)).found(has)
+        found(p, c, grouped_queries(&self.config), has)
     }
 
     /// The parts of each of `params`, in its order; an error that lists what does not fit.
@@ -77,7 +77,7 @@ impl Files {
         for (path, file) in &self.shards {
             for (name, v) in file.tensors(path)? {
                 if left.insert(ours(&name), v).is_some() {
-                    wrong.push(format!("`{name}` is there twice"));
+                    wrong.push(format!("`{name}` is in two files, or twice in one"));
                 }
             }
         }
@@ -119,15 +119,7 @@ struct Index {
 impl Decoder {
     /// Writes `model.safetensors` and `config.json` into the folder `dir`, each synced to disk; and what was [aside](Self::aside) when the model was read.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        let parts = |p: &Param| {
-            let t = p.tensor.detach();
-            Spellings::of(p, self.config(), false)
-                .written
-                .into_iter()
-                .map(|piece| Ok((piece.name.clone(), piece.of(&t)?)))
-                .collect::<Result<Vec<_>>>()
-        };
-        let named = self.params().iter().map(parts).collect::<Result<Vec<_>>>()?;
+        let named = self.params().iter().map(|p| parts(&p.name, &p.tensor.detach())).collect::<Result<Vec<_>>>()?;
         let mut config = self.config().to_json()?;
         self.aside.ids.iter().for_each(|(key, x)| config[key] = x.clone());
         let config = serde_json::to_string_pretty(&config).map_err(|e| Error::Config(e.to_string()))?;
@@ -167,9 +159,9 @@ impl Decoder {
         config.fits(place.params.size() as u64)?;
         let files = Files::open(dir)?;
         let plan = Decoder::build(&config, place, Source::Shapes)?;
-        let parts = files.matched(dir, plan.params(), &config)?;
-        let parts: HashMap<&str, &Vec<Part>> = plan.params().iter().map(|p| p.name.as_str()).zip(&parts).collect();
-        let mut model = Decoder::build(&config, place, Source::File(&|name, t| fill_parts(t, parts.get(name).map_or(&[], |v| v))))?;
+        let matched = files.matched(dir, plan.params(), &config)?;
+        let matched: HashMap<&str, &Vec<Part>> = plan.params().iter().map(|p| p.name.as_str()).zip(&matched).collect();
+        let mut model = Decoder::build(&config, place, Source::File(&|name, t| fill_parts(t, matched.get(name).map_or(&[], |v| v))))?;
         model.aside = files.aside(dir)?;
         Ok(model)
     }
@@ -177,9 +169,9 @@ impl Decoder {
     /// Overwrites the parameters in place with those of the folder `dir`, and takes over what is beside them; nothing, if the files do not fit.
     pub fn load(&mut self, dir: &Path) -> Result<()> {
         let files = Files::open(dir)?;
-        let parts = files.matched(dir, self.params(), self.config())?;
+        let matched = files.matched(dir, self.params(), self.config())?;
         let aside = files.aside(dir)?;
-        self.params().iter().zip(&parts).try_for_each(|(p, parts)| fill_parts(&p.tensor, parts))?;
+        self.params().iter().zip(&matched).try_for_each(|(p, parts)| fill_parts(&p.tensor, parts))?;
         self.aside = aside;
         Ok(())
     }

@@ -3,6 +3,7 @@
 
 use crate::{ModelConfig, Param, Result};
 use engine::Tensor;
+use std::iter::once;
 use std::ops::Range;
 
 /// A tensor of a file that is a parameter, or a part of it.
@@ -45,83 +46,84 @@ const RENAMED: [(&str, &str); 4] = [
     (".post_attention_layernorm.weight", ".feedforward_layer_norm.weight"),
 ];
 
-/// All spellings of a parameter.
-pub(crate) struct Spellings {
-    /// How we write it: as transformers writes a Qwen3-Next.
-    pub written: Vec<Piece>,
-    /// How else it is read.
-    others: Vec<Vec<Piece>>,
+/// How we write a parameter: as transformers writes a Qwen3-Next, gate and up projections apart and each expert for itself.
+fn written(name: &str, shape: &[usize]) -> Vec<Piece> {
+    let (rows, tail) = (shape[0], &shape[1..]);
+    let part = |name: String, rows: Range<usize>| Piece::rows(name, once(rows), tail);
+    if let Some(base) = name.strip_suffix("gate_up_proj.weight") {
+        return vec![part(format!("{base}gate_proj.weight"), 0..rows / 2), part(format!("{base}up_proj.weight"), rows / 2..rows)];
+    }
+    let Some((base, kind)) = name.split_once("experts.").filter(|(_, kind)| !kind.contains('.')) else {
+        return vec![part(name.into(), 0..rows)];
+    };
+    let (n, tail) = (shape[1], &shape[2..]);
+    let part =
+        |e: usize, kind: &str, r: Range<usize>| Piece::rows(format!("{base}experts.{e}.{kind}.weight"), once(e * n + r.start..e * n + r.end), tail);
+    let of_expert = |e: usize| match kind {
+        "gate_up_proj" => vec![part(e, "gate_proj", 0..n / 2), part(e, "up_proj", n / 2..n)],
+        _ => vec![part(e, kind, 0..n)],
+    };
+    (0..rows).flat_map(of_expert).collect()
 }
 
-impl Spellings {
-    /// Of a parameter of a model. `grouped`: the file's query projections hold the rows of one key/value group after the other, queries before gates.
-    pub fn of(p: &Param, c: &ModelConfig, grouped: bool) -> Spellings {
-        let shape = p.tensor.shape();
-        let (rows, tail) = (shape[0], &shape[1..]);
-        let part = |name: String, rows: Range<usize>| Piece::rows(name, [rows], tail);
-        let whole = || vec![part(p.name.clone(), 0..rows)];
-        let name = p.name.as_str();
-        if let Some(base) = name.strip_suffix("gate_up_proj.weight") {
-            let apart = vec![part(format!("{base}gate_proj.weight"), 0..rows / 2), part(format!("{base}up_proj.weight"), rows / 2..rows)];
-            return Spellings { written: apart, others: vec![whole()] };
-        }
-        if let Some((base, kind)) = name.split_once("experts.").filter(|(_, kind)| !kind.contains('.')) {
-            let (n, tail) = (shape[1], &shape[2..]);
-            let part = |e: usize, kind: &str, r: Range<usize>| {
-                Piece::rows(format!("{base}experts.{e}.{kind}.weight"), [e * n + r.start..e * n + r.end], tail)
-            };
-            let one_by_one = (0..rows).flat_map(|e| match kind {
-                "gate_up_proj" => vec![part(e, "gate_proj", 0..n / 2), part(e, "up_proj", n / 2..n)],
-                _ => vec![part(e, kind, 0..n)],
-            });
-            return Spellings { written: one_by_one.collect(), others: vec![whole()] };
-        }
-        let (nk, dk, dv) = (c.linear_num_key_heads, c.linear_key_head_dim, c.linear_value_head_dim);
-        let r = c.linear_num_value_heads / nk;
-        // rows of every key head, of which each has as many
-        let of_heads = |name: String, parts: &[(usize, usize)]| {
-            let of_part = |(from, to): &(usize, usize)| (0..nk).map(move |j| j * (rows / nk) + from..j * (rows / nk) + to).collect::<Vec<_>>();
-            Piece::rows(name, parts.iter().flat_map(of_part), tail)
-        };
-        let others = if let Some(base) = name.strip_suffix("in_proj_qkvz.weight") {
-            let [q, k, v, z] = [(0, dk), (dk, 2 * dk), (2 * dk, 2 * dk + r * dv), (2 * dk + r * dv, 2 * dk + 2 * r * dv)];
-            let qwen3_5 = vec![of_heads(format!("{base}in_proj_qkv.weight"), &[q, k, v]), of_heads(format!("{base}in_proj_z.weight"), &[z])];
-            let olmo = [("q", q), ("k", k), ("v", v), ("g", z)].map(|(kind, part)| of_heads(format!("{base}{kind}_proj.weight"), &[part]));
-            vec![qwen3_5, olmo.into()]
-        } else if let Some(base) = name.strip_suffix("in_proj_ba.weight") {
-            let two = |b: &str, a: &str| vec![of_heads(format!("{base}{b}.weight"), &[(0, r)]), of_heads(format!("{base}{a}.weight"), &[(r, 2 * r)])];
-            vec![two("in_proj_b", "in_proj_a"), two("b_proj", "a_proj")]
-        } else if let Some(base) = name.strip_suffix("conv1d.weight") {
-            // OLMo-Hybrid's is split as its projections are; transformers 5.23 writes three of (almost) the same size instead, whatever is in them
-            let split = |at: [usize; 2]| {
-                let rows = [("q", 0..at[0]), ("k", at[0]..at[1]), ("v", at[1]..rows)];
-                rows.map(|(kind, rows)| part(format!("{base}{kind}_conv1d.weight"), rows)).into()
-            };
-            let third = rows.div_ceil(3);
-            vec![split([nk * dk, 2 * nk * dk]), split([third, (2 * third).min(rows)])]
-        } else if let Some((base, _)) = name.split_once("self_attn.q_proj.").filter(|_| grouped) {
-            let (d, g) = (c.head_dim, c.gate_dim());
-            let of_group = |group: usize| {
-                let n = c.num_attention_heads / c.num_key_value_heads;
-                let heads = move || group * n..(group + 1) * n;
-                heads().map(move |h| h * (d + g)..h * (d + g) + d).chain(heads().map(move |h| h * (d + g) + d..(h + 1) * (d + g)))
-            };
-            let kind = &name[base.len()..];
-            vec![vec![Piece::rows(format!("{base}{kind}"), (0..c.num_key_value_heads).flat_map(of_group), tail)]]
-        } else {
-            let renamed = |suffix: &str, other: &str| name.strip_suffix(suffix).map(|base| vec![part(format!("{base}{other}"), 0..rows)]);
-            RENAMED.iter().filter_map(|(ours, theirs)| renamed(ours, theirs)).collect()
-        };
-        Spellings { written: whole(), others }
-    }
+/// A tensor of a parameter's shape as we write it: names, and views.
+pub(crate) fn parts(name: &str, t: &Tensor) -> Result<Vec<(String, Tensor)>> {
+    written(name, t.shape()).into_iter().map(|piece| Ok((piece.name.clone(), piece.of(t)?))).collect()
+}
 
-    /// The spelling of a file that has, or has not, tensors of given names and shapes: the first that is there whole, else the first that is there in part,
-    /// else ours.
-    pub fn found(self, has: impl Fn(&str) -> Option<Vec<usize>>) -> Vec<Piece> {
-        let fits = |p: &Piece| has(&p.name).is_some_and(|shape| shape == p.shape);
-        let all: Vec<Vec<Piece>> = self.others.into_iter().chain([self.written]).collect();
-        let at = all.iter().position(|s| s.iter().all(fits)).or_else(|| all.iter().position(|s| s.iter().any(|p| has(&p.name).is_some())));
-        let at = at.unwrap_or(all.len() - 1);
-        all.into_iter().nth(at).unwrap_or_default()
+/// How else a parameter of a model is read. `grouped`: the file's query projections hold the rows of one key/value group after the other, queries before
+/// gates.
+fn others(name: &str, shape: &[usize], c: &ModelConfig, grouped: bool) -> Vec<Vec<Piece>> {
+    let (rows, tail) = (shape[0], &shape[1..]);
+    let part = |name: String, rows: Range<usize>| Piece::rows(name, once(rows), tail);
+    let (nk, dk, dv) = (c.linear_num_key_heads, c.linear_key_head_dim, c.linear_value_head_dim);
+    let r = c.linear_num_value_heads / nk;
+    // rows of every key head, of which each has as many
+    let of_heads = |name: String, parts: &[(usize, usize)]| {
+        let of_part = |(from, to): &(usize, usize)| (0..nk).map(move |j| j * (rows / nk) + from..j * (rows / nk) + to).collect::<Vec<_>>();
+        Piece::rows(name, parts.iter().flat_map(of_part), tail)
+    };
+    if name.ends_with("gate_up_proj.weight") || name.ends_with("experts.gate_up_proj") || name.ends_with("experts.down_proj") {
+        return vec![vec![part(name.into(), 0..rows)]];
     }
+    if let Some(base) = name.strip_suffix("in_proj_qkvz.weight") {
+        let [q, k, v, z] = [(0, dk), (dk, 2 * dk), (2 * dk, 2 * dk + r * dv), (2 * dk + r * dv, 2 * dk + 2 * r * dv)];
+        let qwen3_5 = vec![of_heads(format!("{base}in_proj_qkv.weight"), &[q, k, v]), of_heads(format!("{base}in_proj_z.weight"), &[z])];
+        let olmo = [("q", q), ("k", k), ("v", v), ("g", z)].map(|(kind, part)| of_heads(format!("{base}{kind}_proj.weight"), &[part]));
+        return vec![qwen3_5, olmo.into()];
+    }
+    if let Some(base) = name.strip_suffix("in_proj_ba.weight") {
+        let two = |b: &str, a: &str| vec![of_heads(format!("{base}{b}.weight"), &[(0, r)]), of_heads(format!("{base}{a}.weight"), &[(r, 2 * r)])];
+        return vec![two("in_proj_b", "in_proj_a"), two("b_proj", "a_proj")];
+    }
+    if let Some(base) = name.strip_suffix("conv1d.weight") {
+        // OLMo-Hybrid's is split as its projections are; transformers 5.23 writes three of (almost) the same size instead, whatever is in them
+        let split = |at: [usize; 2]| {
+            let rows = [("q", 0..at[0]), ("k", at[0]..at[1]), ("v", at[1]..rows)];
+            rows.map(|(kind, rows)| part(format!("{base}{kind}_conv1d.weight"), rows)).into()
+        };
+        let third = rows.div_ceil(3);
+        return vec![split([nk * dk, 2 * nk * dk]), split([third, (2 * third).min(rows)])];
+    }
+    if grouped && name.contains("self_attn.q_proj.") {
+        let (d, g, n) = (c.head_dim, c.gate_dim(), c.num_attention_heads / c.num_key_value_heads);
+        let of_group = |group: usize| {
+            let heads = move || group * n..(group + 1) * n;
+            heads().map(move |h| h * (d + g)..h * (d + g) + d).chain(heads().map(move |h| h * (d + g) + d..(h + 1) * (d + g)))
+        };
+        return vec![vec![Piece::rows(name.into(), (0..c.num_key_value_heads).flat_map(of_group), tail)]];
+    }
+    let renamed = |suffix: &str, other: &str| name.strip_suffix(suffix).map(|base| vec![part(format!("{base}{other}"), 0..rows)]);
+    RENAMED.iter().filter_map(|(ours, theirs)| renamed(ours, theirs)).collect()
+}
+
+/// The parameter in the spelling of a file that has, or has not, tensors of given names and shapes: the first that is there whole, else the first that is
+/// there in part, else ours.
+pub(crate) fn found(p: &Param, c: &ModelConfig, grouped: bool, has: impl Fn(&str) -> Option<Vec<usize>>) -> Vec<Piece> {
+    let shape = p.tensor.shape();
+    let mut all = others(&p.name, shape, c, grouped);
+    all.push(written(&p.name, shape));
+    let fits = |p: &Piece| has(&p.name).is_some_and(|shape| shape == p.shape);
+    let at = all.iter().position(|s| s.iter().all(fits)).or_else(|| all.iter().position(|s| s.iter().any(|p| has(&p.name).is_some())));
+    all.swap_remove(at.unwrap_or(all.len() - 1))
 }

@@ -144,7 +144,7 @@ pub fn fill(t: &Tensor, pieces: &[TensorView]) -> Result<()> {
     let (mut parts, mut start) = (vec![], 0);
     for v in pieces {
         let end = start + v.shape().iter().product::<usize>();
-        parts.push((v.clone(), vec![start..end]));
+        parts.push((v.clone(), std::iter::once(start..end).collect()));
         start = end;
     }
     fill_parts(t, &parts)

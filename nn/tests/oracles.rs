@@ -142,7 +142,8 @@ fn of_file(name: &str) -> Vec<String> {
             names.extend(TensorFile::open(&path).unwrap().tensors(&path).unwrap().into_keys());
         }
     }
-    names.retain(|n| !n.starts_with("mtp.") && !n.starts_with("model.visual.") && !(name == "qwen3_tied" && n == "lm_head.weight"));
+    let other = |n: &str| n.starts_with("mtp.") || n.starts_with("model.visual.") || (name == "qwen3_tied" && n == "lm_head.weight");
+    names.retain(|n| !other(n));
     names.sort();
     names
 }

@@ -15,12 +15,13 @@ A golden folder is a checkpoint (config.json, model.safetensors or shards, perha
     logits [N, V], hidden.I [N, H]     hidden.I is the residual stream after layer I, hidden.norm the final norm's output
     router.I [N, E]                    the router's logits of layer I, where it has experts
     loss, aux_loss                     the mean over all N - D predictions plus router_aux_loss_coef x aux_loss, which pools all layers and tokens
-    grad.NAME                          of that loss, by the names that transformers has in memory (experts fused)
+    grad.NAME                          of that loss, by the names that transformers has in memory (experts fused, OLMo-Hybrid's convolution whole)
     adamw                              that loss before each of twenty updates (ADAMW; all parameters decay)
     prompt, continuation               greedy, by model.generate, in f32
 
 All but the last are computed in f64 (transformers casts to f32 in many places: "f32" is made to mean f64) and kept in f32, so that a test's error is its
-own. The script asserts that transformers' own f32 agrees, and that no choice (argmax, top-k) hangs on less than rounding can move.
+own. The script asserts that transformers' own f32 agrees, and that no choice (argmax, top-k) hangs on less than rounding can move. Transformers has no gate of
+2505.06708's authors: gated_qwen3.py stands in.
 """
 
 import argparse

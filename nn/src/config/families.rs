@@ -277,3 +277,6 @@ fn olmo_hybrid(map: &mut Keys, kind: &str) -> Result<()> {
     map.insert("model_type".into(), "tidegate".into());
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
