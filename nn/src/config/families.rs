@@ -230,7 +230,7 @@ fn olmo_hybrid(map: &mut Keys, kind: &str) -> Result<()> {
     }
     let hidden = size(map, "hidden_size");
     map.entry("head_dim").or_insert((hidden / heads.max(1)).into());
-    let key_dim = (3 * hidden / 4) / size(map, "linear_num_key_heads").max(1);
+    let key_dim = (hidden.saturating_mul(3) / 4) / size(map, "linear_num_key_heads").max(1);
     map.entry("linear_key_head_dim").or_insert(key_dim.into());
     let key_dim = size(map, "linear_key_head_dim");
     map.entry("linear_value_head_dim").or_insert(key_dim.saturating_mul(2).into());
