@@ -2,23 +2,24 @@
 
 use crate::aside::Aside;
 use crate::init::Source;
-use crate::tensor_file::{self, Raw, TensorFile, fill, readable};
+use crate::save::was_cut_off;
+use crate::tensor_file::{Raw, TensorFile, fill, readable};
 use crate::{Decoder, Error, ModelConfig, Param, Placement, Result};
 use engine::{DType, Tensor};
 use safetensors::tensor::TensorView;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
-const MODEL: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-const CONFIG: &str = "config.json";
+pub(crate) const MODEL: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const CONFIG: &str = "config.json";
 const EMBED: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 /// Tensors of multi-token prediction begin so: transformers passes over them, too.
 const MTP: &str = "mtp.";
 
 /// A tensor as files have it: name and the part of the parameter that it is.
-fn parts(name: &str, t: &Tensor) -> Result<Vec<(String, Tensor)>> {
+pub(crate) fn parts(name: &str, t: &Tensor) -> Result<Vec<(String, Tensor)>> {
     let one = |i: usize, t: &Tensor| -> Result<Tensor> { Ok(t.narrow(0, i, 1)?.reshape(&t.shape()[1..])?) };
     if let Some(base) = name.strip_suffix("gate_up_proj.weight") {
         let i = t.dim(0) / 2;
@@ -121,17 +122,6 @@ struct Index {
 }
 
 impl Decoder {
-    /// Writes `model.safetensors` and `config.json` into the folder `dir`, each synced to disk; and what was [aside](Self::aside) when the model was read.
-    pub fn save(&self, dir: &Path) -> Result<()> {
-        let named = self.params().iter().map(|p| parts(&p.name, &p.tensor.detach())).collect::<Result<Vec<_>>>()?;
-        let mut config = self.config().to_json()?;
-        self.aside.ids.iter().for_each(|(key, x)| config[key] = x.clone());
-        let config = serde_json::to_string_pretty(&config).map_err(|e| Error::Config(e.to_string()))?;
-        tensor_file::write_with(&dir.join(MODEL), named.concat(), &self.aside.tensors)?;
-        self.aside.files.iter().try_for_each(|(name, bytes)| write_synced(&dir.join(name), bytes))?;
-        write_synced(&dir.join(CONFIG), config.as_bytes())
-    }
-
     /// Tensors of the parameters' shapes, such as gradients, under the names that the checkpoint `dir` has for the parameters: whole, or in transformers'
     /// parts (each expert's for itself, gate and up apart).
     pub fn named_as_in(&self, dir: &Path, tensor: impl Fn(&Param) -> Result<Tensor>) -> Result<Vec<(String, Tensor)>> {
@@ -182,13 +172,9 @@ impl Decoder {
 
 fn read_config(dir: &Path) -> Result<serde_json::Value> {
     let path = dir.join(CONFIG);
+    if !path.exists() && was_cut_off(dir) {
+        return Err(Error::checkpoint(&path, "is missing, because a save into this folder was cut off; save the model once more"));
+    }
     let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
     serde_json::from_str(&text).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    use std::io::Write;
-    let mut f = std::fs::File::create(path).map_err(Error::io(path))?;
-    f.write_all(bytes).map_err(Error::io(path))?;
-    f.sync_all().map_err(Error::io(path))
 }

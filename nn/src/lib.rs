@@ -8,6 +8,7 @@ mod error;
 mod generate;
 mod init;
 mod layers;
+mod save;
 mod taps;
 pub mod tensor_file;
 
@@ -17,4 +18,5 @@ pub use decoder::{Decoder, Losses, Placement};
 pub use error::{Error, Result};
 pub use generate::{Generator, Sampler};
 pub use layers::{Cache, Param};
+pub use save::SaveOptions;
 pub use taps::{Access, Observer, Part, TAPS, Tap, on_request};
