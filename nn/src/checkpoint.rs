@@ -4,7 +4,7 @@ use crate::aside::Aside;
 use crate::init::Source;
 use crate::save::was_cut_off;
 use crate::tensor_file::{Raw, TensorFile, fill, readable};
-use crate::{Decoder, Error, ModelConfig, Param, Placement, Result};
+use crate::{Decoder, Error, ModelConfig, Param, Placement, Result, json, shards};
 use engine::{DType, Tensor};
 use safetensors::tensor::TensorView;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -47,21 +47,17 @@ struct Files(Vec<(PathBuf, TensorFile)>);
 
 impl Files {
     fn open(dir: &Path) -> Result<Files> {
-        let index = dir.join(INDEX);
-        if dir.join(MODEL).exists() || !index.exists() {
-            return Ok(Files(vec![(dir.join(MODEL), TensorFile::open(&dir.join(MODEL))?)]));
+        Ok(Files(shards::open(dir)?))
+    }
+
+    /// An error if the files have fewer tensors than the model has layers, each of which has norms: even its plan would take more memory than they do.
+    fn hold(&self, dir: &Path, layers: usize) -> Result<()> {
+        let found: usize = self.0.iter().map(|(_, file)| file.len()).sum();
+        if layers > found {
+            let m = format!("`num_hidden_layers` = {layers} does not fit the files beside it, which hold {found} tensors in all");
+            return Err(Error::checkpoint(&dir.join(CONFIG), m));
         }
-        let text = std::fs::read_to_string(&index).map_err(Error::io(&index))?;
-        let json: Index = serde_json::from_str(&text).map_err(|e| Error::checkpoint(&index, format!("is no index of shards: {e}")))?;
-        let names: BTreeSet<String> = json.weight_map.into_values().collect();
-        let shard = |name: String| {
-            if Path::new(&name).file_name() != Some(name.as_ref()) {
-                return Err(Error::checkpoint(&index, format!("names the shard `{name}`; a shard is a file beside its index")));
-            }
-            let path = dir.join(name);
-            Ok((path.clone(), TensorFile::open(&path)?))
-        };
-        Ok(Files(names.into_iter().map(shard).collect::<Result<_>>()?))
+        Ok(())
     }
 
     /// Copies of the tensors that belong to no parameter and are wanted all the same.
@@ -93,6 +89,11 @@ impl Files {
         }
         let mut ready = vec![];
         for p in params {
+            // parts that are not there are not worth naming one by one
+            if !left.contains_key(&p.name) && p.name.contains(".experts.") && p.tensor.dim(0) > left.len() {
+                wrong.push(format!("`{}` is missing, whole and as {} experts", p.name, p.tensor.dim(0)));
+                continue;
+            }
             // a parameter stands in the file whole, or in transformers' parts: these follow each other in memory
             let wanted = if left.contains_key(&p.name) { vec![(p.name.clone(), p.tensor.detach())] } else { parts(&p.name, &p.tensor.detach())? };
             let mut pieces = vec![];
@@ -114,11 +115,6 @@ impl Files {
         }
         Ok(ready)
     }
-}
-
-#[derive(serde::Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
 }
 
 impl Decoder {
@@ -151,6 +147,7 @@ impl Decoder {
         place.validate()?;
         config.fits(place.params.size() as u64)?;
         let files = Files::open(dir)?;
+        files.hold(dir, config.num_hidden_layers)?;
         let plan = Decoder::build(&config, place, Source::Shapes)?;
         let pieces = files.matched(dir, plan.params())?;
         let pieces: HashMap<&str, &Vec<TensorView>> = plan.params().iter().map(|p| p.name.as_str()).zip(&pieces).collect();
@@ -175,6 +172,9 @@ fn read_config(dir: &Path) -> Result<serde_json::Value> {
     if !path.exists() && was_cut_off(dir) {
         return Err(Error::checkpoint(&path, "is missing, because a save into this folder was cut off; save the model once more"));
     }
-    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-    serde_json::from_str(&text).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))
+    if path.exists() && !path.is_file() {
+        return Err(Error::checkpoint(&path, "is no file; expected a model's configuration in JSON"));
+    }
+    let text = std::fs::read(&path).map_err(Error::io(&path))?;
+    json::parse(&text).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))
 }

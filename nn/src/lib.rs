@@ -7,8 +7,10 @@ mod decoder;
 mod error;
 mod generate;
 mod init;
+mod json;
 mod layers;
 mod save;
+mod shards;
 mod taps;
 pub mod tensor_file;
 

@@ -1,11 +1,12 @@
 //! Files of named tensors: written piece by piece and synced, read from mapped memory, so that neither way holds a second copy of the model.
 
+mod header;
 mod write;
 
 use crate::{Error, Result};
 use engine::{DType, Device, Element, Tensor};
+use header::Info;
 use memmap2::Mmap;
-use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,20 +17,35 @@ pub(crate) use write::{Entry, Raw, write_entries};
 /// A safetensors file in mapped memory.
 pub struct TensorFile {
     map: Mmap,
+    header: BTreeMap<String, Info>,
 }
 
 impl TensorFile {
-    /// Maps the file.
+    /// Maps the file, and holds its header against it; an error for a header that is cut off or does not describe the file.
     pub fn open(path: &Path) -> Result<TensorFile> {
+        let wrong =
+            |what: String| Error::checkpoint(path, format!("is no whole safetensors file: {what}; copy it again, or use an older checkpoint"));
+        // a pipe would be waited for
+        if !std::fs::metadata(path).map_err(Error::io(path))?.is_file() {
+            return Err(Error::checkpoint(path, "is no file; expected a safetensors file"));
+        }
         let file = std::fs::File::open(path).map_err(Error::io(path))?;
         // SAFETY: the map is only read; a file that another process truncates meanwhile would fault, as with every reader of mapped checkpoints.
-        Ok(TensorFile { map: unsafe { Mmap::map(&file) }.map_err(Error::io(path))? })
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
+        let header = header::read(&map).map_err(wrong)?;
+        Ok(TensorFile { map, header })
     }
-    /// All tensors by name; an error for a header that is cut off or does not describe the file.
+    /// How many tensors there are.
+    pub(crate) fn len(&self) -> usize {
+        self.header.len()
+    }
+    /// All tensors by name; `path` is for messages.
     pub fn tensors(&self, path: &Path) -> Result<BTreeMap<String, TensorView<'_>>> {
-        let st = SafeTensors::deserialize(&self.map);
-        let st = st.map_err(|e| Error::checkpoint(path, format!("is no whole safetensors file ({e}); copy it again, or use an older checkpoint")))?;
-        Ok(st.tensors().into_iter().collect())
+        let view = |(name, info): (&String, &Info)| {
+            let view = TensorView::new(info.dtype, info.shape.clone(), &self.map[info.at.clone()]);
+            Ok((name.clone(), view.map_err(|e| Error::checkpoint(path, format!("`{name}`: {e}")))?))
+        };
+        self.header.iter().map(view).collect()
     }
 }
 
