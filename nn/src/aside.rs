@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use std::path::Path;
 
 /// Files that belong to a model and that no parameter depends on.
-const FILES: &[&str] = &[
+pub(crate) const FILES: &[&str] = &[
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,6 +50,16 @@ impl Aside {
             eprintln!("{}: {said}", dir.display());
         }
         Ok(aside)
+    }
+
+    /// Adds a file that goes with the model; an error for a name that no such file has.
+    pub fn put(&mut self, name: &str, bytes: Vec<u8>) -> Result<()> {
+        let Some(name) = FILES.iter().find(|n| **n == name) else {
+            return Err(Error::Usage(format!("`{name}` is no file that goes with a model; these are: {}", FILES.join(", "))));
+        };
+        self.files.retain(|(n, _)| n != name);
+        self.files.push((name, bytes));
+        Ok(())
     }
 
     /// Names of the files that go with the model wherever it is saved.

@@ -4,17 +4,18 @@
 use crate::aside::Aside;
 use crate::config::grouped_queries;
 use crate::init::Source;
-use crate::spelling::{Piece, found, parts};
-use crate::tensor_file::{self, Part, Raw, TensorFile, fill_parts, readable};
-use crate::{Decoder, Error, ModelConfig, Param, Placement, Result};
+use crate::save::was_cut_off;
+use crate::spelling::{Piece, found};
+use crate::tensor_file::{Part, Raw, TensorFile, fill_parts, readable};
+use crate::{Decoder, Error, ModelConfig, Param, Placement, Result, json, shards};
 use engine::{DType, Tensor};
 use serde_json::Value;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-const MODEL: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-const CONFIG: &str = "config.json";
+pub(crate) const MODEL: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const CONFIG: &str = "config.json";
 const EMBED: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 /// Tensors of multi-token prediction begin so: transformers passes over them, too.
@@ -36,21 +37,17 @@ struct Files {
 
 impl Files {
     fn open(dir: &Path) -> Result<Files> {
-        let (index, config) = (dir.join(INDEX), read_config(dir)?);
-        if dir.join(MODEL).exists() || !index.exists() {
-            return Ok(Files { shards: vec![(dir.join(MODEL), TensorFile::open(&dir.join(MODEL))?)], config });
+        Ok(Files { shards: shards::open(dir)?, config: read_config(dir)? })
+    }
+
+    /// An error if the files have fewer tensors than the model has layers, each of which has norms: even its plan would take more memory than they do.
+    fn hold(&self, dir: &Path, layers: usize) -> Result<()> {
+        let found: usize = self.shards.iter().map(|(_, file)| file.len()).sum();
+        if layers > found {
+            let m = format!("`num_hidden_layers` = {layers} does not fit the files beside it, which hold {found} tensors in all");
+            return Err(Error::checkpoint(&dir.join(CONFIG), m));
         }
-        let text = std::fs::read_to_string(&index).map_err(Error::io(&index))?;
-        let json: Index = serde_json::from_str(&text).map_err(|e| Error::checkpoint(&index, format!("is no index of shards: {e}")))?;
-        let names: BTreeSet<String> = json.weight_map.into_values().collect();
-        let shard = |name: String| {
-            if Path::new(&name).file_name() != Some(name.as_ref()) {
-                return Err(Error::checkpoint(&index, format!("names the shard `{name}`; a shard is a file beside its index")));
-            }
-            let path = dir.join(name);
-            Ok((path.clone(), TensorFile::open(&path)?))
-        };
-        Ok(Files { shards: names.into_iter().map(shard).collect::<Result<_>>()?, config })
+        Ok(())
     }
 
     /// What is beside the model: copies of the tensors that belong to no parameter and are wanted all the same, names of those that are passed over.
@@ -90,6 +87,11 @@ impl Files {
         }
         let mut ready = vec![];
         for p in params {
+            // parts that are not there are not worth naming one by one
+            if !left.contains_key(&p.name) && p.name.contains(".experts.") && p.tensor.dim(0) > left.len() {
+                wrong.push(format!("`{}` is missing, whole and as {} experts", p.name, p.tensor.dim(0)));
+                continue;
+            }
             let mut parts = vec![];
             for Piece { name, shape, ranges } in self.pieces(p, c, |name| left.get(name).map(|v| v.shape().to_vec())) {
                 match left.remove(&name) {
@@ -111,23 +113,7 @@ impl Files {
     }
 }
 
-#[derive(serde::Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
-}
-
 impl Decoder {
-    /// Writes `model.safetensors` and `config.json` into the folder `dir`, each synced to disk; and what was [aside](Self::aside) when the model was read.
-    pub fn save(&self, dir: &Path) -> Result<()> {
-        let named = self.params().iter().map(|p| parts(&p.name, &p.tensor.detach())).collect::<Result<Vec<_>>>()?;
-        let mut config = self.config().to_json()?;
-        self.aside.ids.iter().for_each(|(key, x)| config[key] = x.clone());
-        let config = serde_json::to_string_pretty(&config).map_err(|e| Error::Config(e.to_string()))?;
-        tensor_file::write_with(&dir.join(MODEL), named.concat(), &self.aside.tensors)?;
-        self.aside.files.iter().try_for_each(|(name, bytes)| write_synced(&dir.join(name), bytes))?;
-        write_synced(&dir.join(CONFIG), config.as_bytes())
-    }
-
     /// Tensors of the parameters' shapes, such as gradients, in the form that the checkpoint `dir` has for the parameters: its names, its order of rows, what
     /// it holds in parts (each expert for itself, gate and up apart) in these parts.
     pub fn named_as_in(&self, dir: &Path, tensor: impl Fn(&Param) -> Result<Tensor>) -> Result<Vec<(String, Tensor)>> {
@@ -158,6 +144,7 @@ impl Decoder {
         place.validate()?;
         config.fits(place.params.size() as u64)?;
         let files = Files::open(dir)?;
+        files.hold(dir, config.num_hidden_layers)?;
         let plan = Decoder::build(&config, place, Source::Shapes)?;
         let matched = files.matched(dir, plan.params(), &config)?;
         let matched: HashMap<&str, &Vec<Part>> = plan.params().iter().map(|p| p.name.as_str()).zip(&matched).collect();
@@ -179,13 +166,12 @@ impl Decoder {
 
 fn read_config(dir: &Path) -> Result<Value> {
     let path = dir.join(CONFIG);
-    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-    serde_json::from_str(&text).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    use std::io::Write;
-    let mut f = std::fs::File::create(path).map_err(Error::io(path))?;
-    f.write_all(bytes).map_err(Error::io(path))?;
-    f.sync_all().map_err(Error::io(path))
+    if !path.exists() && was_cut_off(dir) {
+        return Err(Error::checkpoint(&path, "is missing, because a save into this folder was cut off; save the model once more"));
+    }
+    if path.exists() && !path.is_file() {
+        return Err(Error::checkpoint(&path, "is no file; expected a model's configuration in JSON"));
+    }
+    let text = std::fs::read(&path).map_err(Error::io(&path))?;
+    json::parse(&text).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))
 }

@@ -138,6 +138,10 @@ impl Decoder {
     pub fn aside(&self) -> &Aside {
         &self.aside
     }
+    /// The same, to add to it.
+    pub fn aside_mut(&mut self) -> &mut Aside {
+        &mut self.aside
+    }
     /// Where it lives, and in what precision.
     pub fn place(&self) -> &Placement {
         &self.place

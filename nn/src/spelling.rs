@@ -117,13 +117,12 @@ fn others(name: &str, shape: &[usize], c: &ModelConfig, grouped: bool) -> Vec<Ve
     RENAMED.iter().filter_map(|(ours, theirs)| renamed(ours, theirs)).collect()
 }
 
-/// The parameter in the spelling of a file that has, or has not, tensors of given names and shapes: the first that is there whole, else the first that is
-/// there in part, else ours.
+/// The parameter in the spelling of a file that has, or has not, tensors of given names and shapes: of the others the first that
+/// is there whole, else the first that is there in part, else ours.
 pub(crate) fn found(p: &Param, c: &ModelConfig, grouped: bool, has: impl Fn(&str) -> Option<Vec<usize>>) -> Vec<Piece> {
     let shape = p.tensor.shape();
-    let mut all = others(&p.name, shape, c, grouped);
-    all.push(written(&p.name, shape));
+    let mut others = others(&p.name, shape, c, grouped);
     let fits = |p: &Piece| has(&p.name).is_some_and(|shape| shape == p.shape);
-    let at = all.iter().position(|s| s.iter().all(fits)).or_else(|| all.iter().position(|s| s.iter().any(|p| has(&p.name).is_some())));
-    all.swap_remove(at.unwrap_or(all.len() - 1))
+    let at = others.iter().position(|s| s.iter().all(fits)).or_else(|| others.iter().position(|s| s.iter().any(|p| has(&p.name).is_some())));
+    at.map_or_else(|| written(&p.name, shape), |at| others.swap_remove(at))
 }

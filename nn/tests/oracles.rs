@@ -2,7 +2,7 @@
 
 use engine::{DType, Tensor, no_grad};
 use nn::tensor_file::TensorFile;
-use nn::{Decoder, Generator, Losses, Sampler};
+use nn::{Decoder, Generator, Losses, Sampler, SaveOptions};
 use ops::adamw::{AdamW, adamw};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -259,23 +259,60 @@ fn greedy_continuations_are_those_of_transformers() {
     }
 }
 
-/// The folders stay, so that `oracles.py --check target/tmp/oracles/NAME` can open them in transformers.
+/// The folders stay, so that `oracles.py --check target/tmp/oracles/FORM/NAME` can open them in transformers.
 #[test]
 fn what_was_read_is_saved_whole() {
     for name in MODELS {
-        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("oracles").join(name);
-        std::fs::remove_dir_all(&dir).ok();
-        std::fs::create_dir_all(&dir).unwrap();
         let model = Decoder::open(&folder(name)).unwrap();
-        model.save(&dir).unwrap();
-        let back = Decoder::open(&dir).unwrap();
-        for (a, b) in model.params().iter().zip(back.params()) {
-            assert_eq!((&a.name, a.tensor.to_vec::<f32>().unwrap()), (&b.name, b.tensor.to_vec::<f32>().unwrap()));
+        for (form, dtype, max_shard_bytes) in [
+            ("f32", None, None),
+            ("shards", Some(DType::F32), Some(30_000)),
+            ("bf16", Some(DType::BF16), Some(20_000)),
+            ("f16", Some(DType::F16), None),
+        ] {
+            let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("oracles").join(form).join(name);
+            std::fs::remove_dir_all(&dir).ok();
+            std::fs::create_dir_all(&dir).unwrap();
+            model.save_with(&dir, &SaveOptions { dtype, max_shard_bytes, ..Default::default() }).unwrap();
+            let files: Vec<String> = std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            assert_eq!(files.iter().any(|f| f == "model.safetensors"), max_shard_bytes.is_none(), "{files:?}");
+            assert!(max_shard_bytes.is_none() || files.contains(&"model.safetensors.index.json".into()) && files.len() > 3, "{files:?}");
+            let back = Decoder::open(&dir).unwrap();
+            for (a, b) in model.params().iter().zip(back.params()) {
+                let (a, b) = ((&a.name, a.tensor.to_vec::<f32>().unwrap()), (&b.name, b.tensor.to_vec::<f32>().unwrap()));
+                let kept: Vec<f32> = a.1.iter().map(|x| rounded(*x, dtype)).collect();
+                assert!(a.0 == b.0 && kept.iter().map(|x| x.to_bits()).eq(b.1.iter().map(|x| x.to_bits())), "{} in {form}", a.0);
+            }
+            assert_eq!(model.aside().tensors().collect::<Vec<_>>(), back.aside().tensors().collect::<Vec<_>>());
+            assert_eq!(model.aside().files().collect::<Vec<_>>(), back.aside().files().collect::<Vec<_>>());
+            let json = std::fs::read_to_string(dir.join("config.json")).unwrap();
+            let kind = if NEXT.iter().any(|n| name.starts_with(n)) { "\"model_type\": \"qwen3_next\"" } else { "\"model_type\": \"tidegate\"" };
+            let spelled = dtype.map_or("float32", |d| {
+                if d == DType::BF16 {
+                    "bfloat16"
+                } else if d == DType::F16 {
+                    "float16"
+                } else {
+                    "float32"
+                }
+            });
+            assert!(json.contains(kind) && json.contains(&format!("\"dtype\": \"{spelled}\"")), "{json}");
         }
-        assert_eq!(model.aside().tensors().collect::<Vec<_>>(), back.aside().tensors().collect::<Vec<_>>());
-        assert_eq!(model.aside().files().collect::<Vec<_>>(), back.aside().files().collect::<Vec<_>>());
-        let json = std::fs::read_to_string(dir.join("config.json")).unwrap();
-        let kind = if NEXT.iter().any(|n| name.starts_with(n)) { "\"model_type\": \"qwen3_next\"" } else { "\"model_type\": \"tidegate\"" };
-        assert!(json.contains(kind), "{json}");
     }
+}
+
+/// To the nearest number with so few bits, of two the one whose last bit is 0: by arithmetic, not by a cast.
+fn rounded(x: f32, dtype: Option<DType>) -> f32 {
+    let (bits, least) = match dtype {
+        Some(DType::BF16) => (8, -133),
+        Some(DType::F16) => (11, -24),
+        _ => return x,
+    };
+    if x == 0.0 {
+        return x;
+    }
+    // the value of the last bit: of so many from the first, but never below the smallest number
+    let exponent = f64::from(x.abs()).log2().floor() as i32;
+    let last = 2f64.powi((exponent + 1 - bits).max(least));
+    ((f64::from(x) / last).round_ties_even() * last) as f32
 }

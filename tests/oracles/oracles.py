@@ -6,8 +6,9 @@
 
     pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0
     python tests/oracles/oracles.py                  # writes tests/oracles/golden/NAME/ anew, one folder for each entry of MODELS
-    python tests/oracles/oracles.py --check FOLDER   # opens FOLDER in transformers: no key may be missing, unexpected or of another shape;
-                                                     # a folder of the same name under golden/ says which logits it must give
+    python tests/oracles/oracles.py --check FOLDER…  # opens each in transformers: no key may be missing, unexpected or of another shape; index, dtype
+                                                     # and tokenizer must be as stated; a folder of the same name under golden/ says which weights and
+                                                     # logits it must have
 
 A golden folder is a checkpoint (config.json, model.safetensors or shards, perhaps generation_config.json) and golden.safetensors:
 
@@ -34,7 +35,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, logging
 from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_loss_func
 
 import gated_qwen3
@@ -432,30 +433,65 @@ def drawn(name, how):
     raise SystemExit(f"{name}: no seed leaves nothing close")
 
 
+def stored(folder):
+    """All tensors of a folder's files, and an error if its index says otherwise."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return load_file(folder / "model.safetensors")
+    index = json.loads(index.read_text())
+    shards = {name: load_file(folder / name) for name in sorted(set(index["weight_map"].values()))}
+    assert sorted(shards) == sorted(f.name for f in folder.glob("*.safetensors") if f.name != "golden.safetensors"), "shards that no index names"
+    assert index["weight_map"] == {key: name for name, shard in shards.items() for key in shard}, "the index is wrong"
+    weights = {key: x for shard in shards.values() for key, x in shard.items()}
+    size = sum(x.numel() * x.element_size() for x in weights.values())
+    assert index["metadata"].get("total_size", size) == size, f"total_size is not {size}"
+    print(f"{len(shards)} shards, and their index is right")
+    return weights
+
+
 def check(folder):
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind == "tidegate":
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") == "tidegate":
         raise SystemExit(f"{folder}: its model_type is tidegate, for models that are no qwen3_next: transformers has no such model")
-    model = opened(folder, torch.float32)
-    print(f"{folder}: transformers opens it as {type(model).__name__}; every key is there and none is unknown")
+    weights, dtype = stored(folder), getattr(torch, config.get("dtype") or config["torch_dtype"])
+    odd = [key for key, x in weights.items() if x.dtype != dtype and not key.startswith("mtp.")]
+    assert not odd, f"config.json says {dtype}, and these are in another: {odd}"
+    model, as_stored = opened(folder, torch.float32), opened(folder, "auto")
+    assert {p.dtype for p in as_stored.parameters()} == {dtype}, "transformers does not take it in the dtype that it states"
+    print(f"{folder}: transformers opens it as {type(model).__name__} in {dtype}; every key is there and none is unknown")
+    if (folder / "tokenizer.json").exists():
+        from tokenizers import Tokenizer
+        text = "Call me Ishmael. 12345 don't\r\n\n  x <|endoftext|>"
+        tokens, same = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids, AutoTokenizer.from_pretrained(folder)
+        assert same(text)["input_ids"] == tokens, "transformers takes another tokenizer"
+        print(f"and its tokenizer as {type(same).__name__} of {len(same)} tokens, with the end {same.eos_token!r}")
     gold = GOLDEN / folder.resolve().name / "golden.safetensors"
     if not gold.exists():
         return
+    reference = opened(gold.parent, torch.float32)
+    if dtype != torch.float32:  # what PyTorch makes of the original's weights
+        reference = reference.to(dtype).float()
+    if type(reference) is type(model):  # the text model of Qwen3.5 is saved as the Qwen3-Next that it is, with rows in another order
+        for (name, x), (_, y) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+            assert torch.equal(x, y), f"{name} is not that of {gold.parent} in {dtype}"
+        print(f"its weights are those of {gold.parent.name} in {dtype}, bit for bit")
     gold = load_file(gold)
     ids, ends = gold["input_ids"], gold["cu_seqlens"].tolist()
     with torch.no_grad():
         logits = torch.cat([model(input_ids=ids[None, a:b], use_cache=False).logits[0] for a, b in zip(ends, ends[1:])])
-    off = error(logits, gold["logits"])
+    off, most = error(logits, gold["logits"]), 1e-5 if dtype == torch.float32 else 0.1
     print(f"its logits are off those of {folder.resolve().name} by {off:.1e}")
-    if not off < 1e-5:
-        raise SystemExit("that is more than 1e-5")
+    if not off < most:
+        raise SystemExit(f"that is more than {most:.0e}")
 
 
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--check", metavar="FOLDER", type=Path, help="only open this checkpoint in transformers")
+    options.add_argument("--check", metavar="FOLDER", type=Path, nargs="+", help="only open these checkpoints in transformers")
     options.add_argument("names", nargs="*", metavar="NAME", help=f"write only these of {', '.join(MODELS)}")
     options = options.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # the same bits everywhere
-    check(options.check) if options.check else write(options.names or list(MODELS))
+    for folder in options.check or []:
+        check(folder)
+    options.check or write(options.names or list(MODELS))

@@ -73,7 +73,8 @@ impl ModelConfig {
     pub fn fits(&self, bytes_per_parameter: u64) -> Result<()> {
         let (n, gib) = (self.parameters().0, |b: u128| b as f64 / (1u64 << 30) as f64);
         let need = n as u128 * u128::from(bytes_per_parameter);
-        match engine::cpu::system_memory() {
+        // more than any machine has, where nothing is known of this one
+        match engine::cpu::system_memory().or(Some(1 << 47)) {
             Some(have) if need > u128::from(have) => Err(Error::Config(format!(
                 "{n} parameters need {:.1} GiB at {bytes_per_parameter} bytes each, this machine has {:.1} GiB; make the model smaller: `hidden_size`, \
                  `num_hidden_layers`, `num_experts`, `vocab_size`",

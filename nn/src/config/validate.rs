@@ -5,6 +5,8 @@ use crate::{Error, Result};
 
 /// No size is larger; products of four fit 128 bits.
 pub(super) const LARGEST: usize = 1 << 24;
+/// No model has more layers.
+const DEEPEST: usize = 1 << 16;
 
 impl ModelConfig {
     /// Checks that the numbers describe a model.
@@ -38,6 +40,10 @@ impl ModelConfig {
             if n > LARGEST {
                 return fail(format!("`{name}` must be at most {LARGEST}, found {n}"));
             }
+        }
+        let (deep, named) = (self.num_hidden_layers, self.mlp_only_layers.len());
+        if deep > DEEPEST || named > deep {
+            return fail(format!("`num_hidden_layers` must be at most {DEEPEST}, found {deep}, and `mlp_only_layers` can name so many, not {named}"));
         }
         let (sparse, dense): (Vec<usize>, Vec<usize>) = (0..self.num_hidden_layers).partition(|i| self.is_sparse(*i));
         if !dense.is_empty() && self.intermediate_size == 0 {
