@@ -1,10 +1,13 @@
 //! What stands in a checkpoint's folder beside the model.
 
 use engine::DType;
-use nn::{Decoder, ModelConfig};
+use nn::{Decoder, ModelConfig, SaveOptions};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::path::PathBuf;
+
+const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+const INDEX: &str = "model.safetensors.index.json";
 
 fn tiny() -> ModelConfig {
     ModelConfig {
@@ -46,6 +49,31 @@ impl Folder {
     }
     fn error(&self) -> String {
         Decoder::open(&self.0).err().unwrap().to_string()
+    }
+    /// A model in two shards.
+    fn sharded(name: &str) -> Folder {
+        let dir = Folder::new(name);
+        let model = Decoder::new(&tiny(), 3, DType::F32).unwrap();
+        let size = Some(model.config().parameters().0 as u64 * 4 * 2 / 3);
+        model.save_with(&dir.0, &SaveOptions { max_shard_bytes: size, ..Default::default() }).unwrap();
+        assert!(dir.0.join(SHARDS[1]).exists());
+        dir
+    }
+    /// What it says when JSON is changed.
+    fn with_json(&self, name: &str, change: &dyn Fn(&mut Value)) -> String {
+        let before = self.read(name);
+        let mut json = serde_json::from_slice(&before).unwrap();
+        change(&mut json);
+        self.with(name, json.to_string().as_bytes())
+    }
+    /// What it says when a file has other bytes.
+    fn with(&self, name: &str, bytes: &[u8]) -> String {
+        let before = self.read(name);
+        self.write(name, bytes);
+        let e = self.error();
+        self.write(name, &before);
+        Decoder::open(&self.0).unwrap();
+        e
     }
     /// Puts tensors of the given bytes beside the model's.
     fn add(&self, more: &[(&str, safetensors::Dtype, &[usize], &[u8])]) {
@@ -152,4 +180,166 @@ fn experts_are_read_one_by_one_and_fused() {
     dir.write("model.safetensors", &file);
     dir.add(&[(p.name.as_str(), safetensors::Dtype::F32, p.tensor.shape(), &fused)]);
     assert!(dir.error().contains("experts.0.gate_proj.weight` is not of this model"), "{}", dir.error());
+}
+
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/oracles/golden").join(name)
+}
+
+/// A folder with the configuration of a golden one, and those tensors of it for which `name` gives a name.
+fn like(test: &str, from: &str, name: impl Fn(&str) -> Option<String>) -> Folder {
+    let dir = Folder::new(test);
+    dir.write("config.json", &std::fs::read(golden(from).join("config.json")).unwrap());
+    let file = std::fs::read(golden(from).join("model.safetensors")).unwrap();
+    let st = SafeTensors::deserialize(&file).unwrap();
+    let kept = st.tensors().into_iter().filter_map(|(n, v)| Some((name(&n)?, v)));
+    dir.write("model.safetensors", &safetensors::serialize(kept, None).unwrap());
+    dir
+}
+
+#[test]
+fn a_model_for_images_is_read_for_its_text() {
+    let from = golden("qwen3_5_images_d64");
+    let model = Decoder::open(&from).unwrap();
+    let said = model.aside().unused().unwrap();
+    assert!(said.contains("2 tensors of multi-token prediction (`mtp.fc.weight`, …)") && said.contains("kept aside"), "{said}");
+    assert!(said.contains("21 tensors for images (`model.visual.blocks.0.attn.proj.bias`, …) are passed over"), "{said}");
+    // a text model's own names are the same, and what is saved has no images; token ids of the text model go along
+    let dir = like("images", "qwen3_5_images_d64", |n| Some(n.replace("model.language_model.", "model.")));
+    let mut json = dir.json();
+    (json["eos_token_id"], json["text_config"]["eos_token_id"], json["text_config"]["pad_token_id"]) = (Value::Null, json!(7), json!(5));
+    dir.write("config.json", json.to_string().as_bytes());
+    let plain = Decoder::open(&dir.0).unwrap();
+    for (a, b) in model.params().iter().zip(plain.params()) {
+        assert_eq!((&a.name, a.tensor.to_vec::<f32>().unwrap()), (&b.name, b.tensor.to_vec::<f32>().unwrap()));
+    }
+    let to = Folder::new("text");
+    plain.save(&to.0).unwrap();
+    assert_eq!((to.json()["eos_token_id"].clone(), to.json()["pad_token_id"].clone()), (json!(7), json!(5)));
+    let back = Decoder::open(&to.0).unwrap();
+    assert!(!back.aside().unused().unwrap().contains("images"));
+    // both spellings of one tensor
+    dir.add(&[("model.language_model.norm.weight", safetensors::Dtype::F32, &[16], &[0; 64])]);
+    assert!(dir.error().contains("is in two files, or twice in one"), "{}", dir.error());
+}
+
+#[test]
+fn what_lacks_or_does_not_fit_is_named_as_the_file_would_have_it() {
+    let renamed = |from: &'static str, to: &'static str| move |n: &str| Some(n.replace(from, to));
+    for (model, from, to, says) in [
+        ("qwen3_5_d32", "layers.0.linear_attn.in_proj_z", "x", "`model.layers.0.linear_attn.in_proj_z.weight` is missing"),
+        ("qwen3_5_d32", "layers.0.linear_attn.in_proj_a", "x", "`model.layers.0.linear_attn.in_proj_a.weight` is missing"),
+        ("olmo_hybrid_d64", "layers.0.linear_attn.k_conv1d", "x", "`model.layers.0.linear_attn.k_conv1d.weight` is missing"),
+        ("olmo_hybrid_d64", "layers.0.linear_attn.g_proj", "x", "`model.layers.0.linear_attn.g_proj.weight` is missing"),
+        ("olmo_hybrid_d64", "layers.1.post_feedforward_layernorm", "x", "`model.layers.1.post_feedforward_layernorm.weight` is missing"),
+        ("gated_elements_d64", "layers.2.self_attn.q_proj.bias", "x", "`model.layers.2.self_attn.q_proj.bias` is missing"),
+    ] {
+        let dir = like("lacks", model, renamed(from, to));
+        assert!(dir.error().contains(says) && dir.error().contains("`model.x"), "{}", dir.error());
+    }
+    for (model, key, x, says) in [
+        ("qwen3_5_d32", "linear_num_value_heads", json!(3), "in_proj_qkv.weight` has shape [120, 20], the model needs [84, 20]"),
+        ("gated_head_d128", "headwise_attn_output_gate", json!(false), "q_proj.weight` has shape [516, 12], the model needs [512, 12]"),
+        ("gated_elements_d64", "use_qk_norm", json!(true), "`model.layers.0.self_attn.q_norm.weight` is missing"),
+        ("gated_elements_d64", "qkv_bias", json!(false), "q_proj.bias` is not of this model"),
+    ] {
+        let dir = like("shapes", model, |n| Some(n.to_string()));
+        let mut json = dir.json();
+        json[key] = x;
+        dir.write("config.json", json.to_string().as_bytes());
+        assert!(dir.error().contains(says), "{}", dir.error());
+    }
+}
+
+#[test]
+fn an_index_that_lies_is_refused() {
+    let dir = Folder::sharded("index");
+    let [one, two] = SHARDS;
+    let embed = "model.embed_tokens.weight";
+    let map = |change: &dyn Fn(&mut serde_json::Map<String, Value>)| dir.with_json(INDEX, &|j| change(j["weight_map"].as_object_mut().unwrap()));
+    let says = |e: String, words: &[&str]| assert!(words.iter().all(|w| e.contains(w)), "{words:?} in {e}");
+    says(map(&|m| m[embed] = two.into()), &[INDEX, embed, &format!("is in `{two}`"), &format!("it is in `{one}`")]);
+    says(map(&|m| m["model.norm.weight"] = one.into()), &[INDEX, "model.norm.weight", "is in `model-00002"]);
+    says(map(&|m| drop(m.remove(embed))), &[INDEX, "does not name", embed, one]);
+    says(map(&|m| drop(m.insert("x".into(), one.into()))), &[INDEX, "`x` is in", "it is in no shard"]);
+    for outside in ["../x", "/etc/passwd", "a/../b", "..", ".", "", "sub/x.safetensors", "x/"] {
+        says(map(&|m| m[embed] = outside.into()), &[INDEX, &format!("names the shard `{outside}`"), "beside its index"]);
+    }
+    says(map(&|m| m[embed] = "model-00003-of-00002.safetensors".into()), &["model-00003-of-00002", "is missing", embed]);
+    says(map(&|m| m[embed] = 7.into()), &[INDEX, "no index of shards"]);
+    says(map(&|m| m[embed] = "config.json".into()), &["config.json", "no whole safetensors file"]);
+    says(dir.with_json(INDEX, &|j| *j = json!([])), &[INDEX, "no index of shards"]);
+    let text = String::from_utf8(dir.read(INDEX)).unwrap();
+    let twice = text.replacen(&format!("\"{embed}\""), &format!("\"{embed}\": \"{two}\", \"{embed}\""), 1);
+    says(dir.with(INDEX, twice.as_bytes()), &[INDEX, embed, "is there twice"]);
+    // shards that were exchanged, doubled, emptied, or are something else
+    let (a, b) = (dir.read(one), dir.read(two));
+    (dir.write(two, &a), dir.write(one, &b));
+    says(dir.error(), &[INDEX, "says that", "it is in"]);
+    (dir.write(two, &b), dir.write(one, &a));
+    says(dir.with(two, &a), &[two, "is in two files", one]);
+    says(dir.with(two, b""), &[two, "it has 0 bytes"]);
+    says(dir.with(two, &b[..b.len() - 1]), &[two, "copy it again"]);
+    for name in [two, INDEX, "config.json"] {
+        let before = dir.read(name);
+        std::fs::remove_file(dir.0.join(name)).unwrap();
+        says(dir.error(), &[if name == INDEX { "model.safetensors" } else { name }]);
+        std::fs::create_dir(dir.0.join(name)).unwrap();
+        says(dir.error(), &[name]);
+        std::fs::remove_dir(dir.0.join(name)).unwrap();
+        dir.write(name, &before);
+    }
+    // a folder in the place of the one file does not make the shards hold
+    std::fs::create_dir(dir.0.join("model.safetensors")).unwrap();
+    says(dir.error(), &["model.safetensors", "is no file"]);
+}
+
+#[test]
+fn a_configuration_that_lies_is_refused() {
+    let dir = Folder::new("config");
+    let untied = ModelConfig { tie_word_embeddings: false, num_hidden_layers: 2, ..tiny() };
+    Decoder::new(&untied, 3, DType::F32).unwrap().save(&dir.0).unwrap();
+    let set = |key: &str, x: Value| dir.with_json("config.json", &|j| j[key] = x.clone());
+    let says = |e: String, words: &[&str]| assert!(words.iter().all(|w| e.contains(w)), "{words:?} in {e}");
+    says(set("hidden_size", 7.into()), &["model.safetensors", "has shape [11, 6], the model needs [11, 7]"]);
+    says(set("num_attention_heads", 4.into()), &["self_attn.q_proj.weight", "has shape [16, 6], the model needs [32, 6]"]);
+    says(set("num_experts", 4.into()), &["mlp.gate.weight", "[3, 6]", "[4, 6]", "experts.3.gate_proj.weight` is missing"]);
+    says(set("num_experts", 2.into()), &["experts.2.down_proj.weight` is not of this model"]);
+    says(set("num_experts", 16_000_000.into()), &["is missing, whole and as 16000000 experts"]);
+    says(set("tie_word_embeddings", true.into()), &["`lm_head.weight` is not `model.embed_tokens.weight`"]);
+    // what would take memory is refused before it does
+    let deep = |n: usize| dir.with_json("config.json", &|j| (j["num_hidden_layers"], j["layer_types"]) = (n.into(), Value::Null));
+    says(deep(60_000), &["config.json", "`num_hidden_layers` = 60000", "tensors in all"]);
+    says(deep(16_000_000), &["`num_hidden_layers`", "at most 65536"]);
+    let huge = |j: &mut Value| (j["hidden_size"], j["vocab_size"]) = (1_000_000.into(), 1_000_000.into());
+    says(dir.with_json("config.json", &huge), &["parameters need", "this machine has"]);
+    says(dir.with_json("config.json", &|j| j["mlp_only_layers"] = vec![0; 100_000].into()), &["mlp_only_layers", "100000"]);
+    for (key, x) in [
+        ("hidden_size", json!(-1)),
+        ("hidden_size", json!(6.0)),
+        ("hidden_size", json!("6")),
+        ("hidden_size", json!(null)),
+        ("hidden_size", json!(u64::MAX)),
+        ("rms_norm_eps", json!(0)),
+        ("layer_types", json!(["full_attention", "no_attention"])),
+        ("attention_gate", json!("none")),
+    ] {
+        let e = set(key, x.clone());
+        assert!(e.contains("model configuration: ") || e.contains("config.json"), "{key} {x}: {e}");
+    }
+    let text = String::from_utf8(dir.read("config.json")).unwrap();
+    let with = |from: &str, to: &str| dir.with("config.json", text.replacen(from, to, 1).as_bytes());
+    says(with("\"rope_theta\": 10000.0", "\"rope_theta\": NaN"), &["config.json", "is no JSON", "line"]);
+    says(with("\"rope_theta\": 10000.0", "\"rope_theta\": 1e999"), &["config.json", "is no JSON", "out of range"]);
+    says(with("\"hidden_size\": 6", "\"hidden_size\": 6, \"hidden_size\": 6"), &["config.json", "`hidden_size` is there twice"]);
+    says(dir.with("config.json", "{\"a\":".repeat(100_000).as_bytes()), &["config.json", "recursion limit"]);
+    says(dir.with("config.json", b""), &["config.json", "is no JSON"]);
+    says(dir.with("config.json", b"\xff\xfe{}"), &["config.json", "is no JSON"]);
+    says(dir.with("config.json", b"[1]"), &["must be a JSON object"]);
+    // all tensors in whole numbers
+    let bytes = dir.read("model.safetensors");
+    let whole = String::from_utf8_lossy(&bytes[8..]).find("F32").unwrap() + 8;
+    let mut wrong = bytes.clone();
+    wrong[whole..whole + 3].copy_from_slice(b"I32");
+    says(dir.with("model.safetensors", &wrong), &["model.safetensors", "is I32; f32, f64, bf16 and f16 can be read"]);
 }

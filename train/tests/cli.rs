@@ -150,3 +150,62 @@ fn help_version_doctor_and_config() {
     let e = String::from_utf8_lossy(&o.stderr);
     assert!(o.status.code() == Some(2) && e.contains("bad.toml") && e.contains("train.steps"), "{e}");
 }
+
+#[test]
+fn a_run_becomes_a_folder_for_others() {
+    let tmp = tempfile::tempdir().unwrap();
+    let text = include_str!("../../data/moby-dick.txt");
+    std::fs::write(tmp.path().join("t.txt"), &text[..text.floor_char_boundary(60_000)]).unwrap();
+    let run = |args: &[&str]| {
+        let o = tidegate(tmp.path(), args);
+        assert!(o.status.success(), "{args:?}: {}", String::from_utf8_lossy(&o.stderr));
+        String::from_utf8(o.stdout).unwrap()
+    };
+    let fails = |args: &[&str], code: i32, words: &[&str]| {
+        let o = tidegate(tmp.path(), args);
+        let e = String::from_utf8_lossy(&o.stderr);
+        assert!(o.status.code() == Some(code) && words.iter().all(|w| e.contains(w)) && o.stdout.is_empty(), "{args:?}: {e}");
+    };
+    run(&["tokenize", "train", "t.txt", "--vocab-size", "300", "--out", "t.json"]);
+    run(&["tokenize", "encode", "t.txt", "--tokenizer", "t.json", "--out", "t.tokens"]);
+    run(&["train", "smoke", "--set", "data.path=t.tokens", "--set", "model.vocab_size=300", "--set", "train.steps=1", "--run-dir", "r"]);
+    let line = run(&["convert", "r", "a", "--dtype", "bf16", "--max-shard-size", "100KB"]);
+    assert!(line.starts_with("a: ") && line.contains("parameters in bf16") && line.contains("step-00000001"), "{line}");
+    let read = |name: &str| std::fs::read(tmp.path().join(name)).unwrap();
+    assert_eq!(read("a/tokenizer.json"), read("t.json"));
+    let json = |name: &str| serde_json::from_slice::<serde_json::Value>(&read(name)).unwrap();
+    assert_eq!((&json("a/config.json")["dtype"], &json("a/generation_config.json")["eos_token_id"]), (&"bfloat16".into(), &0.into()));
+    assert_eq!(json("a/tokenizer_config.json")["eos_token"], "<|endoftext|>");
+    let files = || std::fs::read_dir(tmp.path().join("a")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect::<Vec<_>>();
+    assert!(files().iter().filter(|f| f.starts_with("model-0000")).count() > 2 && !files().contains(&"model.safetensors".into()));
+    // what was written is read again, and what was written in f32 is what was trained
+    run(&["generate", "a", "--tokens", "3"]);
+    run(&["convert", "r/checkpoints/step-00000001", "b"]);
+    let own = json("r/checkpoints/step-00000001/config.json");
+    assert_eq!(json("b/config.json"), own);
+    assert_eq!(read("b/model.safetensors"), read("r/checkpoints/step-00000001/model.safetensors"));
+    assert_eq!(run(&["generate", "r", "--tokens", "9"]), run(&["generate", "b", "--tokens", "9"]));
+    // nothing is written over that nobody asked for
+    fails(&["convert", "r", "a"], 2, &["a isn't empty", "--force"]);
+    fails(&["convert", "a", "r", "--force"], 2, &["r belongs to a run"]);
+    fails(&["convert", "a", "r/checkpoints/step-00000001", "--force"], 2, &["belongs to a run"]);
+    fails(&["convert", "a", "t.txt", "--force"], 2, &["t.txt is a file"]);
+    fails(&["convert", "nowhere", "c"], 2, &["nowhere does not exist"]);
+    fails(&["convert", "a", "c", "--dtype", "f64"], 2, &["--dtype", "f32, bf16 or f16"]);
+    fails(&["convert", "a", "c", "--max-shard-size", "5gb"], 2, &["--max-shard-size", "5GB"]);
+    assert!(!tmp.path().join("c").exists());
+    // another model takes all of the folder's model, its tokenizer too, and nothing else
+    std::fs::write(tmp.path().join("a/notes.txt"), "mine").unwrap();
+    run(&["train", "smoke", "--set", "train.steps=1", "--set", "data.held_out=0.002", "--run-dir", "bytes"]);
+    run(&["convert", "bytes", "a", "--force"]);
+    let mut left = files();
+    left.sort();
+    assert_eq!(left, ["config.json", "model.safetensors", "notes.txt"]);
+    assert!(run(&["generate", "a", "--prompt", "Call", "--tokens", "9"]).starts_with("Call"));
+    // a damaged checkpoint is no model
+    let path = tmp.path().join("bytes/checkpoints/step-00000001/model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    fails(&["convert", "bytes", "c"], 1, &["model.safetensors is damaged"]);
+}

@@ -1,6 +1,6 @@
 //! Parameters, operations and memory of a configuration, without making the model.
 
-use super::{LayerType, ModelConfig};
+use super::{LayerType, ModelConfig, QkNorm};
 use crate::{Error, Result};
 
 impl ModelConfig {
@@ -19,7 +19,13 @@ impl ModelConfig {
                 }
                 _ => {
                     let (q, kv, d) = (n(self.num_attention_heads), n(self.num_key_value_heads) * n(self.head_dim), n(self.head_dim));
-                    h * (q * (d + n(self.gate_dim())) + 2 * kv) + 2 * d + q * d * h
+                    let gated = q * (d + n(self.gate_dim()));
+                    let norms = match self.qk_norm {
+                        QkNorm::Head => 2 * d,
+                        QkNorm::Projection => q * d + kv,
+                        QkNorm::None => 0,
+                    };
+                    h * (gated + 2 * kv) + norms + q * d * h + if self.attention_bias { gated + 2 * kv + h } else { 0 }
                 }
             };
             let dense = mixer + 2 * h;
@@ -67,7 +73,8 @@ impl ModelConfig {
     pub fn fits(&self, bytes_per_parameter: u64) -> Result<()> {
         let (n, gib) = (self.parameters().0, |b: u128| b as f64 / (1u64 << 30) as f64);
         let need = n as u128 * u128::from(bytes_per_parameter);
-        match engine::cpu::system_memory() {
+        // more than any machine has, where nothing is known of this one
+        match engine::cpu::system_memory().or(Some(1 << 47)) {
             Some(have) if need > u128::from(have) => Err(Error::Config(format!(
                 "{n} parameters need {:.1} GiB at {bytes_per_parameter} bytes each, this machine has {:.1} GiB; make the model smaller: `hidden_size`, \
                  `num_hidden_layers`, `num_experts`, `vocab_size`",

@@ -1,11 +1,13 @@
-//! The command line: `tidegate train | generate | eval | trace | tokenize | bench | doctor`.
+//! The command line: `tidegate train | generate | eval | convert | trace | tokenize | bench | doctor`.
 //!
 //! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed at run time, 2 wrong usage.
 
 mod bench;
+mod convert;
 mod device;
 mod doctor;
 mod generate;
+mod meter;
 mod tokenize;
 mod trace;
 mod train;
@@ -50,6 +52,8 @@ enum Command {
     Generate(generate::Args),
     /// Score held-out text in bits per byte
     Eval(Eval),
+    /// Write a model as a folder for transformers: in f32, bf16 or f16, in one file or several
+    Convert(convert::Args),
     /// Write what a model computes on the way to a file: hidden states, gates, gradients
     Trace(trace::Args),
     /// Train tokenizers, and turn text into tokens
@@ -89,6 +93,7 @@ pub fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval(&args),
+        Command::Convert(args) => convert::run(&args),
         Command::Trace(args) => trace::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -3,7 +3,6 @@
 mod encode;
 mod input;
 mod learn;
-mod meter;
 
 use crate::Result;
 use clap::Subcommand;

@@ -104,6 +104,10 @@ impl Tokenizer {
     pub fn bytes(&self, token: u32) -> Option<&[u8]> {
         self.tokens.get(token as usize)?.as_deref()
     }
+    /// The token's name in the file.
+    pub fn name(&self, token: u32) -> Option<String> {
+        self.inner.id_to_token(token)
+    }
     /// The token of this name.
     pub fn token(&self, name: &str) -> Option<u32> {
         self.inner.token_to_id(name)

@@ -2,8 +2,8 @@
 
 use super::Encode;
 use super::input::{Part, Parts, collect};
-use super::meter::Meter;
 use crate::checkpoint::{Written, write, written};
+use crate::cli::meter::Meter;
 use crate::cli::out;
 use crate::data::manifest::{self, FORMAT, dtype};
 use crate::data::{Finished, Input, MANIFEST, Manifest, Position, ShardWriter};

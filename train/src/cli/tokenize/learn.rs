@@ -2,8 +2,8 @@
 
 use super::Train;
 use super::input::{Parts, collect};
-use super::meter::Meter;
 use crate::checkpoint::write;
+use crate::cli::meter::Meter;
 use crate::cli::out;
 use crate::data::Position;
 use crate::progress::say;
