@@ -1,5 +1,7 @@
 //! Tokens as text: bytes as they are, or by a tokenizer; and text as it comes, token by token.
 
+mod caught;
+mod check;
 pub mod tokenizer;
 
 use crate::Result;
