@@ -1,5 +1,7 @@
 //! `tokenizer.json`, as the Hugging Face library `tokenizers` reads and writes it.
 
+use super::caught::caught;
+use super::check::check;
 use crate::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
@@ -55,16 +57,22 @@ impl Tokenizer {
                 "is no tokenizer.json: it has no object `model` (sentencepiece's tokenizer.model and tiktoken's ranks are other formats)".into(),
             ));
         }
+        check(&value).map_err(&wrong)?;
         drop(value);
-        let mut inner = tokenizers::Tokenizer::from_bytes(&json).map_err(|e| wrong(format!("is no tokenizer.json that can be read: {e}")))?;
+        let unread = |e: String| wrong(format!("is no tokenizer.json that can be read: {e}"));
+        let inner = caught(|| tokenizers::Tokenizer::from_bytes(&json)).map_err(|e| unread(format!("the library `tokenizers` failed: {e}")))?;
+        let mut inner = inner.map_err(|e| unread(e.to_string()))?;
         inner.with_truncation(None).map_err(|e| wrong(e.to_string()))?.with_padding(None);
         let byte_level = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
         let vocabulary = inner.get_vocab(true);
         let size = vocabulary.values().max().map_or(0, |&id| id.saturating_add(1));
-        if size == 0 || size > MOST {
+        // a name takes more than a byte; small files may have gaps all the same
+        let most = u32::try_from(json.len()).unwrap_or(MOST).clamp(1 << 20, MOST);
+        if size == 0 || size > most {
             return Err(wrong(format!(
-                "expected tokens from 0 to at most {}, found {} with the largest {}",
-                MOST - 1,
+                "expected tokens from 0 to at most {} in {} bytes, found {} with the largest {}",
+                most - 1,
+                json.len(),
                 vocabulary.len(),
                 size.max(1) - 1
             )));
@@ -123,7 +131,9 @@ impl Tokenizer {
     }
     /// Text as tokens, without any that the file would put before or after it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|e| Error::Model(format!("tokenizer: {e}")))?;
+        let wrong = |e: String| Error::Model(format!("tokenizer: {e}"));
+        // where a file says what can't be, the library finds out here
+        let encoding = caught(|| self.inner.encode_fast(text, false)).map_err(wrong)?.map_err(|e| wrong(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
     /// Whether some of the text is missing in its tokens; where a normalizer changes text, that can't be told.
@@ -133,7 +143,7 @@ impl Tokenizer {
     }
     /// Tokens as text, by the file's decoder.
     pub(super) fn decode(&self, tokens: &[u32]) -> String {
-        self.inner.decode(tokens, false).unwrap_or_default()
+        caught(|| self.inner.decode(tokens, false)).map(Result::unwrap_or_default).unwrap_or_default()
     }
 }
 

@@ -155,10 +155,24 @@ fn files_that_are_no_tokenizer() {
     };
     let m = wrong(&|j| j["model"]["merges"][7] = json!(["nowhere", "x"]));
     assert!(m.contains("nowhere"), "{m}");
+    // where the library panics, here or when it is used
+    let mut json = sentences();
+    json["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": "BAAAAAABAABhAGIA"});
+    let m = open(&json).and_then(|t| t.encode("The whale")).unwrap_err().to_string();
+    assert!(m.contains("index out of bounds"), "{m}");
+    json["normalizer"]["precompiled_charsmap"] = "/////w==".into();
+    let m = open(&json).unwrap_err().to_string();
+    assert!(m.contains("some/tokenizer.json") && m.contains("a table of 4294967295"), "{m}");
     let m = wrong(&|j| j["pre_tokenizer"]["type"] = "Whatever".into());
     assert!(m.contains("can be read"), "{m}");
     let m = wrong(&|j| j["model"]["vocab"]["zzzz"] = u32::MAX.into());
     assert!(m.contains("4294967294") || m.contains("4294967295"), "{m}");
+    let small = |id: u32| {
+        let mut json = sentences();
+        json["model"]["vocab"]["zzzz"] = id.into();
+        open(&json).map_err(|e| e.to_string())
+    };
+    assert!(small(300_000).unwrap().vocab_size() == 300_001 && small(1 << 22).unwrap_err().contains("the largest 4194304"));
     let m = wrong(&|j| {
         let vocab: serde_json::Map<String, Value> = j["model"]["vocab"]
             .as_object()
