@@ -163,12 +163,25 @@ impl Decoder {
         caches: Option<&mut Caches>,
         observer: Option<&mut dyn Observer>,
     ) -> Result<(Tensor, Vec<Tensor>)> {
-        self.tapped(tokens, cu_seqlens, caches, &mut Taps::new(observer))
+        self.tapped(tokens, cu_seqlens, caches, &mut Taps::new(observer), false)
     }
 
-    fn tapped(&self, tokens: &Tensor, cu_seqlens: Option<&Tensor>, caches: Option<&mut Caches>, taps: &mut Taps) -> Result<(Tensor, Vec<Tensor>)> {
+    /// Final hidden states `[B, 1, H]` of the last of tokens `[B, T]` read on top of `caches`: what the last layer computes for the tokens before it, beyond what
+    /// the caches take up, is left out. That is a whole layer's attention and feed-forward over a prompt.
+    pub fn last(&self, tokens: &Tensor, caches: &mut Caches) -> Result<Tensor> {
+        Ok(self.tapped(tokens, None, Some(caches), &mut Taps::new(None), true)?.0)
+    }
+
+    fn tapped(
+        &self,
+        tokens: &Tensor,
+        cu_seqlens: Option<&Tensor>,
+        caches: Option<&mut Caches>,
+        taps: &mut Taps,
+        last: bool,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
         let c = &self.config;
-        if tokens.rank() != 2 {
+        if tokens.rank() != 2 || last && tokens.dim(1) == 0 {
             return Err(engine::Error::shape("decoder", "tokens", "[B, T]", tokens.shape()).into());
         }
         let mut positions = cu_seqlens.map(|cu| restarted(cu, tokens.dim(1))).transpose()?;
@@ -189,7 +202,7 @@ impl Decoder {
             lens = caches.begin(tokens.dim(0))?;
             positions = cache::positions(&lens, tokens.dim(1), tokens.device())?;
         }
-        let ctx = Context { cu_seqlens, positions: positions.as_ref(), offset: lens.first().copied().unwrap_or(0) };
+        let mut ctx = Context { cu_seqlens, positions: positions.as_ref(), offset: lens.first().copied().unwrap_or(0), tail: false };
         place(|| "embed_tokens".into());
         let mut stream = taps.tap("hook_embed", self.embed.embedding(tokens)?.cast(self.place.compute)?)?;
         let mut delta: Option<Tensor> = None;
@@ -197,6 +210,7 @@ impl Decoder {
         for (i, block) in self.blocks.iter().enumerate() {
             taps.layer = Some(i);
             taps.part("attn");
+            ctx.tail = last && i + 1 == c.num_hidden_layers;
             let before = |norm| (!block.post_norm).then_some(norm);
             let behind = |norm, y, name, taps: &mut Taps| match block.post_norm {
                 true => rms_norm(&taps.tap(name, y)?, norm, c.rms_norm_eps, c.zero_centered_norms),
@@ -208,6 +222,7 @@ impl Decoder {
                 Mixer::Softmax(m) => m.forward(&x, c, &ctx, cache, taps)?,
                 Mixer::Delta(m) => m.forward(&x, c, &ctx, cache, taps)?,
             };
+            let h = if ctx.tail { h.narrow(1, h.dim(1) - 1, 1)? } else { h };
             let y = behind(&block.mixer_norm, y, "attn.hook_out", taps)?;
             let y = taps.tap("hook_attn_out", y)?;
             taps.part("mlp");
@@ -245,7 +260,7 @@ impl Decoder {
     pub fn loss(&self, tokens: &Tensor, targets: &Tensor, cu_seqlens: Option<&Tensor>, observer: Option<&mut dyn Observer>) -> Result<Losses> {
         let c = &self.config;
         let mut taps = Taps::new(observer);
-        let (x, routers) = self.tapped(tokens, cu_seqlens, None, &mut taps)?;
+        let (x, routers) = self.tapped(tokens, cu_seqlens, None, &mut taps, false)?;
         place(|| "lm_head".into());
         taps.show("logits", || project(&x, &self.head))?;
         let nll = linear_cross_entropy(&x.reshape(&[tokens.numel(), c.hidden_size])?, &self.head.cast(x.dtype())?, targets)?;

@@ -137,9 +137,12 @@ fn logits(model: &Decoder, caches: &mut Caches, tokens: &[u32], rows: usize, obs
     let n = tokens.len() / rows.max(1);
     let t = Tensor::from_vec(tokens, &[rows, n])?.to_device(&model.place().device)?;
     no_grad(|| {
-        let (x, _) = model.forward(&t, None, Some(caches), observer)?;
-        let last = x.narrow(1, n - 1, 1)?.reshape(&[rows, model.config().hidden_size])?;
-        let logits = model.logits(&last)?.to_vec::<f64>()?;
+        let last = match observer {
+            // who looks sees everything
+            Some(_) => model.forward(&t, None, Some(caches), observer)?.0.narrow(1, n - 1, 1)?,
+            None => model.last(&t, caches)?,
+        };
+        let logits = model.logits(&last.reshape(&[rows, model.config().hidden_size])?)?.to_vec::<f64>()?;
         Ok(logits.chunks(model.config().vocab_size).map(<[f64]>::to_vec).collect())
     })
 }

@@ -37,6 +37,15 @@ pub(crate) struct Context<'a> {
     pub cu_seqlens: Option<&'a Tensor>,
     pub positions: Option<&'a Tensor>,
     pub offset: usize,
+    /// Only the last position's output is asked for, `[B, 1, H]`; caches take up all the same.
+    pub tail: bool,
+}
+
+impl Context<'_> {
+    /// The positions whose output is asked for.
+    fn asked(&self, x: &Tensor) -> Result<Tensor> {
+        if self.tail { x.narrow(1, x.dim(1) - 1, 1) } else { Ok(x.clone()) }
+    }
 }
 
 /// Softmax attention with a gate.
@@ -77,19 +86,23 @@ impl Attention {
             Some(b) => y.add(&b[i].cast(y.dtype())?),
             None => Ok(y),
         };
-        let qg = biased(project(x, &self.q_proj)?, 0)?.reshape(&[b, t, c.num_attention_heads, d + c.gate_dim()])?;
+        let queries = ctx.asked(x)?;
+        let n = queries.dim(1);
+        let qg = biased(project(&queries, &self.q_proj)?, 0)?.reshape(&[b, n, c.num_attention_heads, d + c.gate_dim()])?;
         let k = biased(project(x, &self.k_proj)?, 1)?.reshape(&[b, t, c.num_key_value_heads, d])?;
         let v = biased(project(x, &self.v_proj)?, 2)?.reshape(&[b, t, c.num_key_value_heads, d])?;
         let turn = |x: &Tensor, i: usize| {
             let x = match &self.norms {
                 Some(w) if c.qk_norm == QkNorm::Projection => {
-                    let all = x.reshape(&[b, t, x.dim(2) * d])?;
+                    let all = x.reshape(&[b, x.dim(1), x.dim(2) * d])?;
                     rms_norm(&all, &w[i], c.rms_norm_eps, c.zero_centered_norms)?.reshape(x.shape())?
                 }
                 Some(w) => rms_norm(x, &w[i], c.rms_norm_eps, c.zero_centered_norms)?,
                 None => x.clone(),
             };
-            let at = ctx.positions.map_or(Positions::From(ctx.offset), Positions::Given);
+            let ahead = t - x.dim(1);
+            let given = ctx.positions.map(|p| p.narrow(1, ahead, x.dim(1))).transpose()?;
+            let at = given.as_ref().map_or(Positions::From(ctx.offset + ahead), Positions::Given);
             if c.rotary_dim() == 0 { Ok(x) } else { rope(&x, c.rotary_dim(), c.rope_theta, at) }
         };
         let qg = qg.split(3, &[d, c.gate_dim()])?;
@@ -99,7 +112,7 @@ impl Attention {
         let k = taps.tap("attn.hook_rot_k", turn(&k, 1)?)?;
         let gate = match c.attention_gate.granularity {
             GateGranularity::None => None,
-            GateGranularity::Headwise => Some(qg[1].reshape(&[b, t, c.num_attention_heads])?),
+            GateGranularity::Headwise => Some(qg[1].reshape(&[b, n, c.num_attention_heads])?),
             GateGranularity::Elementwise => Some(qg[1].clone()),
         };
         let how = Gate {
@@ -139,7 +152,7 @@ impl Attention {
             }
         };
         let o = taps.tap("attn.hook_z", o)?;
-        biased(project(&o.reshape(&[b, t, c.num_attention_heads * d])?, &self.o_proj)?, 3)
+        biased(project(&o.reshape(&[b, n, c.num_attention_heads * d])?, &self.o_proj)?, 3)
     }
 }
 
@@ -208,9 +221,11 @@ impl GatedDeltaNet {
             *cache = Cache::Recurrent([sq, sk, sv], last);
         }
         let act = if c.output_gate_type == OutputGate::Silu { NormGate::Silu } else { NormGate::Sigmoid };
-        let y = rms_norm_gated(&o.reshape(&[b, t, nk, r, dv])?, &self.norm, &z, c.output_norm_eps(), act)?;
-        let y = taps.tap("attn.hook_z", y.reshape(&[b, t, nv, dv])?)?;
-        project(&y.reshape(&[b, t, nv * dv])?, &self.out_proj)
+        let (o, z) = (ctx.asked(&o.reshape(&[b, t, nk, r, dv])?)?, ctx.asked(&z)?);
+        let n = o.dim(1);
+        let y = rms_norm_gated(&o, &self.norm, &z, c.output_norm_eps(), act)?;
+        let y = taps.tap("attn.hook_z", y.reshape(&[b, n, nv, dv])?)?;
+        project(&y.reshape(&[b, n, nv * dv])?, &self.out_proj)
     }
 }
 

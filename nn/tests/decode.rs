@@ -74,7 +74,15 @@ fn sequences_of_different_lengths_do_not_see_each_other() {
 
 #[test]
 fn a_prompt_in_pieces_is_the_prompt() {
-    let m = Decoder::new(&tiny(), 3, DType::F64).unwrap();
+    let mut turned = tiny();
+    turned.layer_types.reverse();
+    let post = ModelConfig { post_norm: vec![LayerType::SlidingAttention, LayerType::LinearAttention], zero_centered_norms: false, ..tiny() };
+    // each kind of layer at the end, where only the last position is computed whole
+    [tiny(), turned, post].iter().for_each(in_pieces);
+}
+
+fn in_pieces(config: &ModelConfig) {
+    let m = Decoder::new(config, 3, DType::F64).unwrap();
     let prompt = ids(CHUNK + 70, 4);
     let x = Tensor::from_vec(prompt.clone(), &[1, prompt.len()]).unwrap();
     let whole = engine::no_grad(|| m.forward(&x, None, None, None)).unwrap().0;

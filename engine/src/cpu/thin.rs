@@ -8,7 +8,7 @@ use rayon::prelude::*;
 /// Rows up to which this is faster than the packed product: at 256 to 1024 columns and rows of the matrix, eight take half its time, sixteen as long.
 pub(super) const ROWS: usize = 8;
 /// Elements of the matrix that one thread is done with before two are awake.
-const ALONE: usize = 1 << 18;
+const ALONE: usize = 1 << 16;
 
 /// `C[i, j] = beta·C[i, j] + alpha·<A[i], B[j]>` for rows of length `k`: `A` and `C` have `m` rows, `lda` and `rsc` apart, `B` has `n`, `ldb` apart.
 ///
