@@ -14,6 +14,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -56,19 +57,51 @@ def peer_step(python):
     return float(ms), float(gb)
 
 
+def decode(python):
+    """Tokens per second of the two, by what was done: reading a prompt, and decoding on top of it."""
+    theirs = {}
+    for context, prompt, written in re.findall(r"^context (\d+): prompt ([\d.]+) tokens/s, decode ([\d.]+)", run(python, HERE / "peers" / "decode.py"), re.M):
+        theirs |= {f"prompt of {context}": float(prompt), f"decode after {context}": float(written)}
+    run("cargo", "build", "--release", "-p", "tidegate-train")
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "decode.json"
+        run("target/release/tidegate", "bench", "decode", HERE / "configs" / "decode-small.toml", "--device", "cpu", "--json", path)
+        ours = {}
+        for r in json.loads(path.read_text())["results"]:
+            ours |= {f"prompt of {r['context']}": r["prompt_tokens_per_s"], f"decode after {r['context']}": r["decode_tokens_per_s"]}
+    return {name: (1e3 / ours[name], 1e3 / theirs[name]) for name in theirs}
+
+
 def row(name, unit, pairs):
     ours, theirs = (statistics.median(p[i] for p in pairs) for i in (0, 1))
     ratios = sorted(b / a for a, b in pairs)
     print(f"| {name} | {ours:.3g} {unit} | {theirs:.3g} {unit} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |", flush=True)
 
 
+def table(options, pairs):
+    commit = run("git", "rev-parse", "--short", "HEAD").strip()
+    cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[1] if os.path.exists("/proc/cpuinfo") else platform.processor()
+    peers = run(options.peer, "-c", "import torch, transformers as t; print(f'torch {torch.__version__}, transformers {t.__version__}')").strip()
+    print(f"\nCommit {commit}; {len(os.sched_getaffinity(0))} cores of {cpu}; {peers}; {options.rounds} rounds.\n")
+    print("| f32 | tidegate | peer | peer / tidegate (range) |\n|---|---:|---:|---:|")
+    for (name, unit), p in pairs.items():
+        row(name, unit, p)
+
+
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--peer", required=True, help="a Python with torch and transformers")
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--decode", action="store_true", help="decoding alone")
     options = options.parse_args()
-    bench = executables()
     pairs = {}
+    if options.decode:
+        for n in range(options.rounds):
+            print(f"round {n + 1} of {options.rounds}", file=sys.stderr, flush=True)
+            for name, both in decode(options.peer).items():
+                pairs.setdefault((name + ", per token", "ms"), []).append(both)
+        return table(options, pairs)
+    bench = executables()
     for n in range(options.rounds):
         print(f"round {n + 1} of {options.rounds}", file=sys.stderr, flush=True)
         theirs, (ours, _) = peer_ops(options.peer), criterion(bench["ops"])
@@ -81,13 +114,9 @@ def main():
         pairs.setdefault((name, "ms"), []).append((ms, their_ms))
         gb = float(re.search(r"peak memory ([\d.]+) GB", printed)[1])
         pairs.setdefault((name + ", peak memory", "GB"), []).append((gb, their_gb))
-    commit = run("git", "rev-parse", "--short", "HEAD").strip()
-    cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[1] if os.path.exists("/proc/cpuinfo") else platform.processor()
-    peers = run(options.peer, "-c", "import torch, transformers as t; print(f'torch {torch.__version__}, transformers {t.__version__}')").strip()
-    print(f"\nCommit {commit}; {len(os.sched_getaffinity(0))} cores of {cpu}; {peers}; {options.rounds} rounds.\n")
-    print("| f32 | tidegate | peer | peer / tidegate (range) |\n|---|---:|---:|---:|")
-    for (name, unit), p in pairs.items():
-        row(name, unit, p)
+        for name, both in decode(options.peer).items():
+            pairs.setdefault((name + ", per token", "ms"), []).append(both)
+    table(options, pairs)
     print(f"\n```\n{printed[printed.index('five steps:'):].strip()}\n```")
 
 

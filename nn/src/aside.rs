@@ -28,11 +28,13 @@ pub struct Aside {
     pub(crate) files: Vec<(&'static str, Vec<u8>)>,
     pub(crate) ids: Map<String, Value>,
     pub(crate) tensors: Vec<Raw>,
+    /// Names of a vision tower's tensors: gigabytes that no text needs, hence they are passed over, and not saved.
+    vision: Vec<String>,
 }
 
 impl Aside {
-    /// What the folder `dir` with this `config.json` has beside `tensors`.
-    pub(crate) fn read(dir: &Path, config: &Value, tensors: Vec<Raw>) -> Result<Aside> {
+    /// What the folder `dir` with this `config.json` has beside `tensors`, and those of these names.
+    pub(crate) fn read(dir: &Path, config: &Value, tensors: Vec<Raw>, vision: Vec<String>) -> Result<Aside> {
         let mut files = vec![];
         for name in FILES {
             let path = dir.join(name);
@@ -40,8 +42,10 @@ impl Aside {
                 files.push((*name, std::fs::read(&path).map_err(Error::io(&path))?));
             }
         }
-        let ids = IDS.iter().filter_map(|key| Some((key.to_string(), config.get(key).filter(|x| !x.is_null())?.clone()))).collect();
-        let aside = Aside { files, ids, tensors };
+        // a model that reads images, too, may say it of its text model
+        let said = |key| [config, &config["text_config"]].into_iter().find_map(|c| c.get(key).filter(|x| !x.is_null()));
+        let ids = IDS.iter().filter_map(|key| Some((key.to_string(), said(key)?.clone()))).collect();
+        let aside = Aside { files, ids, tensors, vision };
         if let Some(said) = aside.unused() {
             eprintln!("{}: {said}", dir.display());
         }
@@ -70,11 +74,17 @@ impl Aside {
 
     /// What to tell about tensors that the model does not use; none if there are none.
     pub fn unused(&self) -> Option<String> {
-        let first = self.tensors().next()?;
-        let n = self.tensors.len();
-        Some(format!(
-            "{n} tensors of multi-token prediction (`{first}`{}) are not used; they are kept aside, as they are, and saved with the model",
-            if n > 1 { ", …" } else { "" }
-        ))
+        let names = |first: &str, n: usize| if n > 1 { format!("`{first}`, …") } else { format!("`{first}`") };
+        let mtp = self.tensors.first().map(|t| {
+            let n = self.tensors.len();
+            let names = names(&t.name, n);
+            format!("{n} tensors of multi-token prediction ({names}) are not used; they are kept aside, as they are, and saved with the model")
+        });
+        let vision = self.vision.first().map(|first| {
+            let n = self.vision.len();
+            format!("{n} tensors for images ({}) are passed over: the text model is read alone, and saved without them", names(first, n))
+        });
+        let said: Vec<String> = mtp.into_iter().chain(vision).collect();
+        (!said.is_empty()).then(|| said.join("; "))
     }
 }

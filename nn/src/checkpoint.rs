@@ -1,13 +1,16 @@
-//! `model.safetensors` and `config.json`, in transformers' names: fused projections are written apart, and read in either form.
+//! `model.safetensors` and `config.json`, in transformers' names: parameters are read in every spelling that `spelling.rs` knows, and written in
+//! one.
 
 use crate::aside::Aside;
+use crate::config::grouped_queries;
 use crate::init::Source;
 use crate::save::was_cut_off;
-use crate::tensor_file::{Raw, TensorFile, fill, readable};
+use crate::spelling::{Piece, found};
+use crate::tensor_file::{Part, Raw, TensorFile, fill_parts, readable};
 use crate::{Decoder, Error, ModelConfig, Param, Placement, Result, json, shards};
 use engine::{DType, Tensor};
-use safetensors::tensor::TensorView;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use serde_json::Value;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 pub(crate) const MODEL: &str = "model.safetensors";
@@ -17,42 +20,29 @@ const EMBED: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 /// Tensors of multi-token prediction begin so: transformers passes over them, too.
 const MTP: &str = "mtp.";
+/// The vision tower of a model that reads images, too, and what its text model's names begin with instead of `model.`.
+const VISION: &str = "model.visual.";
+const TEXT: &str = "model.language_model.";
 
-/// A tensor as files have it: name and the part of the parameter that it is.
-pub(crate) fn parts(name: &str, t: &Tensor) -> Result<Vec<(String, Tensor)>> {
-    let one = |i: usize, t: &Tensor| -> Result<Tensor> { Ok(t.narrow(0, i, 1)?.reshape(&t.shape()[1..])?) };
-    if let Some(base) = name.strip_suffix("gate_up_proj.weight") {
-        let i = t.dim(0) / 2;
-        return Ok(vec![(format!("{base}gate_proj.weight"), t.narrow(0, 0, i)?), (format!("{base}up_proj.weight"), t.narrow(0, i, i)?)]);
-    }
-    let mut out = vec![];
-    if let Some(base) = name.strip_suffix("experts.gate_up_proj") {
-        for e in 0..t.dim(0) {
-            let (w, i) = (one(e, t)?, t.dim(1) / 2);
-            out.push((format!("{base}experts.{e}.gate_proj.weight"), w.narrow(0, 0, i)?));
-            out.push((format!("{base}experts.{e}.up_proj.weight"), w.narrow(0, i, i)?));
-        }
-    } else if let Some(base) = name.strip_suffix("experts.down_proj") {
-        for e in 0..t.dim(0) {
-            out.push((format!("{base}experts.{e}.down_proj.weight"), one(e, t)?));
-        }
-    } else {
-        out.push((name.to_string(), t.clone()));
-    }
-    Ok(out)
+/// What we call the tensor that a file calls `name`.
+fn ours(name: &str) -> String {
+    name.strip_prefix(TEXT).map_or_else(|| name.to_string(), |rest| format!("model.{rest}"))
 }
 
 /// The files that hold a folder's tensors: one, or the shards that an index names.
-struct Files(Vec<(PathBuf, TensorFile)>);
+struct Files {
+    shards: Vec<(PathBuf, TensorFile)>,
+    config: Value,
+}
 
 impl Files {
     fn open(dir: &Path) -> Result<Files> {
-        Ok(Files(shards::open(dir)?))
+        Ok(Files { shards: shards::open(dir)?, config: read_config(dir)? })
     }
 
     /// An error if the files have fewer tensors than the model has layers, each of which has norms: even its plan would take more memory than they do.
     fn hold(&self, dir: &Path, layers: usize) -> Result<()> {
-        let found: usize = self.0.iter().map(|(_, file)| file.len()).sum();
+        let found: usize = self.shards.iter().map(|(_, file)| file.len()).sum();
         if layers > found {
             let m = format!("`num_hidden_layers` = {layers} does not fit the files beside it, which hold {found} tensors in all");
             return Err(Error::checkpoint(&dir.join(CONFIG), m));
@@ -60,23 +50,31 @@ impl Files {
         Ok(())
     }
 
-    /// Copies of the tensors that belong to no parameter and are wanted all the same.
-    fn aside(&self) -> Result<Vec<Raw>> {
-        let mut out = vec![];
-        for (path, file) in &self.0 {
-            out.extend(file.tensors(path)?.iter().filter(|(name, _)| name.starts_with(MTP)).map(|(name, v)| Raw::of(name, v)));
+    /// What is beside the model: copies of the tensors that belong to no parameter and are wanted all the same, names of those that are passed over.
+    fn aside(&self, dir: &Path) -> Result<Aside> {
+        let (mut kept, mut vision) = (vec![], vec![]);
+        for (path, file) in &self.shards {
+            let tensors = file.tensors(path)?;
+            kept.extend(tensors.iter().filter(|(name, _)| name.starts_with(MTP)).map(|(name, v)| Raw::of(name, v)));
+            vision.extend(tensors.into_keys().filter(|name| name.starts_with(VISION)));
         }
-        out.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(out)
+        kept.sort_by(|a, b| a.name.cmp(&b.name));
+        vision.sort();
+        Aside::read(dir, &self.config, kept, vision)
     }
 
-    /// The tensors for each of `params`, in its order; an error that lists what does not fit.
-    fn matched(&self, dir: &Path, params: &[Param]) -> Result<Vec<Vec<TensorView<'_>>>> {
+    /// The tensors that a file has for a parameter, if `has` says which there are.
+    fn pieces(&self, p: &Param, c: &ModelConfig, has: impl Fn(&str) -> Option<Vec<usize>>) -> Vec<Piece> {
+        found(p, c, grouped_queries(&self.config), has)
+    }
+
+    /// The parts of each of `params`, in its order; an error that lists what does not fit.
+    fn matched(&self, dir: &Path, params: &[Param], c: &ModelConfig) -> Result<Vec<Vec<Part<'_>>>> {
         let (mut left, mut wrong) = (BTreeMap::new(), vec![]);
-        for (path, file) in &self.0 {
+        for (path, file) in &self.shards {
             for (name, v) in file.tensors(path)? {
-                if left.insert(name.clone(), v).is_some() {
-                    wrong.push(format!("`{name}` is in two files"));
+                if left.insert(ours(&name), v).is_some() {
+                    wrong.push(format!("`{name}` is in two files, or twice in one"));
                 }
             }
         }
@@ -94,23 +92,21 @@ impl Files {
                 wrong.push(format!("`{}` is missing, whole and as {} experts", p.name, p.tensor.dim(0)));
                 continue;
             }
-            // a parameter stands in the file whole, or in transformers' parts: these follow each other in memory
-            let wanted = if left.contains_key(&p.name) { vec![(p.name.clone(), p.tensor.detach())] } else { parts(&p.name, &p.tensor.detach())? };
-            let mut pieces = vec![];
-            for (name, t) in wanted {
+            let mut parts = vec![];
+            for Piece { name, shape, ranges } in self.pieces(p, c, |name| left.get(name).map(|v| v.shape().to_vec())) {
                 match left.remove(&name) {
                     None => wrong.push(format!("`{name}` is missing")),
-                    Some(v) if v.shape() != t.shape() => wrong.push(format!("`{name}` has shape {:?}, the model needs {:?}", v.shape(), t.shape())),
+                    Some(v) if v.shape() != shape => wrong.push(format!("`{name}` has shape {:?}, the model needs {shape:?}", v.shape())),
                     Some(v) if !readable(&v) => wrong.push(format!("`{name}` is {:?}; f32, f64, bf16 and f16 can be read", v.dtype())),
-                    Some(v) => pieces.push(v),
+                    Some(v) => parts.push((v, ranges)),
                 }
             }
-            ready.push(pieces);
+            ready.push(parts);
         }
-        wrong.extend(left.keys().filter(|n| !n.starts_with(MTP)).map(|n| format!("`{n}` is not of this model")));
+        wrong.extend(left.keys().filter(|n| !n.starts_with(MTP) && !n.starts_with(VISION)).map(|n| format!("`{n}` is not of this model")));
         if !wrong.is_empty() {
             let more = if wrong.len() > 8 { format!("; and {} more", wrong.len() - 8) } else { String::new() };
-            let path = if let [(path, _)] = &self.0[..] { path.as_path() } else { dir };
+            let path = if let [(path, _)] = &self.shards[..] { path.as_path() } else { dir };
             return Err(Error::checkpoint(path, format!("does not fit the model: {}{more}", wrong[..wrong.len().min(8)].join("; "))));
         }
         Ok(ready)
@@ -118,18 +114,20 @@ impl Files {
 }
 
 impl Decoder {
-    /// Tensors of the parameters' shapes, such as gradients, under the names that the checkpoint `dir` has for the parameters: whole, or in transformers'
-    /// parts (each expert's for itself, gate and up apart).
+    /// Tensors of the parameters' shapes, such as gradients, in the form that the checkpoint `dir` has for the parameters: its names, its order of rows, what
+    /// it holds in parts (each expert for itself, gate and up apart) in these parts.
     pub fn named_as_in(&self, dir: &Path, tensor: impl Fn(&Param) -> Result<Tensor>) -> Result<Vec<(String, Tensor)>> {
         let files = Files::open(dir)?;
-        let mut names = BTreeSet::new();
-        for (path, file) in &files.0 {
-            names.extend(file.tensors(path)?.into_keys());
+        let mut theirs = HashMap::new();
+        for (path, file) in &files.shards {
+            theirs.extend(file.tensors(path)?.into_iter().map(|(name, v)| (ours(&name), (name, v.shape().to_vec()))));
         }
         let mut out = vec![];
         for p in self.params() {
             let t = tensor(p)?;
-            out.extend(if names.contains(&p.name) { vec![(p.name.clone(), t)] } else { parts(&p.name, &t)? });
+            for piece in files.pieces(p, self.config(), |name| theirs.get(name).map(|t| t.1.clone())) {
+                out.push((theirs.get(&piece.name).map_or(&piece.name, |t| &t.0).clone(), piece.of(&t)?));
+            }
         }
         Ok(out)
     }
@@ -142,32 +140,31 @@ impl Decoder {
 
     /// The model that the folder `dir` holds, as [`open`](Self::open), in a place of your choice.
     pub fn open_on(dir: &Path, place: &Placement) -> Result<Decoder> {
-        let json = read_config(dir)?;
-        let config = ModelConfig::from_json(json.clone())?;
+        let config = ModelConfig::from_json(read_config(dir)?)?;
         place.validate()?;
         config.fits(place.params.size() as u64)?;
         let files = Files::open(dir)?;
         files.hold(dir, config.num_hidden_layers)?;
         let plan = Decoder::build(&config, place, Source::Shapes)?;
-        let pieces = files.matched(dir, plan.params())?;
-        let pieces: HashMap<&str, &Vec<TensorView>> = plan.params().iter().map(|p| p.name.as_str()).zip(&pieces).collect();
-        let mut model = Decoder::build(&config, place, Source::File(&|name, t| fill(t, pieces.get(name).map_or(&[], |v| v))))?;
-        model.aside = Aside::read(dir, &json, files.aside()?)?;
+        let matched = files.matched(dir, plan.params(), &config)?;
+        let matched: HashMap<&str, &Vec<Part>> = plan.params().iter().map(|p| p.name.as_str()).zip(&matched).collect();
+        let mut model = Decoder::build(&config, place, Source::File(&|name, t| fill_parts(t, matched.get(name).map_or(&[], |v| v))))?;
+        model.aside = files.aside(dir)?;
         Ok(model)
     }
 
     /// Overwrites the parameters in place with those of the folder `dir`, and takes over what is beside them; nothing, if the files do not fit.
     pub fn load(&mut self, dir: &Path) -> Result<()> {
         let files = Files::open(dir)?;
-        let pieces = files.matched(dir, self.params())?;
-        let aside = Aside::read(dir, &read_config(dir)?, files.aside()?)?;
-        self.params().iter().zip(&pieces).try_for_each(|(p, pieces)| fill(&p.tensor, pieces))?;
+        let matched = files.matched(dir, self.params(), self.config())?;
+        let aside = files.aside(dir)?;
+        self.params().iter().zip(&matched).try_for_each(|(p, parts)| fill_parts(&p.tensor, parts))?;
         self.aside = aside;
         Ok(())
     }
 }
 
-fn read_config(dir: &Path) -> Result<serde_json::Value> {
+fn read_config(dir: &Path) -> Result<Value> {
     let path = dir.join(CONFIG);
     if !path.exists() && was_cut_off(dir) {
         return Err(Error::checkpoint(&path, "is missing, because a save into this folder was cut off; save the model once more"));

@@ -1,9 +1,10 @@
-//! The decoder: embedding, pre-norm residual blocks, final norm, output projection.
+//! The decoder: embedding, residual blocks, final norm, output projection.
 
 use crate::aside::Aside;
+use crate::cache::{self, Caches};
 use crate::config::{LayerType, ModelConfig};
 use crate::init::{Builder, Source};
-use crate::layers::{Attention, Cache, Context, Dense, GatedDeltaNet, Param, Sparse, project};
+use crate::layers::{Attention, Context, Dense, GatedDeltaNet, Param, Sparse, project};
 use crate::taps::{Observer, Taps};
 use crate::{Error, Result};
 use engine::watch::place;
@@ -23,10 +24,12 @@ enum FeedForward {
 }
 
 struct Block {
-    input_norm: Tensor,
+    mixer_norm: Tensor,
     mixer: Mixer,
-    post_norm: Tensor,
+    feed_forward_norm: Tensor,
     feed_forward: FeedForward,
+    /// Whether the norms stand behind what they are called after.
+    post_norm: bool,
 }
 
 /// The losses of a batch, scalars.
@@ -105,18 +108,21 @@ impl Decoder {
         let mut blocks = vec![];
         for i in 0..c.num_hidden_layers {
             b.prefix = format!("model.layers.{i}.");
-            let input_norm = b.constant("input_layernorm.weight", &[h], c.norm_start())?;
+            let post_norm = c.is_post_norm(i);
+            let [of_mixer, of_feed_forward] =
+                if post_norm { ["post_attention", "post_feedforward"] } else { ["input", "post_attention"] }.map(|n| format!("{n}_layernorm.weight"));
+            let mixer_norm = b.constant(&of_mixer, &[h], c.norm_start())?;
             let mixer = match c.layer_type(i) {
                 LayerType::LinearAttention => Mixer::Delta(GatedDeltaNet::new(&mut b, &c)?),
                 kind => Mixer::Softmax(Attention::new(&mut b, &c, kind)?),
             };
-            let post_norm = b.constant("post_attention_layernorm.weight", &[h], c.norm_start())?;
+            let feed_forward_norm = b.constant(&of_feed_forward, &[h], c.norm_start())?;
             let feed_forward = if c.is_sparse(i) {
                 FeedForward::Sparse(Sparse::new(&mut b, &c)?)
             } else {
                 FeedForward::Dense(Dense::new(&mut b, "mlp", h, c.intermediate_size)?)
             };
-            blocks.push(Block { input_norm, mixer, post_norm, feed_forward });
+            blocks.push(Block { mixer_norm, mixer, feed_forward_norm, feed_forward, post_norm });
         }
         b.prefix = "model.".into();
         let norm = b.constant("norm.weight", &[h], c.norm_start())?;
@@ -148,38 +154,42 @@ impl Decoder {
 
     /// Final hidden states `[B, T, H]` of tokens `[B, T]` (any integer dtype), and the router logits of each sparse layer.
     ///
-    /// `cu_seqlens [n + 1]` (B = 1) keeps packed documents apart: in attention, convolution, state and positions. `caches`, one per layer, carry a context
-    /// from call to call; `offset` is how many tokens they hold. `observer` sees, and may replace, what is computed on the way.
+    /// `cu_seqlens [n + 1]` (B = 1) keeps packed documents apart: in attention, convolution, state and positions. `caches` carry B sequences from
+    /// call to call, each as long as it may be, without packed documents and outside recording. `observer` sees, and may replace, what is computed on the way.
     pub fn forward(
         &self,
         tokens: &Tensor,
         cu_seqlens: Option<&Tensor>,
-        caches: Option<(&mut [Cache], usize)>,
+        caches: Option<&mut Caches>,
         observer: Option<&mut dyn Observer>,
     ) -> Result<(Tensor, Vec<Tensor>)> {
         self.tapped(tokens, cu_seqlens, caches, &mut Taps::new(observer))
     }
 
-    fn tapped(
-        &self,
-        tokens: &Tensor,
-        cu_seqlens: Option<&Tensor>,
-        caches: Option<(&mut [Cache], usize)>,
-        taps: &mut Taps,
-    ) -> Result<(Tensor, Vec<Tensor>)> {
+    fn tapped(&self, tokens: &Tensor, cu_seqlens: Option<&Tensor>, caches: Option<&mut Caches>, taps: &mut Taps) -> Result<(Tensor, Vec<Tensor>)> {
         let c = &self.config;
         if tokens.rank() != 2 {
             return Err(engine::Error::shape("decoder", "tokens", "[B, T]", tokens.shape()).into());
         }
-        let positions = cu_seqlens.map(|cu| restarted(cu, tokens.dim(1))).transpose()?;
-        let (mut caches, offset) = match caches {
-            Some((c, n)) => (Some(c), n),
-            None => (None, 0),
-        };
-        if caches.as_ref().is_some_and(|k| k.len() != c.num_hidden_layers) {
-            return Err(Error::Usage(format!("the model has {} layers and needs as many caches", c.num_hidden_layers)));
+        let mut positions = cu_seqlens.map(|cu| restarted(cu, tokens.dim(1))).transpose()?;
+        let (mut caches, mut lens) = (caches, vec![0]);
+        if let Some(caches) = &mut caches {
+            if caches.layers.len() != c.num_hidden_layers {
+                return Err(Error::Usage(format!(
+                    "the model has {} layers, the caches are of one with {}",
+                    c.num_hidden_layers,
+                    caches.layers.len()
+                )));
+            }
+            if cu_seqlens.is_some() {
+                return Err(Error::Usage(
+                    "a context is carried on for whole sequences: packed documents (cu_seqlens) and caches exclude each other".into(),
+                ));
+            }
+            lens = caches.begin(tokens.dim(0))?;
+            positions = cache::positions(&lens, tokens.dim(1), tokens.device())?;
         }
-        let ctx = Context { cu_seqlens, positions: positions.as_ref(), offset };
+        let ctx = Context { cu_seqlens, positions: positions.as_ref(), offset: lens.first().copied().unwrap_or(0) };
         place(|| "embed_tokens".into());
         let mut stream = taps.tap("hook_embed", self.embed.embedding(tokens)?.cast(self.place.compute)?)?;
         let mut delta: Option<Tensor> = None;
@@ -187,15 +197,21 @@ impl Decoder {
         for (i, block) in self.blocks.iter().enumerate() {
             taps.layer = Some(i);
             taps.part("attn");
-            let (x, h) = tapped_norm(delta.take(), stream, &block.input_norm, c, taps, ["hook_resid_pre", "ln1.hook_out"])?;
-            let cache = caches.as_mut().map(|k| &mut k[i]);
+            let before = |norm| (!block.post_norm).then_some(norm);
+            let behind = |norm, y, name, taps: &mut Taps| match block.post_norm {
+                true => rms_norm(&taps.tap(name, y)?, norm, c.rms_norm_eps, c.zero_centered_norms),
+                false => Ok(y),
+            };
+            let (x, h) = tapped_norm(delta.take(), stream, before(&block.mixer_norm), c, taps, ["hook_resid_pre", "ln1.hook_out"])?;
+            let cache = caches.as_mut().map(|k| &mut k.layers[i]);
             let y = match &block.mixer {
                 Mixer::Softmax(m) => m.forward(&x, c, &ctx, cache, taps)?,
                 Mixer::Delta(m) => m.forward(&x, c, &ctx, cache, taps)?,
             };
+            let y = behind(&block.mixer_norm, y, "attn.hook_out", taps)?;
             let y = taps.tap("hook_attn_out", y)?;
             taps.part("mlp");
-            let (x, h) = tapped_norm(Some(y), h, &block.post_norm, c, taps, ["hook_resid_mid", "ln2.hook_out"])?;
+            let (x, h) = tapped_norm(Some(y), h, before(&block.feed_forward_norm), c, taps, ["hook_resid_mid", "ln2.hook_out"])?;
             let y = match &block.feed_forward {
                 FeedForward::Dense(f) => f.forward(&x)?,
                 FeedForward::Sparse(f) => {
@@ -204,12 +220,16 @@ impl Decoder {
                     y
                 }
             };
+            let y = behind(&block.feed_forward_norm, y, "mlp.hook_out", taps)?;
             let y = taps.tap("hook_mlp_out", y)?;
             // the sum is otherwise formed inside the next norm
             (stream, delta) = match taps.offer("hook_resid_post", || h.add(&y))? {
                 Some(replaced) => (replaced, None),
                 None => (h, Some(y)),
             };
+        }
+        if let Some(caches) = caches {
+            caches.lens = lens.iter().map(|n| n + tokens.dim(1)).collect();
         }
         taps.layer = None;
         place(|| "norm".into());
@@ -267,15 +287,19 @@ fn add_norm(delta: Option<Tensor>, stream: Tensor, weight: &Tensor, c: &ModelCon
     })
 }
 
-/// [`add_norm`], with taps on the stream and its norm: a stream that is replaced is normalised anew.
+/// [`add_norm`], with taps on the stream and its norm: a stream that is replaced is normalised anew. Without a norm, the stream twice.
 fn tapped_norm(
     delta: Option<Tensor>,
     stream: Tensor,
-    weight: &Tensor,
+    weight: Option<&Tensor>,
     c: &ModelConfig,
     taps: &mut Taps,
     [stream_name, norm_name]: [&str; 2],
 ) -> Result<(Tensor, Tensor)> {
+    let Some(weight) = weight else {
+        let h = taps.tap(stream_name, if let Some(d) = delta { stream.add(&d)? } else { stream })?;
+        return Ok((h.clone(), h));
+    };
     let (mut x, mut h) = add_norm(delta, stream, weight, c)?;
     if let Some(replaced) = taps.offer(stream_name, || Ok(h.clone()))? {
         (x, h) = add_norm(None, replaced, weight, c)?;

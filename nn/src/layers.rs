@@ -1,14 +1,15 @@
-//! The layers of the decoder: mixers, feed-forwards, and the caches that they decode with.
+//! The layers of the decoder: mixers and feed-forwards.
 
-use crate::config::{GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate};
+use crate::cache::Cache;
+use crate::config::{GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, QkNorm};
 use crate::init::Builder;
 use crate::taps::{Taps, effective_attention};
 use engine::{DType, Result, Tensor};
 use ops::delta_rule::{DeltaRule, DeltaRuleInputs, delta_rule};
 use ops::gated_sdpa::{Activation, Attention as Sdpa, Gate, attention_pattern, gated_sdpa};
 use ops::moe::{Moe as MoeOp, add_shared, moe, router_logits};
-use ops::rms_norm::{NormGate, rms_norm_gated};
-use ops::rope::{Positions, norm_rope};
+use ops::rms_norm::{NormGate, rms_norm, rms_norm_gated};
+use ops::rope::{Positions, rope};
 use ops::short_conv::short_conv;
 use ops::swiglu::swiglu;
 
@@ -31,18 +32,6 @@ fn wide(x: &Tensor) -> DType {
     if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
-/// What a layer remembers between calls while decoding.
-#[derive(Clone, Debug, Default)]
-pub enum Cache {
-    /// Nothing yet.
-    #[default]
-    Empty,
-    /// Keys and values so far, `[B, S, Hkv, D]`.
-    KeyValue(Tensor, Tensor),
-    /// The convolutions' last inputs (q, k, v) and the delta rule's state.
-    Recurrent([Tensor; 3], Tensor),
-}
-
 /// What every layer is told about a batch.
 pub(crate) struct Context<'a> {
     pub cu_seqlens: Option<&'a Tensor>,
@@ -56,43 +45,58 @@ pub(crate) struct Attention {
     k_proj: Tensor,
     v_proj: Tensor,
     o_proj: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
+    /// Biases of the four.
+    biases: Option<[Tensor; 4]>,
+    /// Weights of the queries' and the keys' norm.
+    norms: Option<[Tensor; 2]>,
     window: Option<usize>,
 }
 
 impl Attention {
     pub fn new(b: &mut Builder, c: &ModelConfig, kind: LayerType) -> crate::Result<Self> {
         let (h, d) = (c.hidden_size, c.head_dim);
-        Ok(Attention {
-            q_proj: b.normal("self_attn.q_proj.weight", &[c.num_attention_heads * (d + c.gate_dim()), h])?,
-            k_proj: b.normal("self_attn.k_proj.weight", &[c.num_key_value_heads * d, h])?,
-            v_proj: b.normal("self_attn.v_proj.weight", &[c.num_key_value_heads * d, h])?,
-            o_proj: b.normal("self_attn.o_proj.weight", &[h, c.num_attention_heads * d])?,
-            q_norm: b.constant("self_attn.q_norm.weight", &[d], c.norm_start())?,
-            k_norm: b.constant("self_attn.k_norm.weight", &[d], c.norm_start())?,
-            window: (kind == LayerType::SlidingAttention).then_some(c.sliding_window),
-        })
+        let (q, kv) = (c.num_attention_heads * (d + c.gate_dim()), c.num_key_value_heads * d);
+        let q_proj = b.normal("self_attn.q_proj.weight", &[q, h])?;
+        let k_proj = b.normal("self_attn.k_proj.weight", &[kv, h])?;
+        let v_proj = b.normal("self_attn.v_proj.weight", &[kv, h])?;
+        let o_proj = b.normal("self_attn.o_proj.weight", &[h, c.num_attention_heads * d])?;
+        let mut norm = |kind: &str, n: usize| b.constant(&format!("self_attn.{kind}_norm.weight"), &[n], c.norm_start());
+        let norms = match c.qk_norm {
+            QkNorm::Head => Some([norm("q", d)?, norm("k", d)?]),
+            QkNorm::Projection => Some([norm("q", c.num_attention_heads * d)?, norm("k", kv)?]),
+            QkNorm::None => None,
+        };
+        let mut bias = |kind: &str, n: usize| b.constant(&format!("self_attn.{kind}_proj.bias"), &[n], 0.0);
+        let biases = if c.attention_bias { Some([bias("q", q)?, bias("k", kv)?, bias("v", kv)?, bias("o", h)?]) } else { None };
+        Ok(Attention { q_proj, k_proj, v_proj, o_proj, biases, norms, window: (kind == LayerType::SlidingAttention).then_some(c.sliding_window) })
     }
 
     pub fn forward(&self, x: &Tensor, c: &ModelConfig, ctx: &Context, cache: Option<&mut Cache>, taps: &mut Taps) -> Result<Tensor> {
         let (b, t, d) = (x.dim(0), x.dim(1), c.head_dim);
-        let qg = project(x, &self.q_proj)?.reshape(&[b, t, c.num_attention_heads, d + c.gate_dim()])?;
-        let k = project(x, &self.k_proj)?.reshape(&[b, t, c.num_key_value_heads, d])?;
-        let v = project(x, &self.v_proj)?.reshape(&[b, t, c.num_key_value_heads, d])?;
-        let at = || ctx.positions.map_or(Positions::From(ctx.offset), Positions::Given);
-        let turn = |x: &Tensor, w: &Tensor| norm_rope(x, w, c.rms_norm_eps, c.zero_centered_norms, c.rotary_dim(), c.rope_theta, at());
+        let biased = |y: Tensor, i: usize| match &self.biases {
+            Some(b) => y.add(&b[i].cast(y.dtype())?),
+            None => Ok(y),
+        };
+        let qg = biased(project(x, &self.q_proj)?, 0)?.reshape(&[b, t, c.num_attention_heads, d + c.gate_dim()])?;
+        let k = biased(project(x, &self.k_proj)?, 1)?.reshape(&[b, t, c.num_key_value_heads, d])?;
+        let v = biased(project(x, &self.v_proj)?, 2)?.reshape(&[b, t, c.num_key_value_heads, d])?;
+        let turn = |x: &Tensor, i: usize| {
+            let x = match &self.norms {
+                Some(w) if c.qk_norm == QkNorm::Projection => {
+                    let all = x.reshape(&[b, t, x.dim(2) * d])?;
+                    rms_norm(&all, &w[i], c.rms_norm_eps, c.zero_centered_norms)?.reshape(x.shape())?
+                }
+                Some(w) => rms_norm(x, &w[i], c.rms_norm_eps, c.zero_centered_norms)?,
+                None => x.clone(),
+            };
+            let at = ctx.positions.map_or(Positions::From(ctx.offset), Positions::Given);
+            if c.rotary_dim() == 0 { Ok(x) } else { rope(&x, c.rotary_dim(), c.rope_theta, at) }
+        };
         let qg = qg.split(3, &[d, c.gate_dim()])?;
         let (q, k) = (taps.tap("attn.hook_q", qg[0].clone())?, taps.tap("attn.hook_k", k)?);
-        let mut v = taps.tap("attn.hook_v", v)?;
-        let q = taps.tap("attn.hook_rot_q", turn(&q, &self.q_norm)?)?;
-        let mut k = taps.tap("attn.hook_rot_k", turn(&k, &self.k_norm)?)?;
-        if let Some(cache) = cache {
-            if let Cache::KeyValue(pk, pv) = cache {
-                (k, v) = (Tensor::cat(&[pk, &k], 1)?, Tensor::cat(&[pv, &v], 1)?);
-            }
-            *cache = Cache::KeyValue(k.clone(), v.clone());
-        }
+        let v = taps.tap("attn.hook_v", v)?;
+        let q = taps.tap("attn.hook_rot_q", turn(&q, 0)?)?;
+        let k = taps.tap("attn.hook_rot_k", turn(&k, 1)?)?;
         let gate = match c.attention_gate.granularity {
             GateGranularity::None => None,
             GateGranularity::Headwise => Some(qg[1].reshape(&[b, t, c.num_attention_heads])?),
@@ -117,10 +121,25 @@ impl Attention {
             })?;
         }
         let masked = Sdpa { causal: true, window: self.window, scale: None };
-        taps.show("attn.hook_pattern", || attention_pattern(&q, &k, ctx.cu_seqlens, masked))?;
-        let o = gated_sdpa(&q, &k, &v, gate.as_ref().map(|g| (g, how)), ctx.cu_seqlens, masked)?;
+        let mut attend = |q: &Tensor, k: &Tensor, v: &Tensor, gate: Option<&Tensor>| {
+            taps.show("attn.hook_pattern", || attention_pattern(q, k, ctx.cu_seqlens, masked))?;
+            gated_sdpa(q, k, v, gate.map(|g| (g, how)), ctx.cu_seqlens, masked)
+        };
+        let o = match cache {
+            None => attend(&q, &k, &v, gate.as_ref())?,
+            // each over its own past
+            Some(cache) => {
+                let one = |x: &Tensor, i: usize| x.narrow(0, i, 1);
+                let each = cache.key_values(&k, &v)?.iter_mut().enumerate().map(|(i, past)| {
+                    let (k, v) = past.push(&one(&k, i)?, &one(&v, i)?)?;
+                    attend(&one(&q, i)?, &k, &v, gate.as_ref().map(|g| one(g, i)).transpose()?.as_ref())
+                });
+                let each = each.collect::<Result<Vec<_>>>()?;
+                if b == 1 { each[0].clone() } else { Tensor::cat(&each.iter().collect::<Vec<_>>(), 0)? }
+            }
+        };
         let o = taps.tap("attn.hook_z", o)?;
-        project(&o.reshape(&[b, t, c.num_attention_heads * d])?, &self.o_proj)
+        biased(project(&o.reshape(&[b, t, c.num_attention_heads * d])?, &self.o_proj)?, 3)
     }
 }
 
@@ -189,7 +208,7 @@ impl GatedDeltaNet {
             *cache = Cache::Recurrent([sq, sk, sv], last);
         }
         let act = if c.output_gate_type == OutputGate::Silu { NormGate::Silu } else { NormGate::Sigmoid };
-        let y = rms_norm_gated(&o.reshape(&[b, t, nk, r, dv])?, &self.norm, &z, c.rms_norm_eps, act)?;
+        let y = rms_norm_gated(&o.reshape(&[b, t, nk, r, dv])?, &self.norm, &z, c.output_norm_eps(), act)?;
         let y = taps.tap("attn.hook_z", y.reshape(&[b, t, nv, dv])?)?;
         project(&y.reshape(&[b, t, nv * dv])?, &self.out_proj)
     }

@@ -1,6 +1,7 @@
 //! Layers, mixers, the mixture-of-experts decoder, its configuration, checkpoints and generation.
 
 mod aside;
+mod cache;
 mod checkpoint;
 mod config;
 mod decoder;
@@ -11,14 +12,16 @@ mod json;
 mod layers;
 mod save;
 mod shards;
+mod spelling;
 mod taps;
 pub mod tensor_file;
 
 pub use aside::Aside;
-pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, ModelType, OutputGate, nearest};
+pub use cache::Caches;
+pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, ModelType, OutputGate, QkNorm, nearest};
 pub use decoder::{Decoder, Losses, Placement};
 pub use error::{Error, Result};
-pub use generate::{Generator, Sampler};
-pub use layers::{Cache, Param};
+pub use generate::{CHUNK, Generator, Sampler};
+pub use layers::Param;
 pub use save::SaveOptions;
 pub use taps::{Access, Observer, Part, TAPS, Tap, on_request};

@@ -5,7 +5,8 @@
 //! one, or has no `config.json`, and no program takes it for a model.
 
 use crate::aside;
-use crate::checkpoint::{CONFIG, INDEX, MODEL, parts};
+use crate::checkpoint::{CONFIG, INDEX, MODEL};
+use crate::spelling::parts;
 use crate::tensor_file::{Entry, write_entries};
 use crate::{Decoder, Error, Result};
 use engine::DType;

@@ -9,6 +9,7 @@ use header::Info;
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, TensorView};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 pub use write::write;
@@ -56,6 +57,20 @@ pub fn readable(v: &TensorView) -> bool {
 
 /// Overwrites `t` with the pieces, one after the other, converted to its dtype.
 pub fn fill(t: &Tensor, pieces: &[TensorView]) -> Result<()> {
+    let (mut parts, mut start) = (vec![], 0);
+    for v in pieces {
+        let end = start + v.shape().iter().product::<usize>();
+        parts.push((v.clone(), std::iter::once(start..end).collect()));
+        start = end;
+    }
+    fill_parts(t, &parts)
+}
+
+/// A file's tensor, and where its numbers go, in its order.
+pub(crate) type Part<'a> = (TensorView<'a>, Vec<Range<usize>>);
+
+/// Overwrites `t` with its parts, converted to its dtype.
+pub(crate) fn fill_parts(t: &Tensor, pieces: &[Part]) -> Result<()> {
     let values = match t.dtype() {
         DType::F64 => Tensor::from_slice(&convert::<f64>(pieces, t.numel()), t.shape(), &Device::cpu())?,
         d => Tensor::from_slice(&convert::<f32>(pieces, t.numel()), t.shape(), &Device::cpu())?.cast(d)?,
@@ -63,18 +78,23 @@ pub fn fill(t: &Tensor, pieces: &[TensorView]) -> Result<()> {
     Ok(t.assign(&values.to_device(t.device())?)?)
 }
 
-fn convert<T: Element>(pieces: &[TensorView], n: usize) -> Vec<T> {
-    fn le<const N: usize>(b: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
-        b.as_chunks::<N>().0.iter().copied()
+fn convert<T: Element>(pieces: &[Part], n: usize) -> Vec<T> {
+    fn put<T: Element, const N: usize>(out: &mut [T], b: &[u8], wide: impl Fn([u8; N]) -> f64) {
+        out.iter_mut().zip(b.as_chunks::<N>().0).for_each(|(y, x)| *y = T::from_f64(wide(*x)));
     }
-    let mut out = Vec::with_capacity(n);
-    for v in pieces {
-        let b = v.data();
-        match v.dtype() {
-            Dtype::F32 => out.extend(le::<4>(b).map(|x| T::from_f64(f32::from_le_bytes(x).into()))),
-            Dtype::F64 => out.extend(le::<8>(b).map(|x| T::from_f64(f64::from_le_bytes(x)))),
-            Dtype::BF16 => out.extend(le::<2>(b).map(|x| T::from_f64(engine::half::bf16::from_le_bytes(x).to_f64()))),
-            _ => out.extend(le::<2>(b).map(|x| T::from_f64(engine::half::f16::from_le_bytes(x).to_f64()))),
+    let mut out = vec![T::default(); n];
+    for (v, ranges) in pieces {
+        let mut left = v.data();
+        for r in ranges {
+            let out = &mut out[r.clone()];
+            let (b, rest) = left.split_at(out.len() * v.dtype().bitsize() / 8);
+            left = rest;
+            match v.dtype() {
+                Dtype::F32 => put(out, b, |x| f32::from_le_bytes(x).into()),
+                Dtype::F64 => put(out, b, f64::from_le_bytes),
+                Dtype::BF16 => put(out, b, |x| engine::half::bf16::from_le_bytes(x).to_f64()),
+                _ => put(out, b, |x| engine::half::f16::from_le_bytes(x).to_f64()),
+            }
         }
     }
     out

@@ -182,6 +182,75 @@ fn experts_are_read_one_by_one_and_fused() {
     assert!(dir.error().contains("experts.0.gate_proj.weight` is not of this model"), "{}", dir.error());
 }
 
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/oracles/golden").join(name)
+}
+
+/// A folder with the configuration of a golden one, and those tensors of it for which `name` gives a name.
+fn like(test: &str, from: &str, name: impl Fn(&str) -> Option<String>) -> Folder {
+    let dir = Folder::new(test);
+    dir.write("config.json", &std::fs::read(golden(from).join("config.json")).unwrap());
+    let file = std::fs::read(golden(from).join("model.safetensors")).unwrap();
+    let st = SafeTensors::deserialize(&file).unwrap();
+    let kept = st.tensors().into_iter().filter_map(|(n, v)| Some((name(&n)?, v)));
+    dir.write("model.safetensors", &safetensors::serialize(kept, None).unwrap());
+    dir
+}
+
+#[test]
+fn a_model_for_images_is_read_for_its_text() {
+    let from = golden("qwen3_5_images_d64");
+    let model = Decoder::open(&from).unwrap();
+    let said = model.aside().unused().unwrap();
+    assert!(said.contains("2 tensors of multi-token prediction (`mtp.fc.weight`, …)") && said.contains("kept aside"), "{said}");
+    assert!(said.contains("21 tensors for images (`model.visual.blocks.0.attn.proj.bias`, …) are passed over"), "{said}");
+    // a text model's own names are the same, and what is saved has no images; token ids of the text model go along
+    let dir = like("images", "qwen3_5_images_d64", |n| Some(n.replace("model.language_model.", "model.")));
+    let mut json = dir.json();
+    (json["eos_token_id"], json["text_config"]["eos_token_id"], json["text_config"]["pad_token_id"]) = (Value::Null, json!(7), json!(5));
+    dir.write("config.json", json.to_string().as_bytes());
+    let plain = Decoder::open(&dir.0).unwrap();
+    for (a, b) in model.params().iter().zip(plain.params()) {
+        assert_eq!((&a.name, a.tensor.to_vec::<f32>().unwrap()), (&b.name, b.tensor.to_vec::<f32>().unwrap()));
+    }
+    let to = Folder::new("text");
+    plain.save(&to.0).unwrap();
+    assert_eq!((to.json()["eos_token_id"].clone(), to.json()["pad_token_id"].clone()), (json!(7), json!(5)));
+    let back = Decoder::open(&to.0).unwrap();
+    assert!(!back.aside().unused().unwrap().contains("images"));
+    // both spellings of one tensor
+    dir.add(&[("model.language_model.norm.weight", safetensors::Dtype::F32, &[16], &[0; 64])]);
+    assert!(dir.error().contains("is in two files, or twice in one"), "{}", dir.error());
+}
+
+#[test]
+fn what_lacks_or_does_not_fit_is_named_as_the_file_would_have_it() {
+    let renamed = |from: &'static str, to: &'static str| move |n: &str| Some(n.replace(from, to));
+    for (model, from, to, says) in [
+        ("qwen3_5_d32", "layers.0.linear_attn.in_proj_z", "x", "`model.layers.0.linear_attn.in_proj_z.weight` is missing"),
+        ("qwen3_5_d32", "layers.0.linear_attn.in_proj_a", "x", "`model.layers.0.linear_attn.in_proj_a.weight` is missing"),
+        ("olmo_hybrid_d64", "layers.0.linear_attn.k_conv1d", "x", "`model.layers.0.linear_attn.k_conv1d.weight` is missing"),
+        ("olmo_hybrid_d64", "layers.0.linear_attn.g_proj", "x", "`model.layers.0.linear_attn.g_proj.weight` is missing"),
+        ("olmo_hybrid_d64", "layers.1.post_feedforward_layernorm", "x", "`model.layers.1.post_feedforward_layernorm.weight` is missing"),
+        ("gated_elements_d64", "layers.2.self_attn.q_proj.bias", "x", "`model.layers.2.self_attn.q_proj.bias` is missing"),
+    ] {
+        let dir = like("lacks", model, renamed(from, to));
+        assert!(dir.error().contains(says) && dir.error().contains("`model.x"), "{}", dir.error());
+    }
+    for (model, key, x, says) in [
+        ("qwen3_5_d32", "linear_num_value_heads", json!(3), "in_proj_qkv.weight` has shape [120, 20], the model needs [84, 20]"),
+        ("gated_head_d128", "headwise_attn_output_gate", json!(false), "q_proj.weight` has shape [516, 12], the model needs [512, 12]"),
+        ("gated_elements_d64", "use_qk_norm", json!(true), "`model.layers.0.self_attn.q_norm.weight` is missing"),
+        ("gated_elements_d64", "qkv_bias", json!(false), "q_proj.bias` is not of this model"),
+    ] {
+        let dir = like("shapes", model, |n| Some(n.to_string()));
+        let mut json = dir.json();
+        json[key] = x;
+        dir.write("config.json", json.to_string().as_bytes());
+        assert!(dir.error().contains(says), "{}", dir.error());
+    }
+}
+
 #[test]
 fn an_index_that_lies_is_refused() {
     let dir = Folder::sharded("index");

@@ -1,7 +1,7 @@
 //! The whole model: gradients by central differences, decoding, packing, files.
 
 use engine::{DType, Tensor, no_grad, rng};
-use nn::{AttentionGate, Decoder, GateGranularity, Generator, LayerType, ModelConfig, Placement, Sampler};
+use nn::{AttentionGate, Decoder, GateGranularity, Generator, LayerType, ModelConfig, Placement, QkNorm, Sampler};
 
 fn tiny() -> ModelConfig {
     ModelConfig {
@@ -30,6 +30,18 @@ fn tiny() -> ModelConfig {
         ..Default::default()
     }
 }
+/// As other families have norms, rotation and biases.
+fn otherwise() -> ModelConfig {
+    ModelConfig {
+        post_norm: vec![LayerType::FullAttention],
+        qk_norm: QkNorm::Projection,
+        attention_bias: true,
+        partial_rotary_factor: 0.0,
+        linear_norm_eps: 1e-2,
+        zero_centered_norms: false,
+        ..tiny()
+    }
+}
 fn tokens(b: usize, t: usize) -> Tensor {
     let v: Vec<u32> = rng::uniform(5, 0, b * t).into_iter().map(|u| (u * 11.0) as u32).collect();
     Tensor::from_vec(v, &[b, t]).unwrap()
@@ -47,7 +59,15 @@ fn close(a: &[f64], b: &[f64], tol: f64) {
 #[test]
 fn every_parameters_gradient_is_that_of_the_loss() {
     for granularity in [GateGranularity::Elementwise, GateGranularity::Headwise, GateGranularity::None] {
-        let c = ModelConfig { attention_gate: AttentionGate { granularity, ..Default::default() }, ..tiny() };
+        // the other forms of norms and biases go along with one gate each
+        let (qk_norm, post_norm) = match granularity {
+            GateGranularity::Elementwise => (QkNorm::Head, vec![]),
+            GateGranularity::Headwise => (QkNorm::Projection, vec![LayerType::FullAttention, LayerType::LinearAttention]),
+            GateGranularity::None => (QkNorm::None, vec![LayerType::SlidingAttention]),
+        };
+        let attention_bias = !post_norm.is_empty();
+        let attention_gate = AttentionGate { granularity, ..Default::default() };
+        let c = ModelConfig { attention_gate, qk_norm, post_norm, attention_bias, linear_norm_eps: 1e-2, ..tiny() };
         let m = Decoder::new(&c, 3, DType::F64).unwrap();
         let (x, y) = (tokens(2, 5), targets(10));
         let loss = || m.loss(&x, &y, None, None).unwrap().objective;
@@ -86,7 +106,12 @@ fn a_text_without_end_is_begun() {
 
 #[test]
 fn decoding_token_by_token_is_the_parallel_forward() {
-    let m = Decoder::new(&tiny(), 3, DType::F64).unwrap();
+    decodes(&tiny());
+    decodes(&otherwise());
+}
+
+fn decodes(c: &ModelConfig) {
+    let m = Decoder::new(c, 3, DType::F64).unwrap();
     let x = tokens(1, 70);
     let (h, _) = no_grad(|| m.forward(&x, None, None, None)).unwrap();
     let want = no_grad(|| m.logits(&h.reshape(&[70, 6]).unwrap())).unwrap().to_vec::<f64>().unwrap();
@@ -280,13 +305,18 @@ fn halves_compute_what_f32_does_within_their_digits() {
 fn a_step_on_a_gpu_or_its_emulator_is_the_cpus() {
     let gpu = cuda::device(0).inspect_err(|e| eprintln!("nothing runs on a GPU: {e}"));
     let Ok(device) = gpu.or_else(|_| cuda::emulator()) else { return println!("SKIPPED: the emulator needs a host C++ compiler") };
-    let c = ModelConfig { head_dim: 32, num_attention_heads: 2, num_key_value_heads: 1, hidden_size: 16, ..tiny() };
+    for c in [tiny(), otherwise()] {
+        steps_alike(&ModelConfig { head_dim: 32, num_attention_heads: 2, num_key_value_heads: 1, hidden_size: 16, ..c }, &device);
+    }
+}
+
+fn steps_alike(c: &ModelConfig, device: &engine::Device) {
     let (x, y) = (tokens(1, 9), targets(9));
-    let cpu = Decoder::new(&c, 3, DType::F32).unwrap();
+    let cpu = Decoder::new(c, 3, DType::F32).unwrap();
     let full = cpu.loss(&x, &y, None, None).unwrap().objective;
     let want = full.backward().unwrap();
-    let gpu = Decoder::on(&c, 3, &Placement { device: device.clone(), ..Placement::cpu(DType::F32) }).unwrap();
-    let loss = gpu.loss(&x.to_device(&device).unwrap(), &y.to_device(&device).unwrap(), None, None).unwrap().objective;
+    let gpu = Decoder::on(c, 3, &Placement { device: device.clone(), ..Placement::cpu(DType::F32) }).unwrap();
+    let loss = gpu.loss(&x.to_device(device).unwrap(), &y.to_device(device).unwrap(), None, None).unwrap().objective;
     assert!((loss.item().unwrap() - full.item().unwrap()).abs() < 1e-5);
     let grads = loss.backward().unwrap();
     for (p, q) in gpu.params().iter().zip(cpu.params()) {
@@ -317,8 +347,10 @@ fn taps_show_gates_and_states() {
 #[test]
 fn counts_are_those_of_the_parameters() {
     for tie in [false, true] {
-        let c = ModelConfig { tie_word_embeddings: tie, ..tiny() };
-        let m = Decoder::new(&c, 0, DType::F32).unwrap();
-        assert_eq!(m.params().iter().map(|p| p.tensor.numel()).sum::<usize>(), c.parameters().0);
+        for c in [tiny(), otherwise()] {
+            let c = ModelConfig { tie_word_embeddings: tie, ..c };
+            let m = Decoder::new(&c, 0, DType::F32).unwrap();
+            assert_eq!(m.params().iter().map(|p| p.tensor.numel()).sum::<usize>(), c.parameters().0);
+        }
     }
 }

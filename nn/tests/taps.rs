@@ -113,11 +113,14 @@ fn the_table_is_what_models_show() {
     for granularity in [GateGranularity::Elementwise, GateGranularity::Headwise, GateGranularity::None] {
         for (shared, compute) in [(5, DType::F32), (0, DType::BF16)] {
             let attention_gate = AttentionGate { granularity, ..Default::default() };
-            let c = ModelConfig { attention_gate, shared_expert_intermediate_size: shared, ..tiny() };
+            // norms behind attention and feed-forward in one layer
+            let c = ModelConfig { attention_gate, shared_expert_intermediate_size: shared, post_norm: vec![LayerType::SlidingAttention], ..tiny() };
             let m = Decoder::on(&c, 3, &nn::Placement { compute, ..nn::Placement::cpu(DType::F32) }).unwrap();
             let seen = all(&m, &tokens(0), None);
             let table: BTreeMap<String, &Tap> = c.taps().into_iter().collect();
             assert_eq!(seen.keys().collect::<Vec<_>>(), table.keys().collect::<Vec<_>>());
+            assert!(["blocks.1.ln1.hook_out", "blocks.2.attn.hook_out", "blocks.2.mlp.hook_out"].iter().all(|n| table.contains_key(*n)));
+            assert!(!["blocks.1.attn.hook_out", "blocks.2.ln1.hook_out", "blocks.2.ln2.hook_out"].iter().any(|n| table.contains_key(*n)));
             for (name, tap) in &table {
                 let dtype = match tap.dtype {
                     "compute" => compute,
@@ -157,7 +160,7 @@ fn the_table_is_that_of_the_documentation() {
 
 #[test]
 fn what_is_replaced_is_what_is_computed_with() {
-    let m = Decoder::new(&tiny(), 3, DType::F64).unwrap();
+    let m = Decoder::new(&ModelConfig { post_norm: vec![LayerType::SlidingAttention], ..tiny() }, 3, DType::F64).unwrap();
     let plain = m.loss(&tokens(0), &targets(), None, None).unwrap().objective;
     let (plain_loss, plain_grads) = (plain.item().unwrap(), plain.backward().unwrap());
     for (name, tap) in m.config().taps() {

@@ -16,12 +16,13 @@ A golden folder is a checkpoint (config.json, model.safetensors or shards, perha
     logits [N, V], hidden.I [N, H]     hidden.I is the residual stream after layer I, hidden.norm the final norm's output
     router.I [N, E]                    the router's logits of layer I, where it has experts
     loss, aux_loss                     the mean over all N - D predictions plus router_aux_loss_coef x aux_loss, which pools all layers and tokens
-    grad.NAME                          of that loss, by the names that transformers has in memory (experts fused)
+    grad.NAME                          of that loss, by the names that transformers has in memory (experts fused, OLMo-Hybrid's convolution whole)
     adamw                              that loss before each of twenty updates (ADAMW; all parameters decay)
     prompt, continuation               greedy, by model.generate, in f32
 
 All but the last are computed in f64 (transformers casts to f32 in many places: "f32" is made to mean f64) and kept in f32, so that a test's error is its
-own. The script asserts that transformers' own f32 agrees, and that no choice (argmax, top-k) hangs on less than rounding can move.
+own. The script asserts that transformers' own f32 agrees, and that no choice (argmax, top-k) hangs on less than rounding can move. Transformers has no gate of
+2505.06708's authors: gated_qwen3.py stands in.
 """
 
 import argparse
@@ -29,12 +30,16 @@ import json
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, logging
 from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_loss_func
+
+import gated_qwen3
+from gated_qwen3 import GatedQwen3
 
 GOLDEN = Path(__file__).parent / "golden"
 ADAMW = dict(lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=1.0)  # gentle, so that rounding does not grow; the decay shows in the loss
@@ -97,7 +102,85 @@ MODELS = {
             head_dim=64, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=8, mlp_only_layers=[1],
         ),
     ),
+    # the text model of Qwen3.5, dense: the delta rule's projections apart, three key groups with two value heads each
+    "qwen3_5_d32": dict(
+        seed=7, docs=[40, 1, 70, 9],
+        config=dict(
+            model_type="qwen3_5_text", vocab_size=47, hidden_size=20, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=32, linear_num_key_heads=3, linear_num_value_heads=6, linear_key_head_dim=8, linear_value_head_dim=12,
+            layer_types=["linear_attention", "linear_attention", "full_attention"],
+        ),
+    ),
+    # with experts, in bf16 but for the delta rule's decay and norms, which are f32, as published
+    "qwen3_5_moe_d256": dict(
+        seed=18, docs=[1, 20, 3], dtype=torch.bfloat16, wide=("A_log", "linear_attn.norm.weight"),
+        config=dict(
+            model_type="qwen3_5_moe_text", vocab_size=41, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=256,
+            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=24, linear_value_head_dim=16, num_experts=8, num_experts_per_tok=3,
+            moe_intermediate_size=6, shared_expert_intermediate_size=6, layer_types=["linear_attention", "full_attention"],
+        ),
+    ),
+    # as published: inside a model that reads images, too; tied, rotations for images, tensors of multi-token prediction
+    "qwen3_5_images_d64": dict(
+        seed=89, docs=[30, 1, 35], mtp=True, around="qwen3_5",
+        config=dict(
+            model_type="qwen3_5_text", vocab_size=43, hidden_size=16, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=64, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_interleaved=True, mrope_section=[3, 3, 2]),
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+    ),
+    # likewise with experts, fused, in shards
+    "qwen3_5_moe_images_d128": dict(
+        seed=30, docs=[25, 25], dtype=torch.bfloat16, wide=("A_log", "linear_attn.norm.weight"), shards=2, mtp=True, around="qwen3_5_moe",
+        config=dict(
+            model_type="qwen3_5_moe_text", vocab_size=47, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=128,
+            linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=6, num_experts_per_tok=2,
+            moe_intermediate_size=8, shared_expert_intermediate_size=8, layer_types=["linear_attention", "full_attention"],
+            rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_interleaved=True, mrope_section=[6, 5, 5]),
+        ),
+    ),
+    # OLMo-Hybrid as transformers writes it, the convolution in three of almost the same size; rotation; more value heads than key heads, grouped queries
+    "olmo_hybrid_d32": dict(
+        seed=21, docs=[33, 1, 66],
+        config=dict(
+            model_type="olmo_hybrid", vocab_size=47, hidden_size=20, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=12, linear_value_head_dim=8,
+            rope_parameters=dict(rope_type="default", rope_theta=5e5),
+        ),
+    ),
+    # as published: no rotation, its names for norms, the convolution in its three parts, in bf16
+    "olmo_hybrid_d64": dict(
+        seed=2, docs=[30, 30], dtype=torch.bfloat16, published=True,
+        config=dict(
+            model_type="olmo_hybrid", vocab_size=43, hidden_size=16, intermediate_size=20, num_hidden_layers=3, num_attention_heads=2, head_dim=64,
+            linear_num_key_heads=3, linear_num_value_heads=3, linear_key_head_dim=8, linear_value_head_dim=16, linear_allow_neg_eigval=False,
+            rope_parameters=dict(rope_type="default", rope_theta=None), layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+    ),
+    # 2505.06708's own checkpoints: a gate for each head, tied
+    "gated_head_d128": dict(
+        seed=13, docs=[25, 1, 40],
+        config=dict(
+            model_type="gated_qwen3", vocab_size=43, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=128, headwise_attn_output_gate=True, tie_word_embeddings=True, rope_theta=1e6,
+        ),
+    ),
+    # for each dimension, with biases, without norms of queries and keys, in bf16
+    "gated_elements_d64": dict(
+        seed=44, docs=[30, 2], dtype=torch.bfloat16,
+        config=dict(
+            model_type="gated_qwen3", vocab_size=43, hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+            head_dim=64, elementwise_attn_output_gate=True, qkv_bias=True, use_qk_norm=False,
+        ),
+    ),
 }
+# what Qwen3 and its authors' gates are where nothing is said
+GATED = dict(
+    headwise_attn_output_gate=False, elementwise_attn_output_gate=False, qkv_bias=False, use_qk_norm=True, tie_word_embeddings=False, rope_theta=1e4,
+    rms_norm_eps=1e-6, initializer_range=0.1,
+)
+VISION = dict(depth=1, hidden_size=4, intermediate_size=4, num_heads=2, patch_size=2, num_position_embeddings=4)
 
 
 class Close(Exception):
@@ -109,9 +192,13 @@ def create(name, how, seed):
     out = GOLDEN / name
     shutil.rmtree(out, ignore_errors=True)
     torch.manual_seed(seed)
-    config = dict(COMMON, **how["config"])
-    config = AutoConfig.for_model(config.pop("model_type"), **config)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER)
+    config = dict(how["config"])
+    kind = config.pop("model_type")
+    if kind == "gated_qwen3":
+        config = SimpleNamespace(**GATED | config)
+    else:
+        config = AutoConfig.for_model(kind, **COMMON | config)
+    model = fresh(config, torch.float32)
     with torch.no_grad():  # transformers starts these at constants, which would hide a mistake in how they enter, or where almost nothing is remembered
         for key, p in model.named_parameters():
             if key.endswith("norm.weight"):
@@ -121,6 +208,11 @@ def create(name, how, seed):
             elif key.endswith("A_log"):
                 p.copy_(torch.empty_like(p).uniform_(0.05, 3).log())
     model = model.to(how.get("dtype", torch.float32))
+    for key, p in model.named_parameters():
+        if key.endswith(how.get("wide", ())):
+            p.data = p.data.float()
+    if how.get("around"):
+        model = inside(model, how["around"])
     model.save_pretrained(out)
     path, spelled = out / "model.safetensors", json.loads((out / "config.json").read_text())
     if how.get("old"):
@@ -134,11 +226,15 @@ def create(name, how, seed):
     if how.get("twice"):
         weights = load_file(path)
         save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path, metadata={"format": "pt"})
+    if how.get("published"):
+        publish(path, spelled, config)
+        (out / "config.json").write_text(json.dumps(spelled, indent=2) + "\n")
+    h = config.hidden_size
+    mtp = {"mtp.fc.weight": torch.randn(h, 2 * h), "mtp.norm.weight": torch.randn(h).to(torch.bfloat16)} if how.get("mtp") else {}
+    if mtp and not how.get("shards"):
+        save_file(load_file(path) | mtp, path, metadata={"format": "pt"})
     if how.get("shards"):
-        weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-        if how.get("mtp"):
-            h = config.hidden_size
-            weights |= {"mtp.fc.weight": torch.randn(h, 2 * h), "mtp.norm.weight": torch.randn(h).to(torch.bfloat16)}
+        weights = {k: v.contiguous() for k, v in model.state_dict().items()} | mtp
         parts = [f"model-{i + 1:05}-of-{how['shards']:05}.safetensors" for i in range(how["shards"])]
         index = {key: parts[i % len(parts)] for i, key in enumerate(sorted(weights))}
         for part in parts:
@@ -151,8 +247,42 @@ def create(name, how, seed):
         f.chmod(0o644)
 
 
+def fresh(config, dtype):
+    """A random model."""
+    if hasattr(config, "elementwise_attn_output_gate"):
+        return GatedQwen3(vars(config)).to(dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **EAGER)
+
+
+def publish(path, spelled, config):
+    """Makes an OLMo-Hybrid's files what the published ones are: transformers writes other parts of the convolution, and another name for a norm."""
+    weights, k = load_file(path), config.linear_num_key_heads * config.linear_key_head_dim
+    for layer, kind in enumerate(config.layer_types):
+        at = f"model.layers.{layer}."
+        if kind == "linear_attention":
+            whole = torch.cat([weights.pop(f"{at}linear_attn.{c}_conv1d.weight") for c in "qkv"])
+            parts = whole.split([k, k, len(whole) - 2 * k])
+            weights |= {f"{at}linear_attn.{c}_conv1d.weight": w.clone() for c, w in zip("qkv", parts)}
+        else:
+            weights[f"{at}post_attention_layernorm.weight"] = weights.pop(f"{at}feedforward_layer_norm.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    spelled["rope_parameters"] = dict(rope_theta=None)
+
+
+def inside(text, kind):
+    """The model that reads images, too, with this text model."""
+    config = AutoConfig.for_model(kind, text_config=text.config.to_dict(), vision_config=dict(VISION, out_hidden_size=text.config.hidden_size))
+    config.tie_word_embeddings = text.config.tie_word_embeddings
+    model = AutoModelForImageTextToText.from_config(config, dtype=text.dtype, **EAGER)
+    model.model.language_model, model.lm_head = text.model, text.lm_head
+    model.tie_weights()
+    return model
+
+
 def opened(folder, dtype):
     """The model of a folder, and an error if a key is missing, unexpected or of another shape."""
+    if "elementwise_attn_output_gate" in (folder / "config.json").read_text():
+        return gated_qwen3.opened(folder, dtype).eval()
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **EAGER)
     wrong = {k: sorted(map(str, v)) for k, v in info.items() if v}
     if wrong:
@@ -212,7 +342,8 @@ def train(model, seen, docs):
 
 
 def error(x, y):
-    return float((x.double() - y.double()).norm() / y.double().norm())
+    x, y = x.detach().double(), y.detach().double()
+    return float((x - y).norm() / y.norm())
 
 
 def in_f32(name, how, seed):
@@ -227,9 +358,14 @@ def in_f32(name, how, seed):
     top = torch.stack([x[0].topk(2).values for x in written.logits])
     if (top[:, 0] - top[:, 1]).min() < 1e-3:
         raise Close("the greedy continuation")
+    if len(set(written.sequences[0, len(prompt):].tolist())) < 3:
+        raise Close("the greedy continuation, which says the same again and again,")
     seen = watched(model)
     out = compute(model, seen, docs)
-    if len(set(how["docs"])) == 1:  # equal lengths: transformers' own batch and loss
+    if how.get("around"):  # the whole model reads text as its text model does
+        whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **EAGER)
+        assert all(error(whole(input_ids=d[None], use_cache=False).logits[0], model(input_ids=d[None], use_cache=False).logits[0]) < 1e-6 for d in docs)
+    if len(set(how["docs"])) == 1 and not isinstance(model, GatedQwen3):  # equal lengths: transformers' own batch and loss
         batch = torch.stack(docs)
         whole = model(input_ids=batch, labels=batch, use_cache=False)
         assert error(whole.loss, out["loss"]) < 1e-6 and error(whole.logits.flatten(0, 1), out["logits"]) < 1e-5
@@ -255,7 +391,7 @@ def f32_means_f64():
 def in_f64(name, config, weights, docs):
     """What transformers computes where "f32" means f64."""
     with f32_means_f64():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, **EAGER).eval()
+        model = fresh(config, torch.float64).eval()
         model.load_state_dict(weights)
         seen = watched(model)
         out = compute(model, seen, docs)
@@ -335,9 +471,10 @@ def check(folder):
     reference = opened(gold.parent, torch.float32)
     if dtype != torch.float32:  # what PyTorch makes of the original's weights
         reference = reference.to(dtype).float()
-    for (name, x), (_, y) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
-        assert torch.equal(x, y), f"{name} is not that of {gold.parent} in {dtype}"
-    print(f"its weights are those of {gold.parent.name} in {dtype}, bit for bit")
+    if type(reference) is type(model):  # the text model of Qwen3.5 is saved as the Qwen3-Next that it is, with rows in another order
+        for (name, x), (_, y) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+            assert torch.equal(x, y), f"{name} is not that of {gold.parent} in {dtype}"
+        print(f"its weights are those of {gold.parent.name} in {dtype}, bit for bit")
     gold = load_file(gold)
     ids, ends = gold["input_ids"], gold["cu_seqlens"].tolist()
     with torch.no_grad():

@@ -1,7 +1,7 @@
 //! The whole model once more, as plainly as it can be said: primitive ops and the ops' references, no fused kernel. Tests compare the decoder with it.
 
 use engine::{Result, Tensor};
-use nn::{Decoder, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate};
+use nn::{Decoder, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, QkNorm};
 use ops::delta_rule::{DeltaRule, DeltaRuleInputs, reference as delta_rule};
 use ops::gated_sdpa::{Activation, Attention, Gate, reference as gated_sdpa};
 use ops::linear_cross_entropy::reference as linear_cross_entropy;
@@ -49,14 +49,19 @@ impl<'a> Plain<'a> {
         let mut routers = vec![];
         for layer in 0..c.num_hidden_layers {
             at.prefix = format!("model.layers.{layer}.");
-            let normed = self.norm(&x, &format!("{}input_layernorm.weight", at.prefix))?;
+            let post_norm = c.post_norm.contains(&c.layer_type(layer));
+            let [first, second] = if post_norm { ["post_attention", "post_feedforward"] } else { ["input", "post_attention"] };
+            let norm = |x: &Tensor, which: &str, here: bool| {
+                if here { self.norm(x, &format!("{}{which}_layernorm.weight", at.prefix)) } else { Ok(x.clone()) }
+            };
+            let normed = norm(&x, first, !post_norm)?;
             let y = match c.layer_type(layer) {
                 LayerType::LinearAttention => self.gated_delta_net(&normed, &at)?,
                 LayerType::FullAttention => self.attention(&normed, &at, None)?,
                 LayerType::SlidingAttention => self.attention(&normed, &at, Some(c.sliding_window))?,
             };
-            x = x.add(&y)?;
-            let normed = self.norm(&x, &format!("{}post_attention_layernorm.weight", at.prefix))?.reshape(&[b * t, h])?;
+            x = x.add(&norm(&y, first, post_norm)?)?;
+            let normed = norm(&x, second, !post_norm)?.reshape(&[b * t, h])?;
             let mlp = format!("{}mlp.", at.prefix);
             let y = if c.is_sparse(layer) {
                 let logits = normed.linear(self.get(&format!("{mlp}gate.weight")))?;
@@ -72,7 +77,7 @@ impl<'a> Plain<'a> {
             } else {
                 self.dense(&normed, &mlp)?
             };
-            x = x.add(&y.reshape(&[b, t, h])?)?;
+            x = x.add(&norm(&y.reshape(&[b, t, h])?, second, post_norm)?)?;
         }
         let x = self.norm(&x, "model.norm.weight")?.reshape(&[b * t, h])?;
         let head = if c.tie_word_embeddings { embed } else { self.get("lm_head.weight") };
@@ -97,7 +102,7 @@ impl<'a> Plain<'a> {
     }
 
     fn norm(&self, x: &Tensor, weight: &str) -> Result<Tensor> {
-        rms_norm::rms_norm(x, self.get(weight), self.config.rms_norm_eps, true)
+        rms_norm::rms_norm(x, self.get(weight), self.config.rms_norm_eps, self.config.zero_centered_norms)
     }
 
     fn dense(&self, x: &Tensor, prefix: &str) -> Result<Tensor> {
@@ -113,11 +118,20 @@ impl<'a> Plain<'a> {
             GateGranularity::Headwise => 1,
             GateGranularity::Elementwise => d,
         };
-        let qg = x.linear(get("q_proj"))?.reshape(&[b, t, n, d + gate_dim])?;
-        let k = x.linear(get("k_proj"))?.reshape(&[b, t, kv, d])?;
-        let v = x.linear(get("v_proj"))?.reshape(&[b, t, kv, d])?;
+        let project = |x: &Tensor, name: &str| {
+            let y = x.linear(get(name))?;
+            if c.attention_bias { y.add(self.get(&format!("{}self_attn.{name}.bias", at.prefix))) } else { Ok(y) }
+        };
+        let qg = project(x, "q_proj")?.reshape(&[b, t, n, d + gate_dim])?;
+        let k = project(x, "k_proj")?.reshape(&[b, t, kv, d])?;
+        let v = project(x, "v_proj")?.reshape(&[b, t, kv, d])?;
         let turned = |x: &Tensor, norm: &str| {
-            let x = rms_norm::rms_norm(x, get(norm), c.rms_norm_eps, true)?;
+            let of = |x: &Tensor| rms_norm::rms_norm(x, get(norm), c.rms_norm_eps, c.zero_centered_norms);
+            let x = match c.qk_norm {
+                QkNorm::Head => of(x)?,
+                QkNorm::Projection => of(&x.reshape(&[b, t, x.dim(2) * d])?)?.reshape(x.shape())?,
+                QkNorm::None => x.clone(),
+            };
             rope::rope(&x, (d as f64 * c.partial_rotary_factor) as usize, c.rope_theta, &at.positions)
         };
         let (q, k) = (turned(&qg.narrow(3, 0, d)?, "q_norm")?, turned(&k, "k_norm")?);
@@ -131,7 +145,7 @@ impl<'a> Plain<'a> {
         let logits = if gate_dim > 0 { Some(qg.narrow(3, d, gate_dim)?) } else { None };
         let attention = Attention { causal: true, window, scale: None };
         let o = gated_sdpa::composed(&q, &k, &v, logits.as_ref().map(|g| (g, how)), at.cu_seqlens, attention)?;
-        o.reshape(&[b, t, n * d])?.linear(get("o_proj"))
+        project(&o.reshape(&[b, t, n * d])?, "o_proj")
     }
 
     fn gated_delta_net(&self, x: &Tensor, at: &Place) -> Result<Tensor> {
@@ -157,7 +171,7 @@ impl<'a> Plain<'a> {
         let inputs = DeltaRuleInputs { log_decay: Some(&log_decay), beta: Some(&beta), initial_state: None, cu_seqlens: at.cu_seqlens };
         let (o, _) = delta_rule::delta_rule(DeltaRule::gated_delta_net(), &q, &k, &v, inputs)?;
         let act = if c.output_gate_type == OutputGate::Silu { NormGate::Silu } else { NormGate::Sigmoid };
-        let y = rms_norm::rms_norm_gated(&o, get("norm.weight"), &z, c.rms_norm_eps, act)?;
+        let y = rms_norm::rms_norm_gated(&o, get("norm.weight"), &z, if c.linear_norm_eps > 0.0 { c.linear_norm_eps } else { c.rms_norm_eps }, act)?;
         y.reshape(&[b, t, nv * dv])?.linear(get("out_proj.weight"))
     }
 }

@@ -1,7 +1,7 @@
 //! One training step's loss and every gradient of the decoder against the plain model, for every way that its layers can be set.
 
 use engine::{DType, Tensor, rng};
-use nn::{AttentionGate, Decoder, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate};
+use nn::{AttentionGate, Decoder, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, QkNorm};
 use tidegate_tests::plain::Plain;
 
 fn config() -> ModelConfig {
@@ -100,6 +100,14 @@ fn every_other_choice() {
         ModelConfig { num_experts: 0, ..config() },
         ModelConfig { partial_rotary_factor: 0.0, ..config() },
         ModelConfig { partial_rotary_factor: 1.0, linear_conv_kernel_dim: 2, ..config() },
+        ModelConfig { attention_bias: true, zero_centered_norms: false, ..config() },
+        ModelConfig { qk_norm: QkNorm::None, post_norm: vec![LayerType::LinearAttention], linear_norm_eps: 1e-3, ..config() },
+        ModelConfig {
+            qk_norm: QkNorm::Projection,
+            post_norm: vec![LayerType::FullAttention, LayerType::SlidingAttention],
+            partial_rotary_factor: 0.0,
+            ..config()
+        },
         ModelConfig { layer_types: vec![], full_attention_interval: 2, decoder_sparse_step: 2, ..config() },
     ];
     for c in choices {

@@ -6,6 +6,7 @@ use crate::trainer::Sampling;
 use crate::{Error, Result};
 use engine::{DType, Device, Tensor};
 pub use nn::Observer;
+use nn::{Caches, Generator, Sampler};
 use std::path::Path;
 
 /// What a forward pass gives.
@@ -68,23 +69,59 @@ impl Hybrid {
     pub fn model(&self) -> &nn::Decoder {
         &self.model
     }
-    /// Continues a prompt; `each` token is shown as it comes, and ends the text by saying false. Logits that are not numbers are an error.
-    pub fn write(&self, prompt: &[u32], how: &Sampling, mut each: impl FnMut(u32) -> Result<bool>) -> Result<()> {
-        let sampler = nn::Sampler { temperature: how.temperature, top_k: how.top_k, top_p: how.top_p, seed: how.seed };
-        let mut context = nn::Generator::new(&self.model);
-        let mut last = prompt.to_vec();
-        for i in 0..how.tokens as u64 {
-            let logits = context.feed(&last)?;
-            if logits.iter().any(|l| l.is_nan()) {
+    /// Continues prompts side by side, each with the text that it would get alone; `each` token is shown with the number of its prompt as it comes, and
+    /// ends that text by saying false. `read` is told how many tokens of the prompts were read. Logits that are not numbers are an error.
+    pub fn write(
+        &self,
+        prompts: &[Vec<u32>],
+        how: &Sampling,
+        mut read: impl FnMut(usize),
+        each: impl FnMut(usize, u32) -> Result<bool>,
+    ) -> Result<()> {
+        let (mut contexts, mut logits, mut done) = (vec![], vec![], 0);
+        for prompt in prompts {
+            let mut context = Generator::new(&self.model);
+            let mut last = vec![];
+            for piece in prompt.chunks(nn::CHUNK) {
+                last = context.feed(piece)?;
+                done += piece.len();
+                read(done);
+            }
+            logits.push(last);
+            contexts.push(context.into_caches());
+        }
+        go_on(&mut Generator::on(&self.model, Caches::join(contexts)?), logits, how, each)
+    }
+}
+
+/// Writes on from what `context` has read, whose last logits these are, as [`Hybrid::write`] does. What is drawn last of a text is not read.
+pub fn go_on(context: &mut Generator, mut logits: Vec<Vec<f64>>, how: &Sampling, mut each: impl FnMut(usize, u32) -> Result<bool>) -> Result<()> {
+    let mut rows: Vec<usize> = (0..logits.len()).collect();
+    for i in 0..how.tokens {
+        let (mut next, mut kept) = (vec![], vec![]);
+        for (place, (row, l)) in rows.iter().zip(&logits).enumerate() {
+            if l.iter().any(|l| l.is_nan()) {
                 return Err(Error::NonFinite(format!("the model gives no numbers after {i} tokens")));
             }
-            last = vec![sampler.draw(&logits, i) as u32];
-            if !each(last[0])? {
-                break;
+            // texts of one prompt differ
+            let seed = how.seed.wrapping_add(*row as u64);
+            let sampler = Sampler { temperature: how.temperature, top_k: how.top_k, top_p: how.top_p, seed };
+            let token = sampler.draw(l, i as u64) as u32;
+            if each(*row, token)? {
+                next.push(token);
+                kept.push(place);
             }
         }
-        Ok(())
+        if next.is_empty() || i + 1 == how.tokens {
+            break;
+        }
+        if kept.len() < rows.len() {
+            rows = kept.iter().map(|k| rows[*k]).collect();
+            context.caches().keep(&kept)?;
+        }
+        logits = context.step(&next)?;
     }
+    Ok(())
 }
 
 impl Network for Hybrid {
@@ -98,10 +135,11 @@ impl Network for Hybrid {
     }
     fn generate(&self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {
         let mut out = vec![];
-        self.write(prompt, how, |token| {
+        let each = |_, token| {
             out.push(token);
             Ok(true)
-        })?;
+        };
+        self.write(&[prompt.to_vec()], how, |_| {}, each)?;
         Ok(out)
     }
     fn save(&self, dir: &Path) -> Result<()> {

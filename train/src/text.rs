@@ -1,7 +1,9 @@
 //! Tokens as text: bytes as they are, or by a tokenizer; and text as it comes, token by token.
 
 mod caught;
+pub mod chat;
 mod check;
+pub mod stops;
 pub mod tokenizer;
 
 use crate::Result;

@@ -1,6 +1,7 @@
-//! The big matrix product: matrixmultiply, split over rayon into blocks of C.
+//! The big matrix product: matrixmultiply, split over rayon into blocks of C; of few rows, without packing.
 
 use super::simd::Real;
+use super::thin;
 use rayon::prelude::*;
 use std::any::TypeId;
 
@@ -39,7 +40,10 @@ pub fn gemm<F: Real>(
         assert!(a.len() > (m - 1) * sa.0 + (k - 1) * sa.1, "A is too short");
         assert!(b.len() > (k - 1) * sb.0 + (n - 1) * sb.1, "B is too short");
     }
-    let c = C(c.as_mut_ptr());
+    if m <= thin::ROWS && k > 0 && sa.1 == 1 && sb.0 == 1 {
+        return thin::thin(m, n, k, alpha, a, sa.0, b, sb.1, beta, c, rsc);
+    }
+    let c = C::of(c);
     let block = |i: usize, j: usize, m: usize, n: usize| {
         // SAFETY: asserted above; the blocks of C are apart.
         unsafe {
@@ -70,12 +74,15 @@ pub fn gemm<F: Real>(
 }
 
 #[derive(Clone, Copy)]
-struct C<F>(*mut F);
+pub(super) struct C<F>(*mut F);
 // SAFETY: tasks write blocks that are apart.
 unsafe impl<F> Send for C<F> {}
 unsafe impl<F> Sync for C<F> {}
 impl<F> C<F> {
-    fn at(&self, i: usize) -> *mut F {
+    pub fn of(c: &mut [F]) -> C<F> {
+        C(c.as_mut_ptr())
+    }
+    pub fn at(&self, i: usize) -> *mut F {
         self.0.wrapping_add(i)
     }
 }
@@ -111,22 +118,45 @@ mod tests {
     use super::*;
     use crate::rng;
 
+    /// Of few rows, with tails, from and onto strided rows.
+    #[test]
+    fn few_rows() {
+        let draw = |i, len| rng::normal(1, i, len);
+        for (m, n, k) in [(1, 1, 1), (1, 301, 700), (2, 4, 16), (3, 7, 33), (8, 515, 129)] {
+            let (lda, ldb, rsc) = (k + 3, k + 1, n + 2);
+            let (a, b, old) = (draw(0, m * lda), draw(1, n * ldb), draw(2, m * rsc));
+            for beta in [0.0, 0.5] {
+                let mut c = if beta == 0.0 { vec![f64::NAN; m * rsc] } else { old.clone() };
+                gemm(m, n, k, 2.0, &a, (lda, 1), &b, (1, ldb), beta, &mut c, rsc);
+                for i in 0..m {
+                    for j in 0..n {
+                        let x: f64 = (0..k).map(|k| a[i * lda + k] * b[j * ldb + k]).sum();
+                        let want = 2.0 * x + if beta == 0.0 { 0.0 } else { beta * old[i * rsc + j] };
+                        assert!((c[i * rsc + j] - want).abs() < 1e-11, "{m} {n} {k}: {} {want}", c[i * rsc + j]);
+                    }
+                    assert!(beta == 0.0 || c[i * rsc + n..(i + 1) * rsc] == old[i * rsc + n..(i + 1) * rsc]);
+                }
+            }
+        }
+    }
+
     /// Tails of tiles fall elsewhere in each cut.
     #[test]
     fn the_number_of_threads_does_not_change_a_bit() {
-        let (m, n, k) = (515, 301, 700);
-        let draw = |i, len| rng::normal(1, i, len).into_iter().map(|x| x as f32).collect::<Vec<f32>>();
-        let (a, b) = (draw(0, m * k), draw(1, k * n));
-        let run = |threads: usize, t: bool| {
-            let mut c = vec![0f32; m * n];
-            let (sa, sb) = if t { ((1, m), (1, k)) } else { ((k, 1), (n, 1)) };
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| gemm(m, n, k, 1.0, &a, sa, &b, sb, 0.0, &mut c, n));
-            c.into_iter().map(f32::to_bits).collect::<Vec<_>>()
-        };
-        for t in [false, true] {
-            let one = run(1, t);
-            assert!([2, 3, 8].iter().all(|n| run(*n, t) == one));
+        for (m, n, k) in [(515, 301, 700), (3, 301, 700)] {
+            let draw = |i, len| rng::normal(1, i, len).into_iter().map(|x| x as f32).collect::<Vec<f32>>();
+            let (a, b) = (draw(0, m * k), draw(1, k * n));
+            let run = |threads: usize, t: bool| {
+                let mut c = vec![0f32; m * n];
+                let (sa, sb) = if t { ((1, m), (1, k)) } else { ((k, 1), (n, 1)) };
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| gemm(m, n, k, 1.0, &a, sa, &b, sb, 0.0, &mut c, n));
+                c.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            for t in [false, true] {
+                let one = run(1, t);
+                assert!([2, 3, 8].iter().all(|n| run(*n, t) == one));
+            }
         }
     }
 }

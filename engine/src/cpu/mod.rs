@@ -3,6 +3,7 @@
 pub(crate) mod convert;
 pub mod gemm;
 pub mod simd;
+mod thin;
 pub mod tile;
 
 use crate::cpu::convert::convert_all;
@@ -92,6 +93,12 @@ pub fn trim() {
         std::mem::take(&mut c.free)
     };
     drop(freed);
+}
+
+/// Runs `f` on a thread of the pool that kernels share their work out to. From any other thread, each kernel would wake the pool and wait for it, which takes
+/// longer than the small kernels of a decoded token.
+pub fn in_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| f())
 }
 
 /// Eight size classes per power of two waste at most an eighth.

@@ -1,6 +1,6 @@
 //! Parameters, operations and memory of a configuration, without making the model.
 
-use super::{LayerType, ModelConfig};
+use super::{LayerType, ModelConfig, QkNorm};
 use crate::{Error, Result};
 
 impl ModelConfig {
@@ -19,7 +19,13 @@ impl ModelConfig {
                 }
                 _ => {
                     let (q, kv, d) = (n(self.num_attention_heads), n(self.num_key_value_heads) * n(self.head_dim), n(self.head_dim));
-                    h * (q * (d + n(self.gate_dim())) + 2 * kv) + 2 * d + q * d * h
+                    let gated = q * (d + n(self.gate_dim()));
+                    let norms = match self.qk_norm {
+                        QkNorm::Head => 2 * d,
+                        QkNorm::Projection => q * d + kv,
+                        QkNorm::None => 0,
+                    };
+                    h * (gated + 2 * kv) + norms + q * d * h + if self.attention_bias { gated + 2 * kv + h } else { 0 }
                 }
             };
             let dense = mixer + 2 * h;

@@ -1,6 +1,6 @@
 //! `config.json`, read and written.
 
-use super::kind::translate;
+use super::families::translate;
 use super::{ModelConfig, ModelType};
 use crate::{Error, Result};
 use serde_json::Value;
@@ -17,7 +17,6 @@ const BOOKKEEPING: &[&str] = &[
     "pad_token_id",
     "use_cache",
     "output_router_logits",
-    "attention_bias",
     "attention_dropout",
     "hidden_act",
     "rope_scaling",
@@ -53,10 +52,9 @@ impl ModelConfig {
             }
         }
         let refuse = |map: &serde_json::Map<String, Value>, key: &str, fine: &[Value]| match map.get(key) {
-            Some(x) if !fine.contains(x) => Err(Error::Config(format!("`{key}` = {x} is not supported; it can be {fine:?}"))),
+            Some(x) if !fine.contains(x) => Err(Error::Config(format!("`{key}` = {x} is not supported; it can be {}", list(fine)))),
             _ => Ok(()),
         };
-        refuse(map, "attention_bias", &[Value::Bool(false)])?;
         refuse(map, "use_sliding_window", &[Value::Bool(false)])?;
         refuse(map, "hidden_act", &["silu".into()])?;
         refuse(map, "rope_scaling", &[Value::Null])?;
@@ -91,6 +89,10 @@ impl ModelConfig {
         json["architectures"] = serde_json::json!([if model_type == ModelType::Qwen3Next { "Qwen3NextForCausalLM" } else { "TidegateForCausalLM" }]);
         Ok(json)
     }
+}
+
+fn list(values: &[Value]) -> String {
+    values.iter().map(Value::to_string).collect::<Vec<_>>().join(" or ")
 }
 
 /// The candidate with the smallest edit distance to `key`, if it is near enough to be meant: at most a third of the letters differ, or one is the

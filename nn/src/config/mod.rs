@@ -1,13 +1,15 @@
 //! The model's configuration: a superset of transformers' `qwen3_next` `config.json`, so that a checkpoint goes both ways.
 
 mod counts;
+mod families;
 mod json;
 mod kind;
+mod validate;
 
+pub(crate) use families::grouped_queries;
 pub use json::nearest;
 pub use kind::ModelType;
 
-use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// What mixes tokens in a layer.
@@ -88,6 +90,18 @@ pub enum OutputGate {
     Sigmoid,
 }
 
+/// The RMS norm of softmax attention's queries and keys, before they are rotated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNorm {
+    /// Each head by itself, all with one weight.
+    Head,
+    /// All heads at once, as OLMo.
+    Projection,
+    /// None.
+    None,
+}
+
 /// A decoder. Names and defaults are those of transformers' `Qwen3NextConfig`; fields that it does not know say "ours".
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -116,9 +130,11 @@ pub struct ModelConfig {
     pub rms_norm_eps: f64,
     /// Whether the output projection is the embedding.
     pub tie_word_embeddings: bool,
+    /// Whether softmax attention's four projections have a bias.
+    pub attention_bias: bool,
     /// Base of the rotary embedding's wavelengths.
     pub rope_theta: f64,
-    /// The part of `head_dim` that is rotated.
+    /// The part of `head_dim` that is rotated; 0: nothing is.
     pub partial_rotary_factor: f64,
     /// Without `layer_types`, every so-many-th layer is full attention.
     pub full_attention_interval: usize,
@@ -154,6 +170,10 @@ pub struct ModelConfig {
     pub router_aux_loss_coef: f64,
     /// Ours: whether the norms (but for the delta rule's output norm) multiply by 1 + weight, as Qwen3-Next's, or by the weight, as Qwen3's.
     pub zero_centered_norms: bool,
+    /// Ours: kinds of layers whose two norms stand behind attention and feed-forward, on what these add to the residual stream, instead of before them.
+    pub post_norm: Vec<LayerType>,
+    /// Ours: the norm of queries and keys.
+    pub qk_norm: QkNorm,
     /// Ours: coefficient of the router's z-loss.
     pub router_z_loss_coef: f64,
     /// Ours: the gate of softmax attention.
@@ -162,6 +182,8 @@ pub struct ModelConfig {
     pub output_gate_type: OutputGate,
     /// Ours: β in (0, 2), so that the state's transition may have negative eigenvalues.
     pub linear_allow_neg_eigval: bool,
+    /// Ours: ε of the delta rule's output norm; 0: `rms_norm_eps`.
+    pub linear_norm_eps: f64,
 }
 
 impl Default for ModelConfig {
@@ -179,6 +201,7 @@ impl Default for ModelConfig {
             initializer_range: 0.02,
             rms_norm_eps: 1e-6,
             tie_word_embeddings: false,
+            attention_bias: false,
             rope_theta: 10_000.0,
             partial_rotary_factor: 0.25,
             full_attention_interval: 4,
@@ -198,105 +221,18 @@ impl Default for ModelConfig {
             norm_topk_prob: true,
             router_aux_loss_coef: 0.001,
             zero_centered_norms: true,
+            post_norm: vec![],
+            qk_norm: QkNorm::Head,
             router_z_loss_coef: 0.0,
             attention_gate: AttentionGate::default(),
             output_gate_type: OutputGate::Silu,
             linear_allow_neg_eigval: false,
+            linear_norm_eps: 0.0,
         }
     }
 }
 
-/// No size is larger; products of four fit 128 bits.
-const LARGEST: usize = 1 << 24;
-/// No model has more layers.
-const DEEPEST: usize = 1 << 16;
-
 impl ModelConfig {
-    /// Checks that the numbers describe a model.
-    pub fn validate(&self) -> Result<()> {
-        let fail = |m: String| Err(Error::Config(m));
-        for (name, n) in [
-            ("vocab_size", self.vocab_size),
-            ("hidden_size", self.hidden_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.num_key_value_heads),
-            ("head_dim", self.head_dim),
-            ("linear_num_key_heads", self.linear_num_key_heads),
-            ("linear_num_value_heads", self.linear_num_value_heads),
-            ("linear_key_head_dim", self.linear_key_head_dim),
-            ("linear_value_head_dim", self.linear_value_head_dim),
-            ("linear_conv_kernel_dim", self.linear_conv_kernel_dim),
-            ("sliding_window", self.sliding_window),
-            ("decoder_sparse_step", self.decoder_sparse_step),
-        ] {
-            if n == 0 || n > LARGEST {
-                return fail(format!("`{name}` must be from 1 to {LARGEST}, found {n}"));
-            }
-        }
-        for (name, n) in [
-            ("intermediate_size", self.intermediate_size),
-            ("num_experts", self.num_experts),
-            ("moe_intermediate_size", self.moe_intermediate_size),
-            ("shared_expert_intermediate_size", self.shared_expert_intermediate_size),
-        ] {
-            if n > LARGEST {
-                return fail(format!("`{name}` must be at most {LARGEST}, found {n}"));
-            }
-        }
-        let (deep, named) = (self.num_hidden_layers, self.mlp_only_layers.len());
-        if deep > DEEPEST || named > deep {
-            return fail(format!("`num_hidden_layers` must be at most {DEEPEST}, found {deep}, and `mlp_only_layers` can name so many, not {named}"));
-        }
-        let (sparse, dense): (Vec<usize>, Vec<usize>) = (0..self.num_hidden_layers).partition(|i| self.is_sparse(*i));
-        if !dense.is_empty() && self.intermediate_size == 0 {
-            return fail(format!("layer {} is dense and needs `intermediate_size` of at least 1", dense[0]));
-        }
-        if !sparse.is_empty() && self.moe_intermediate_size == 0 {
-            return fail(format!("layer {} has experts and needs `moe_intermediate_size` of at least 1", sparse[0]));
-        }
-        if let Some(i) = self.mlp_only_layers.iter().find(|i| **i >= self.num_hidden_layers) {
-            return fail(format!(
-                "`mlp_only_layers` names layer {i}, the last of `num_hidden_layers` = {} is {}",
-                self.num_hidden_layers,
-                self.num_hidden_layers - 1
-            ));
-        }
-        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
-            return fail(format!(
-                "`num_attention_heads` = {} must be a multiple of `num_key_value_heads` = {}",
-                self.num_attention_heads, self.num_key_value_heads
-            ));
-        }
-        if !self.linear_num_value_heads.is_multiple_of(self.linear_num_key_heads) {
-            return fail(format!(
-                "`linear_num_value_heads` = {} must be a multiple of `linear_num_key_heads` = {}",
-                self.linear_num_value_heads, self.linear_num_key_heads
-            ));
-        }
-        if !(0.0..=1.0).contains(&self.partial_rotary_factor) || !self.rotary_dim().is_multiple_of(2) {
-            return fail(format!(
-                "`partial_rotary_factor` = {} of `head_dim` = {} must give an even number of rotated dimensions",
-                self.partial_rotary_factor, self.head_dim
-            ));
-        }
-        if !self.layer_types.is_empty() && self.layer_types.len() != self.num_hidden_layers {
-            return fail(format!("`layer_types` has {} entries for `num_hidden_layers` = {}", self.layer_types.len(), self.num_hidden_layers));
-        }
-        if self.layer_types.is_empty() && self.full_attention_interval == 0 {
-            return fail("`full_attention_interval` must be at least 1".into());
-        }
-        if !sparse.is_empty() && !(1..=self.num_experts).contains(&self.num_experts_per_tok) {
-            return fail(format!("`num_experts_per_tok` = {} must be from 1 to `num_experts` = {}", self.num_experts_per_tok, self.num_experts));
-        }
-        for (name, x) in [("initializer_range", self.initializer_range), ("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta)] {
-            if !(x.is_finite() && x > 0.0) {
-                return fail(format!("`{name}` must be positive, found {x}"));
-            }
-        }
-        self.saved_type().map(drop)
-    }
-
     /// The mixer of layer `i`.
     pub fn layer_type(&self, i: usize) -> LayerType {
         match self.layer_types.get(i) {
@@ -309,6 +245,16 @@ impl ModelConfig {
     /// Whether layer `i` has a mixture of experts (else a dense feed-forward).
     pub fn is_sparse(&self, i: usize) -> bool {
         self.num_experts > 0 && !self.mlp_only_layers.contains(&i) && (i + 1).is_multiple_of(self.decoder_sparse_step.max(1))
+    }
+
+    /// Whether the norms of layer `i` stand behind attention and feed-forward.
+    pub(crate) fn is_post_norm(&self, i: usize) -> bool {
+        self.post_norm.contains(&self.layer_type(i))
+    }
+
+    /// ε of the delta rule's output norm.
+    pub(crate) fn output_norm_eps(&self) -> f64 {
+        if self.linear_norm_eps > 0.0 { self.linear_norm_eps } else { self.rms_norm_eps }
     }
 
     /// Rotated dimensions of a head.

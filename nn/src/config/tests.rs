@@ -1,3 +1,4 @@
+use super::validate::LARGEST;
 use super::*;
 use crate::config::json::nearest;
 use serde_json::{Value, json};
@@ -69,7 +70,10 @@ fn mistakes_are_named() {
     assert!(err(json!({"num_attention_heads": 5, "num_key_value_heads": 2})).contains("num_key_value_heads"));
     assert!(err(json!({"num_experts": 2, "num_experts_per_tok": 3})).contains("num_experts_per_tok"));
     assert!(err(json!({"hidden_size": "big"})).contains("big"));
-    assert!(err(json!({"attention_bias": true})).contains("attention_bias"));
+    assert!(err(json!({"hidden_act": "gelu"})).contains("`hidden_act` = \"gelu\" is not supported; it can be \"silu\""));
+    assert!(err(json!({"linear_norm_eps": -1.0})).contains("`linear_norm_eps` must be positive, or 0"));
+    assert!(err(json!({"qk_norm": "tail"})).contains("tail"));
+    assert!(err(json!({"post_norm": ["tail"]})).contains("tail"));
     assert!(err(json!([1])).contains("object"));
     for key in ["hidden_size", "decoder_sparse_step", "moe_intermediate_size", "linear_key_head_dim"] {
         assert!(err(json!({ key: 0 })).contains(key));
@@ -81,7 +85,7 @@ fn mistakes_are_named() {
     assert!(err(json!({"num_hidden_layers": 4, "mlp_only_layers": [4]})).contains("names layer 4"));
     assert!(err(json!({"attention_dropout": 0.1})).contains("attention_dropout"));
     let e = err(json!({"model_type": "llama", "mlp_bias": false}));
-    assert!(e.contains("\"llama\" is not supported") && e.contains("qwen3_next, qwen3, qwen3_moe and tidegate"), "{e}");
+    assert!(e.contains("\"llama\" is not supported") && e.contains("qwen3_next, qwen3, qwen3_moe, qwen3_5") && e.contains("tidegate"), "{e}");
     assert!(err(json!({"model_type": 3})).contains("must be a string"));
     assert!(err(json!({"rope_parameters": {"rope_type": "yarn"}})).contains("yarn"));
     assert!(err(json!({"rope_parameters": {"mrope_section": [1]}})).contains("mrope_section"));
@@ -102,6 +106,9 @@ fn only_a_qwen3_next_is_called_one() {
         (ModelConfig { linear_allow_neg_eigval: true, ..c.clone() }, "linear_allow_neg_eigval"),
         (ModelConfig { shared_expert_intermediate_size: 0, ..c.clone() }, "without a shared one"),
         (ModelConfig { zero_centered_norms: false, ..c.clone() }, "zero-centred"),
+        (ModelConfig { post_norm: vec![LayerType::FullAttention], ..c.clone() }, "(`post_norm`, layer 3)"),
+        (ModelConfig { qk_norm: QkNorm::Projection, ..c.clone() }, "`qk_norm` other than head"),
+        (ModelConfig { linear_norm_eps: 1e-5, ..c.clone() }, "a `linear_norm_eps` that"),
     ] {
         let json = beyond.to_json().unwrap();
         assert_eq!((&json["model_type"], &json["architectures"]), (&json!("tidegate"), &json!(["TidegateForCausalLM"])), "{says}");
@@ -115,10 +122,11 @@ fn only_a_qwen3_next_is_called_one() {
         }
     }
     // what no layer has does not matter
-    let linear = ModelConfig { full_attention_interval: 9, attention_gate: gate, ..c.clone() };
+    let linear = ModelConfig { full_attention_interval: 9, attention_gate: gate, qk_norm: QkNorm::None, ..c.clone() };
     let softmax = ModelConfig { full_attention_interval: 1, output_gate_type: OutputGate::Sigmoid, linear_allow_neg_eigval: true, ..c.clone() };
     let dense = ModelConfig { shared_expert_intermediate_size: 0, num_experts: 0, ..c.clone() };
-    for same in [&c, &linear, &softmax, &dense] {
+    let biased = ModelConfig { attention_bias: true, linear_norm_eps: c.rms_norm_eps, post_norm: vec![LayerType::SlidingAttention], ..c.clone() };
+    for same in [&c, &linear, &softmax, &dense, &biased] {
         assert_eq!(same.saved_type().unwrap(), ModelType::Qwen3Next);
         assert_eq!(same.to_json().unwrap()["model_type"], json!("qwen3_next"));
     }
@@ -209,6 +217,10 @@ fn operations_are_those_counted_by_hand() {
     let (delta, softmax, dense) = (160 + 32 + 56 + 4 + 3 + 48, 128 + 64 + 8 + 64, 3 * 8 * 16);
     let n = 2 * 80 + 8 + delta + 2 * softmax + 3 * (dense + 16);
     assert_eq!(c.parameters(), (n, n));
+    // with biases of 16 + 2·4 + 8, and norms of all queries and keys at once
+    let more = ModelConfig { attention_bias: true, qk_norm: QkNorm::Projection, ..c.clone() };
+    assert_eq!(more.parameters().0, n + 2 * (16 + 8 + 8) + 2 * (8 + 4 - 8));
+    assert_eq!(ModelConfig { qk_norm: QkNorm::None, ..c.clone() }.parameters().0, n - 2 * 8);
     // keys seen by the queries of 5 tokens: 1+2+3+4+5, and 1+2+2+2+2 in a window of 2
     let recurrence = 18.0 * (2 * 4 * 3) as f64;
     let want = 6.0 * (n - 80) as f64 + recurrence + 12.0 * 8.0 * (15.0 / 5.0 + 9.0 / 5.0);

@@ -112,6 +112,7 @@ fn large() -> Vec<Case> {
     cases.push(Case::new(sizes(1, [3, 700], [2, 1], [32, 32]), causal(None), gate(0)));
     cases.push(Case::new(sizes(1, [1, 1000], [8, 2], [32, 32]), causal(None), None));
     cases.push(Case::new(sizes(1, [5, 600], [2, 2], [16, 16]), full(Some(100)), gate(1)));
+    cases.push(Case::new(sizes(2, [2, 1300], [6, 2], [40, 72]), causal(Some(1100)), gate(0)));
     cases.push(Case::new(sizes(1, [90, 90], [80, 1], [16, 16]), causal(None), gate(1)));
     for a in [causal(None), causal(Some(33)), full(None)] {
         cases.push(Case { cu: Some(vec![0, 1, 70, 70, 200, 290]), ..Case::new(sizes(1, [290, 290], [4, 2], [16, 24]), a, gate(0)) });

@@ -6,22 +6,23 @@ mod bench;
 mod convert;
 mod device;
 mod doctor;
+mod generate;
 mod meter;
 mod tokenize;
 mod trace;
 mod train;
 
-use crate::config::{MOST_TOKENS, RunConfig};
+use crate::config::RunConfig;
 use crate::data::Corpus;
 use crate::learner::{Hybrid, Trained};
 use crate::progress::say;
+use crate::text::Codec;
 use crate::text::tokenizer::{self, Tokenizer};
-use crate::text::{Codec, harmless};
-use crate::trainer::{Learner, Sampling, evaluate};
+use crate::trainer::evaluate;
 use crate::{Error, Result, checkpoint, presets};
 use clap::{Parser, Subcommand};
 use device::PlaceArgs;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -47,8 +48,8 @@ struct Cli {
 enum Command {
     /// Train a model: from a preset, or from a TOML file
     Train(train::Args),
-    /// Continue a text with a trained model
-    Generate(Generate),
+    /// Continue texts with a trained model, or talk with it
+    Generate(generate::Args),
     /// Score held-out text in bits per byte
     Eval(Eval),
     /// Write a model as a folder for transformers: in f32, bf16 or f16, in one file or several
@@ -66,33 +67,6 @@ enum Command {
 /// A number of at least 0 and at most `most`.
 fn whole(text: &str, most: u64) -> std::result::Result<u64, String> {
     text.parse().ok().filter(|n| *n <= most).ok_or_else(|| format!("expected a whole number, at least 0, at most {most}"))
-}
-
-#[derive(Debug, clap::Args)]
-#[command(allow_negative_numbers = true)]
-struct Generate {
-    /// A run folder, or one checkpoint
-    run: PathBuf,
-    /// How the text begins
-    #[arg(long, default_value = "The whale ")]
-    prompt: String,
-    /// How many tokens to write
-    #[arg(long, default_value_t = 400, value_parser = |t: &str| whole(t, MOST_TOKENS as u64))]
-    tokens: u64,
-    /// Below 1 sharpens the distribution; 0 takes the likeliest token each time
-    #[arg(long, default_value_t = 0.8)]
-    temperature: f64,
-    /// Draw from this many likeliest tokens only (0: all)
-    #[arg(long, default_value_t = 0, value_parser = |t: &str| whole(t, u32::MAX.into()))]
-    top_k: u64,
-    /// Draw from the likeliest tokens that together have this probability
-    #[arg(long, default_value_t = 1.0)]
-    top_p: f64,
-    /// Seed of the draw: the same seed writes the same text
-    #[arg(long, default_value_t = 0, value_parser = |t: &str| whole(t, u64::MAX))]
-    seed: u64,
-    #[command(flatten)]
-    place: PlaceArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -117,7 +91,7 @@ pub fn main() -> ExitCode {
     };
     let done = match cli.command {
         Command::Train(args) => train::run(&args),
-        Command::Generate(args) => generate(&args),
+        Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Trace(args) => trace::run(&args),
@@ -177,53 +151,6 @@ fn open(path: &Path, place: &PlaceArgs) -> Result<(PathBuf, Trained<Hybrid>)> {
         checkpoint::verify(dir, &[checkpoint::MODEL])?;
         Hybrid::open(dir, &place)
     })
-}
-
-fn generate(args: &Generate) -> Result<()> {
-    let wrong = |m: String| Err(Error::Usage(m));
-    if !(args.temperature.is_finite() && args.temperature >= 0.0) {
-        return wrong(format!("--temperature: expected a number, not negative, found {}", args.temperature));
-    }
-    if !(args.top_p > 0.0 && args.top_p <= 1.0) {
-        return wrong(format!("--top-p: expected a probability above 0, at most 1, found {}", args.top_p));
-    }
-    if args.prompt.is_empty() {
-        return wrong("--prompt: expected at least one byte of text to continue".into());
-    }
-    let (path, model) = open(&args.run, &args.place)?;
-    let codec = codec_of(&path, model.vocab_size())?;
-    let prompt = codec.encode(&args.prompt)?;
-    if prompt.is_empty() {
-        return wrong(format!("--prompt: the tokenizer makes no token of {:?}", args.prompt));
-    }
-    // an end of text, which no byte of a text is, ends what is written, too
-    let end = match &codec {
-        Codec::Bytes => None,
-        Codec::Tokenizer(t) => checkpoint::read_info(&run_of(&path)).ok().and_then(|info| info.config.data.eot).or(t.end()),
-    };
-    let (tokens, top_k) = (args.tokens as usize, args.top_k as usize);
-    let how = Sampling { tokens, temperature: args.temperature, top_k, top_p: args.top_p, seed: args.seed };
-    let terminal = std::io::stdout().is_terminal();
-    let show = |text: &str| if terminal { put(&harmless(text)) } else { put(text) };
-    // The prompt and what follows are decoded as one, since a character may straddle the two.
-    let mut decoder = codec.decoder();
-    let mut reads = show(&prompt.iter().map(|&t| decoder.push(t)).collect::<String>())?;
-    if reads {
-        let done = model.net().write(&prompt, &how, |token| {
-            if Some(token) == end {
-                return Ok(false);
-            }
-            reads = show(&decoder.push(token))?;
-            Ok(reads)
-        });
-        // what was written stays a whole line, whatever comes after it
-        show(&(decoder.finish() + "\n"))?;
-        done.map_err(|e| match e {
-            Error::NonFinite(m) => Error::NonFinite(format!("{}: {m}: its training has diverged; use an older checkpoint", path.display())),
-            e => e,
-        })?;
-    }
-    Ok(())
 }
 
 /// How a checkpoint's tokens are text: by the tokenizer that it or its run keeps, else as bytes.

@@ -5,7 +5,7 @@
 //! key/value head stand side by side as columns of the same tile.
 
 use super::{
-    Gating, PAD, Problem, gate,
+    Gating, PAD, Problem, few, gate,
     mask::{Bands, Tile},
     view::{View, pad16},
 };
@@ -41,12 +41,15 @@ pub fn forward<F: Real>(
     if o.is_empty() {
         return lse.fill(F::NEG_INFINITY);
     }
+    let out = Outputs { o: Shared::new(o), u: u.map(Shared::new), lse: Shared::new(lse) };
     let group = p.h / p.hkv;
+    if p.s > p.t && p.t * group <= few::COLS {
+        return few::forward(p, bands, q, k, v, gating, &out);
+    }
     let (ldk, ldv) = (p.d + PAD, p.dv + PAD);
     let packed_k = pack::<F>(p, k, p.d, ldk);
     let packed_v = pack::<F>(p, v, p.dv, ldv);
     let tiles = bands.tiles((COLS / group).max(1)).concat();
-    let (o, lse, u) = (Shared::new(o), Shared::new(lse), u.map(Shared::new));
     (0..p.b * p.hkv * tiles.len()).into_par_iter().with_max_len(1).for_each(|task| {
         // the last tiles see most keys under a causal mask: they start first
         let (bh, tile) = (task / tiles.len(), tiles.len() - 1 - task % tiles.len());
@@ -89,29 +92,52 @@ pub fn forward<F: Real>(
             });
         }
 
-        let glen = gating.map_or(0, |g| if g.elementwise { p.dv } else { 1 });
-        let (mut grow, mut act) = (vec![F::ZERO; glen], vec![F::ZERO; glen]);
-        for (c, x) in acc.chunks_exact_mut(p.dv.max(1)).enumerate() {
-            let (t, h) = (t0 + c / group, hk * group + c % group);
-            let at = (b * p.t + t) * p.h + h;
-            let inv = F::ONE / sum[c];
-            x.iter_mut().for_each(|x| *x *= inv);
-            // SAFETY: the row (b, t, h) belongs to this task alone.
-            let (out, l) = unsafe { (o.slice(at * p.dv, p.dv), lse.slice(at, 1)) };
-            l[0] = max[c] + sum[c].ln();
-            match &gating {
-                Some(g) => {
-                    g.logits.row([b, t, h], F::ONE, &mut grow);
-                    gate::apply(g.gate, &grow, x, &mut act, out);
-                    if let Some(u) = &u {
-                        // SAFETY: as above.
-                        unsafe { u.slice(at * p.dv, p.dv) }.copy_from_slice(x);
-                    }
-                }
-                None => out.copy_from_slice(x),
-            }
-        }
+        finish(p, (b, hk), t0, gating, &mut acc, &max, &sum, &out);
     });
+}
+
+/// Where the results go.
+pub struct Outputs<'a, F> {
+    o: Shared<'a, F>,
+    u: Option<Shared<'a, F>>,
+    lse: Shared<'a, F>,
+}
+
+/// Writes the results of the queries from `t0` on, of which this task has all: `acc [cols, Dv]` is divided by the sums, and gated.
+#[allow(clippy::too_many_arguments)]
+pub fn finish<F: Real>(
+    p: &Problem,
+    (b, hk): (usize, usize),
+    t0: usize,
+    gating: Option<Gating>,
+    acc: &mut [F],
+    max: &[F],
+    sum: &[F],
+    out: &Outputs<F>,
+) {
+    let group = p.h / p.hkv;
+    let glen = gating.map_or(0, |g| if g.elementwise { p.dv } else { 1 });
+    let (mut grow, mut act) = (vec![F::ZERO; glen], vec![F::ZERO; glen]);
+    for (c, x) in acc.chunks_exact_mut(p.dv.max(1)).enumerate() {
+        let (t, h) = (t0 + c / group, hk * group + c % group);
+        let at = (b * p.t + t) * p.h + h;
+        let inv = F::ONE / sum[c];
+        x.iter_mut().for_each(|x| *x *= inv);
+        // SAFETY: the row (b, t, h) belongs to this task alone.
+        let (o, l) = unsafe { (out.o.slice(at * p.dv, p.dv), out.lse.slice(at, 1)) };
+        l[0] = max[c] + sum[c].ln();
+        match &gating {
+            Some(g) => {
+                g.logits.row([b, t, h], F::ONE, &mut grow);
+                gate::apply(g.gate, &grow, x, &mut act, o);
+                if let Some(u) = &out.u {
+                    // SAFETY: as above.
+                    unsafe { u.slice(at * p.dv, p.dv) }.copy_from_slice(x);
+                }
+            }
+            None => o.copy_from_slice(x),
+        }
+    }
 }
 
 /// `[B, S, Hkv, D]` to `[B, Hkv, S, ld]`, dense per head.

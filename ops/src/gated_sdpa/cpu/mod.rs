@@ -1,6 +1,7 @@
 //! CPU kernels: the rows of the registry, and what the passes share.
 
 mod backward;
+mod few;
 mod forward;
 mod gate;
 mod mask;

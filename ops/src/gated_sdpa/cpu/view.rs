@@ -1,6 +1,6 @@
 //! Strided reads of any float dtype.
 
-use engine::cpu::simd::Real;
+use engine::{DType, cpu::simd::Real};
 
 /// The elements of an input, starting at its view's offset.
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +24,28 @@ pub struct View<'a> {
     pub strides: [usize; 3],
 }
 
-impl View<'_> {
+impl<'a> View<'a> {
+    /// Rows `[b, t .. t + n, h, ..d]`, where they lie if they are of type F, else in `buf`, and how far they are apart.
+    pub fn rows<'b, F: Real>(&self, b: usize, t: usize, n: usize, h: usize, d: usize, buf: &'b mut [F]) -> (&'b [F], usize)
+    where
+        'a: 'b,
+    {
+        let at = b * self.strides[0] + t * self.strides[1] + h * self.strides[2];
+        let there: Option<&'a [F]> = match self.data {
+            // SAFETY: a slice of F, as its DTYPE says.
+            Data::F32(x) if F::DTYPE == DType::F32 => Some(unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), x.len()) }),
+            // SAFETY: as above.
+            Data::F64(x) if F::DTYPE == DType::F64 => Some(unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), x.len()) }),
+            _ => None,
+        };
+        if let Some(x) = there {
+            return (&x[at..], self.strides[1]);
+        }
+        for (i, row) in buf.chunks_exact_mut(d).take(n).enumerate() {
+            self.row([b, t + i, h], F::ONE, row);
+        }
+        (buf, d)
+    }
     /// `out = scale · x[b, t, h, ..out.len()]`.
     #[inline]
     pub fn row<F: Real>(&self, [b, t, h]: [usize; 3], scale: F, out: &mut [F]) {

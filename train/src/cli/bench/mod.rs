@@ -1,7 +1,8 @@
-//! `tidegate bench ops | step`: how long the fused ops and whole training steps take on a device.
+//! `tidegate bench ops | step | decode`: how long the fused ops, whole training steps and decoding take on a device.
 
 mod cases;
 mod clock;
+mod decode;
 mod ops;
 mod step;
 mod table;
@@ -25,9 +26,11 @@ enum What {
     Ops(ops::Args),
     /// Time whole training steps of a preset or a TOML file
     Step(step::Args),
+    /// Time reading prompts and decoding with a preset's or a TOML file's model
+    Decode(decode::Args),
 }
 
-/// What both benches take.
+/// What all benches take.
 #[derive(Debug, clap::Args)]
 struct Common {
     #[command(flatten)]
@@ -63,5 +66,6 @@ pub(super) fn run(args: &Args) -> Result<()> {
     match &args.what {
         What::Ops(args) => ops::run(args),
         What::Step(args) => step::run(args),
+        What::Decode(args) => decode::run(args),
     }
 }
