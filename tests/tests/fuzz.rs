@@ -15,21 +15,24 @@ static ALLOCATOR: Counting = Counting;
 /// Bytes that an input may take: so many, and so many for each of its own.
 const MEMORY: usize = 48 << 20;
 const MEMORY_PER_BYTE: usize = 64;
-/// An input that takes longer hangs, even on a machine with other things to do.
-const TIME: Duration = Duration::from_secs(30);
+/// An input that takes more seconds hangs, even on a machine with other things to do.
+const SECONDS: u32 = 30;
 
-/// The case that runs, and since when.
-static NOW: Mutex<Option<(String, Instant)>> = Mutex::new(None);
+/// The case that runs, and for how many seconds it was seen to.
+static NOW: Mutex<Option<(String, u32)>> = Mutex::new(None);
 
-/// Ends the process when a case hangs.
+/// Ends the process when a case hangs. Seconds are those that this process had: one that was stopped for a while does not hang.
 fn watch() {
     std::thread::spawn(|| {
         loop {
             std::thread::sleep(Duration::from_secs(1));
-            let now = NOW.lock().unwrap_or_else(|e| e.into_inner());
-            if let Some((name, _)) = now.as_ref().filter(|(_, since)| since.elapsed() > TIME) {
-                eprintln!("{name} hangs: TIDEGATE_FUZZ_CASE={name} runs it alone");
-                std::process::abort();
+            let mut now = NOW.lock().unwrap_or_else(|e| e.into_inner());
+            if let Some((name, seen)) = now.as_mut() {
+                *seen += 1;
+                if *seen > SECONDS {
+                    eprintln!("{name} hangs: TIDEGATE_FUZZ_CASE={name} runs it alone");
+                    std::process::abort();
+                }
             }
         }
     });
@@ -47,7 +50,7 @@ impl Report {
     fn case(&mut self, kind: &str, case: u64, bytes: usize, run: impl FnOnce() -> Outcome) {
         let name = format!("{kind}:{case}");
         let began = Instant::now();
-        *NOW.lock().unwrap() = Some((name.clone(), began));
+        *NOW.lock().unwrap() = Some((name.clone(), 0));
         let (outcome, memory) = most(|| catch_unwind(AssertUnwindSafe(run)));
         *NOW.lock().unwrap() = None;
         if memory > MEMORY + MEMORY_PER_BYTE * bytes {
