@@ -48,7 +48,7 @@ pub fn folders() -> Vec<Files> {
         assert_eq!(files.len(), if shards > 1 { 5 } else { 2 }, "{files:?}");
         all.push(files);
     }
-    for name in ["next_d128_shards", "next_d256", "qwen3_moe"] {
+    for name in ["next_d128_shards", "next_d256", "qwen3_moe", "olmo_hybrid_d64", "qwen3_5_moe_d256", "qwen3_5_images_d64", "gated_head_d128"] {
         let files = read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("oracles/golden").join(name));
         assert!(files.len() > 1, "{name}");
         all.push(files);
