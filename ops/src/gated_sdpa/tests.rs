@@ -189,6 +189,17 @@ fn views_of_one_projection_are_read_in_place() {
     }
 }
 
+/// As in a cache with room for more, and as in one projection.
+#[test]
+fn a_few_queries_read_keys_where_they_lie() {
+    let c = Case::new(sizes(1, [1, 130], [4, 2], [16, 16]), causal(None), None);
+    let x = c.leaves(DType::F32);
+    let kv = Tensor::randn(&[1, 150, 4, 16], DType::F32, &Device::cpu(), 1, 1).unwrap().narrow(1, 20, 130).unwrap();
+    let views = [x[0].clone(), kv.narrow(2, 0, 2).unwrap(), kv.narrow(2, 2, 2).unwrap()];
+    let dense: Vec<Tensor> = views.iter().map(|x| x.contiguous().unwrap()).collect();
+    assert_eq!(c.run(&views).unwrap().to_vec::<f32>().unwrap(), c.run(&dense).unwrap().to_vec::<f32>().unwrap());
+}
+
 #[test]
 fn one_thread_gives_the_same_bits_as_many() {
     let on = |threads: usize, c: &Case| -> Vec<Vec<f32>> {

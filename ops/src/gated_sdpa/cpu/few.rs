@@ -53,6 +53,9 @@ pub fn forward<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, v: View, g
         let end = (from + PIECE).min(hi);
         for k0 in (from..end).step_by(BLOCK) {
             let n = BLOCK.min(end - k0);
+            // the values come while the scores are formed; the keys of the next block, while these values are summed
+            v.ahead::<F>(b, k0, n);
+            k.ahead::<F>(b, k0 + n, BLOCK.min(end - k0 - n));
             for (hk, part) in parts.iter_mut().enumerate() {
                 let (keys, ldk) = k.rows(b, k0, n, hk, p.d, &mut buf);
                 for (q, s) in queries[hk * cols * p.d..].chunks_exact(p.d).zip(scores.chunks_exact_mut(BLOCK)) {

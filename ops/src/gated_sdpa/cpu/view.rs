@@ -1,6 +1,9 @@
 //! Strided reads of any float dtype.
 
-use engine::{DType, cpu::simd::Real};
+use engine::{
+    DType,
+    cpu::simd::{Real, prefetch},
+};
 
 /// The elements of an input, starting at its view's offset.
 #[derive(Clone, Copy, Debug)]
@@ -25,21 +28,35 @@ pub struct View<'a> {
 }
 
 impl<'a> View<'a> {
+    /// The elements from `[b, t, h]` on where they lie, if they are of type F.
+    pub fn there<F: Real>(&self, [b, t, h]: [usize; 3]) -> Option<&'a [F]> {
+        let at = b * self.strides[0] + t * self.strides[1] + h * self.strides[2];
+        let all: &'a [F] = match self.data {
+            // SAFETY: a slice of F, as its DTYPE says.
+            Data::F32(x) if F::DTYPE == DType::F32 => unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), x.len()) },
+            // SAFETY: as above.
+            Data::F64(x) if F::DTYPE == DType::F64 => unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), x.len()) },
+            _ => return None,
+        };
+        Some(&all[at..])
+    }
+
+    /// Asks for rows `[b, t .. t + n]` of all heads, ahead of their use, if they are of type F.
+    pub fn ahead<F: Real>(&self, b: usize, t: usize, n: usize) {
+        if n > 0
+            && let Some(x) = self.there::<F>([b, t, 0])
+        {
+            prefetch(&x[..(n * self.strides[1]).min(x.len())]);
+        }
+    }
+
     /// Rows `[b, t .. t + n, h, ..d]`, where they lie if they are of type F, else in `buf`, and how far they are apart.
     pub fn rows<'b, F: Real>(&self, b: usize, t: usize, n: usize, h: usize, d: usize, buf: &'b mut [F]) -> (&'b [F], usize)
     where
         'a: 'b,
     {
-        let at = b * self.strides[0] + t * self.strides[1] + h * self.strides[2];
-        let there: Option<&'a [F]> = match self.data {
-            // SAFETY: a slice of F, as its DTYPE says.
-            Data::F32(x) if F::DTYPE == DType::F32 => Some(unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), x.len()) }),
-            // SAFETY: as above.
-            Data::F64(x) if F::DTYPE == DType::F64 => Some(unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), x.len()) }),
-            _ => None,
-        };
-        if let Some(x) = there {
-            return (&x[at..], self.strides[1]);
+        if let Some(x) = self.there([b, t, h]) {
+            return (x, self.strides[1]);
         }
         for (i, row) in buf.chunks_exact_mut(d).take(n).enumerate() {
             self.row([b, t + i, h], F::ONE, row);
