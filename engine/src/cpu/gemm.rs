@@ -18,7 +18,7 @@ fn blocks(m: usize, n: usize, threads: usize) -> (usize, usize) {
 /// `C = beta·C + alpha·A·B` for `A [m,k]` with strides `sa = (row, column)`, `B [k,n]` with strides `sb`, `C [m,n]` with dense rows `rsc` apart.
 ///
 /// With `beta` zero, C is written without being read. Panics when a slice is too short for its shape. The result does not depend on the number of
-/// threads: it decides the blocks of C, but an element is summed over k in one order in any of them.
+/// threads: it decides the blocks of C, but an element is summed over k in one order in any of them; nor does a row depend on how many others there are.
 pub fn gemm<F: Real>(
     m: usize,
     n: usize,
@@ -39,9 +39,6 @@ pub fn gemm<F: Real>(
     if k > 0 {
         assert!(a.len() > (m - 1) * sa.0 + (k - 1) * sa.1, "A is too short");
         assert!(b.len() > (k - 1) * sb.0 + (n - 1) * sb.1, "B is too short");
-    }
-    if m <= thin::ROWS && k > 0 && sa.1 == 1 && sb.0 == 1 {
-        return thin::thin(m, n, k, alpha, a, sa.0, b, sb.1, beta, c, rsc);
     }
     let c = C::of(c);
     let block = |i: usize, j: usize, m: usize, n: usize| {
@@ -71,6 +68,28 @@ pub fn gemm<F: Real>(
         let (i, j) = (t / columns * bm, t % columns * bn);
         block(i, j, bm.min(m - i), bn.min(n - j));
     });
+}
+
+/// As [`gemm`], which see; at most eight rows are multiplied without packing, in another order of summing: a row's last digits then tell whether there were more.
+pub fn gemm_few<F: Real>(
+    m: usize,
+    n: usize,
+    k: usize,
+    alpha: F,
+    a: &[F],
+    sa: (usize, usize),
+    b: &[F],
+    sb: (usize, usize),
+    beta: F,
+    c: &mut [F],
+    rsc: usize,
+) {
+    if m > thin::ROWS || m * n * k == 0 || sa.1 != 1 || sb.0 != 1 {
+        return gemm(m, n, k, alpha, a, sa, b, sb, beta, c, rsc);
+    }
+    assert!(rsc >= n && c.len() >= (m - 1) * rsc + n, "C is too short");
+    assert!(a.len() >= (m - 1) * sa.0 + k && b.len() >= (n - 1) * sb.1 + k, "A or B is too short");
+    thin::thin(m, n, k, alpha, a, sa.0, b, sb.1, beta, c, rsc);
 }
 
 #[derive(Clone, Copy)]
@@ -127,7 +146,7 @@ mod tests {
             let (a, b, old) = (draw(0, m * lda), draw(1, n * ldb), draw(2, m * rsc));
             for beta in [0.0, 0.5] {
                 let mut c = if beta == 0.0 { vec![f64::NAN; m * rsc] } else { old.clone() };
-                gemm(m, n, k, 2.0, &a, (lda, 1), &b, (1, ldb), beta, &mut c, rsc);
+                gemm_few(m, n, k, 2.0, &a, (lda, 1), &b, (1, ldb), beta, &mut c, rsc);
                 for i in 0..m {
                     for j in 0..n {
                         let x: f64 = (0..k).map(|k| a[i * lda + k] * b[j * ldb + k]).sum();
@@ -150,7 +169,7 @@ mod tests {
                 let mut c = vec![0f32; m * n];
                 let (sa, sb) = if t { ((1, m), (1, k)) } else { ((k, 1), (n, 1)) };
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| gemm(m, n, k, 1.0, &a, sa, &b, sb, 0.0, &mut c, n));
+                pool.install(|| gemm_few(m, n, k, 1.0, &a, sa, &b, sb, 0.0, &mut c, n));
                 c.into_iter().map(f32::to_bits).collect::<Vec<_>>()
             };
             for t in [false, true] {

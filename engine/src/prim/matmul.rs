@@ -120,7 +120,7 @@ fn product<F: Real>(x: &Inputs, of: [usize; 2], layouts: [Layout; 2], y: &mut Ou
     };
     for i in 0..batch {
         let c = &mut c[i * m * n..(i + 1) * m * n];
-        crate::cpu::gemm::gemm(
+        crate::cpu::gemm::gemm_few(
             m,
             n,
             k,

@@ -1,7 +1,7 @@
 //! Kernels: experts in parallel, each on its contiguous run of the sorted tokens.
 
 use super::{Moe, MoeBackward, sizes};
-use engine::cpu::gemm::gemm;
+use engine::cpu::gemm::{gemm, gemm_few};
 use engine::cpu::simd::{Real, dot};
 use engine::cpu::{Inputs, Outputs, Scratch, scratch};
 use engine::{Result, cpu_kernel, dispatch_real, vectorized};
@@ -139,6 +139,9 @@ fn gather<F: Real>(r: &Routing<F>, k: usize, h: usize, x: &[F], run: &std::ops::
     out
 }
 
+/// Tokens up to which, outside recording, experts multiply without packing.
+const FEW: usize = 64;
+
 fn forward<F: Real>(op: &Moe, x: &Inputs, y: &mut Outputs) -> Result<()> {
     let (_, h, e, i) = sizes(x.shape(0), x.shape(2));
     let (v, w1, w2) = (x.real::<F>(0)?, x.real::<F>(4)?, x.real::<F>(5)?);
@@ -150,6 +153,9 @@ fn forward<F: Real>(op: &Moe, x: &Inputs, y: &mut Outputs) -> Result<()> {
         return Ok(());
     }
     let mut rows = scratch(r.order.len() * h);
+    // where a few tokens are decoded, speed; else a token's bits are the same whatever others its experts have
+    let few = r.total.len() <= FEW && !engine::grad_enabled();
+    let product = if few { gemm_few::<F> } else { gemm::<F> };
     let gus = by_expert(&mut hidden, &r.runs, 2 * i);
     let ys = by_expert(&mut rows, &r.runs, h);
     gus.into_par_iter().zip(ys).enumerate().for_each(|(ex, (gu, ye))| {
@@ -158,10 +164,10 @@ fn forward<F: Real>(op: &Moe, x: &Inputs, y: &mut Outputs) -> Result<()> {
             return;
         }
         let xe = gather(&r, op.top_k, h, &v, &r.runs[ex]);
-        gemm(n, 2 * i, h, F::ONE, &xe, (h, 1), &w1[ex * 2 * i * h..][..2 * i * h], (1, h), F::ZERO, gu, 2 * i);
+        product(n, 2 * i, h, F::ONE, &xe, (h, 1), &w1[ex * 2 * i * h..][..2 * i * h], (1, h), F::ZERO, gu, 2 * i);
         let mut act = scratch(n * i);
         swiglu(gu, i, &mut act);
-        gemm(n, h, i, F::ONE, &act, (i, 1), &w2[ex * h * i..][..h * i], (1, i), F::ZERO, ye, h);
+        product(n, h, i, F::ONE, &act, (i, 1), &w2[ex * h * i..][..h * i], (1, i), F::ZERO, ye, h);
     });
     combine(&r, op.top_k, h, &rows, |s| r.weight[s], &mut out);
     Ok(())

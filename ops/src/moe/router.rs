@@ -4,7 +4,7 @@ use crate::cuda::blocks;
 use cuda::kernel::one_of;
 use cuda::memory::CudaBuffer;
 use cuda::{Cuda, FastDiv, Gemm, Kernel, Ptr, cuda_kernel, cuda_source, params};
-use engine::cpu::gemm::gemm;
+use engine::cpu::gemm::{gemm, gemm_few};
 use engine::cpu::{Inputs, Outputs};
 use engine::{DType, Error, Meta, Op, Result, Saved, Tensor, View, cpu_kernel, run, run1};
 use std::ops::RangeInclusive;
@@ -73,7 +73,7 @@ fn sizes(x: &[usize], weight: &[usize]) -> (usize, usize, usize) {
 
 cpu_kernel!(RouterLogits => |_, x, y| {
     let (n, h, e) = sizes(x.shape(0), x.shape(1));
-    gemm(n, e, h, 1.0, &x.real::<f32>(0)?, (h, 1), &x.real::<f32>(1)?, (1, h), 0.0, &mut y.real::<f32>(0)?, e);
+    gemm_few(n, e, h, 1.0, &x.real::<f32>(0)?, (h, 1), &x.real::<f32>(1)?, (1, h), 0.0, &mut y.real::<f32>(0)?, e);
     Ok(())
 });
 cpu_kernel!(RouterLogitsBackward => on_cpu);
