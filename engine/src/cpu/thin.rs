@@ -5,7 +5,8 @@ use super::simd::{Real, fold};
 use crate::vectorized;
 use rayon::prelude::*;
 
-/// Rows up to which this is faster than the packed product: at 256 to 1024 columns and rows of the matrix, eight take half its time, sixteen as long.
+/// Rows up to which this is taken. On two cores of a Zen 4, matrices of 256 x 256 to 1024 x 1024: one row takes 0.09 to 0.17 of the packed product's time,
+/// eight 0.39 to 0.68.
 pub(super) const ROWS: usize = 8;
 /// Elements of the matrix that one thread is done with before two are awake.
 const ALONE: usize = 1 << 16;

@@ -304,7 +304,7 @@ fn talk(w: &Writer, template: &Template, system: Option<&str>) -> Result<()> {
             return Ok(());
         }
         let Some(line) = lines.next() else { break };
-        let line = line.map_err(Error::Output)?;
+        let line = line.map_err(Error::io("reading", Path::new("stdin")))?;
         if line.trim().is_empty() {
             continue;
         }

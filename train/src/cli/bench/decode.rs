@@ -57,7 +57,7 @@ struct Measured {
 }
 
 fn measure(model: &Decoder, context: usize, args: &Args) -> Result<Measured> {
-    let (rows, layers) = (args.batch as usize, model.config().num_hidden_layers);
+    let rows = args.batch as usize;
     let greedy = Sampler { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
     let prompts: Vec<Vec<u32>> = (0..rows)
         .map(|i| engine::rng::uniform(1, i as u64, context).iter().map(|x| (x * model.config().vocab_size as f64) as u32).collect())
@@ -81,8 +81,7 @@ fn measure(model: &Decoder, context: usize, args: &Args) -> Result<Measured> {
         say(&format!("reading {context} tokens:\n{}", engine::profile::stop()));
     }
     let (mut last, caches): (Vec<u32>, Vec<Caches>) = read.into_iter().unzip();
-    let caches = if caches.is_empty() { Caches::new(layers) } else { Caches::join(caches)? };
-    let mut g = Generator::on(model, caches);
+    let mut g = Generator::on(model, Caches::join(caches)?);
     let mut run = |n: usize| -> Result<f64> {
         let start = Instant::now();
         for _ in 0..n {
