@@ -228,7 +228,7 @@ impl Decoder {
             taps.part("mlp");
             let (x, h) = tapped_norm(Some(y), h, before(&block.feed_forward_norm), c, taps, ["hook_resid_mid", "ln2.hook_out"])?;
             let y = match &block.feed_forward {
-                FeedForward::Dense(f) => f.forward(&x)?,
+                FeedForward::Dense(f) => f.forward(&x, taps, ["mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"])?,
                 FeedForward::Sparse(f) => {
                     let (y, logits) = f.forward(&x, c, taps)?;
                     routers.push(logits);

@@ -3,7 +3,7 @@
 use crate::cache::Cache;
 use crate::config::{GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, QkNorm};
 use crate::init::Builder;
-use crate::taps::{Taps, effective_attention};
+use crate::taps::{Taps, attention_scores, effective_attention, states};
 use engine::{DType, Result, Tensor};
 use ops::delta_rule::{DeltaRule, DeltaRuleInputs, delta_rule};
 use ops::gated_sdpa::{Activation, Attention as Sdpa, Gate, attention_pattern, gated_sdpa};
@@ -135,6 +135,7 @@ impl Attention {
         }
         let masked = Sdpa { causal: true, window: self.window, scale: None };
         let mut attend = |q: &Tensor, k: &Tensor, v: &Tensor, gate: Option<&Tensor>| {
+            taps.show("attn.hook_attn_scores", || attention_scores(q, k, ctx.cu_seqlens, masked))?;
             taps.show("attn.hook_pattern", || attention_pattern(q, k, ctx.cu_seqlens, masked))?;
             gated_sdpa(q, k, v, gate.map(|g| (g, how)), ctx.cu_seqlens, masked)
         };
@@ -213,6 +214,7 @@ impl GatedDeltaNet {
         let (beta, log_decay) = (taps.tap("attn.hook_beta", beta)?, taps.tap("attn.hook_log_decay", log_decay)?);
         let inputs = DeltaRuleInputs { log_decay: Some(&log_decay), beta: Some(&beta), initial_state: state.as_ref(), cu_seqlens: ctx.cu_seqlens };
         taps.show("attn.hook_effective_attention", || effective_attention(&q, &k, nv, inputs))?;
+        taps.show("attn.hook_states", || states(&q, &k, &v, inputs))?;
         let (o, last) = delta_rule(DeltaRule::gated_delta_net(), &q, &k, &v, inputs)?;
         let (o, last) = (taps.tap("attn.hook_recurrence_out", o)?, taps.tap("attn.hook_state", last)?);
         let z = taps.tap("attn.hook_gate_logits", z)?;
@@ -242,8 +244,18 @@ impl Dense {
             down: b.normal(&format!("{name}.down_proj.weight"), &[h, i])?,
         })
     }
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        project(&swiglu(&project(x, &self.gate_up)?)?, &self.down)
+    /// With the taps `pre`, `pre_linear` and `post`.
+    pub fn forward(&self, x: &Tensor, taps: &mut Taps, [pre, pre_linear, post]: [&str; 3]) -> Result<Tensor> {
+        let mut both = project(x, &self.gate_up)?;
+        let (axis, i) = (x.rank() - 1, self.down.dim(1));
+        let half = |both: &Tensor, n: usize| both.narrow(axis, n * i, i)?.contiguous();
+        let gate = taps.offer(pre, || half(&both, 0))?;
+        let up = taps.offer(pre_linear, || half(&both, 1))?;
+        if gate.is_some() || up.is_some() {
+            let (gate, up) = (gate.map_or_else(|| half(&both, 0), Ok)?, up.map_or_else(|| half(&both, 1), Ok)?);
+            both = Tensor::cat(&[&gate, &up], axis)?;
+        }
+        project(&taps.tap(post, swiglu(&both)?)?, &self.down)
     }
 }
 
@@ -280,7 +292,8 @@ impl Sparse {
         if let Some((dense, gate)) = &self.shared {
             let g = taps.tap("mlp.hook_shared_gate_logits", project(&flat, gate)?)?;
             taps.show("mlp.hook_shared_gate", || g.sigmoid())?;
-            y = add_shared(&y, &dense.forward(&flat)?, &g)?;
+            let shared = dense.forward(&flat, taps, ["mlp.hook_shared_pre", "mlp.hook_shared_pre_linear", "mlp.hook_shared_post"])?;
+            y = add_shared(&y, &shared, &g)?;
         }
         Ok((y.reshape(x.shape())?, logits))
     }

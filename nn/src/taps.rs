@@ -4,6 +4,7 @@ mod table;
 
 use engine::{DType, Error, Result, Tensor, no_grad};
 use ops::delta_rule::{DeltaRule, DeltaRuleInputs, delta_rule};
+use ops::gated_sdpa::{Attention, attention_pattern};
 pub use table::{Access, Part, TAPS, Tap};
 
 /// What looks at a model's tensors while it computes. `docs/taps.md` lists all names.
@@ -126,4 +127,62 @@ pub(crate) fn effective_attention(q: &Tensor, k: &Tensor, heads: usize, x: Delta
         return Tensor::zeros(&[b, heads, t, t], wide, q.device());
     }
     Tensor::cat(&columns.iter().collect::<Vec<_>>(), 3)?.permute(&[0, 2, 1, 3])
+}
+
+/// Scores `scale·q kᵀ [B, H, T, P]` in f32 (f64 for f64), −∞ where a query doesn't see a key.
+pub(crate) fn attention_scores(q: &Tensor, k: &Tensor, cu_seqlens: Option<&Tensor>, attention: Attention) -> Result<Tensor> {
+    let wide = if q.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let (q, k) = (q.cast(wide)?, k.cast(wide)?);
+    let (b, p, h, hkv, d) = (k.dim(0), k.dim(1), q.dim(2), k.dim(2), k.dim(3));
+    let heads = k.reshape(&[b, p, hkv, 1, d])?.expand(&[b, p, hkv, h / hkv, d])?.reshape(&[b, p, h, d])?.permute(&[0, 2, 3, 1])?;
+    let scores = q.permute(&[0, 2, 1, 3])?.matmul(&heads)?.affine(attention.scale(d), 0.0)?;
+    // queries of zeros see all keys that they may see alike
+    let seen = attention_pattern(&q.affine(0.0, 0.0)?, &k, cu_seqlens, attention)?;
+    let at = |x: f64| Tensor::full(x, &[], wide, q.device());
+    seen.gt(&at(0.0)?)?.select(&scores, &at(f64::NEG_INFINITY)?)
+}
+
+/// Tokens between two states of [`states`]: the chunk of the delta rule.
+const CHUNK: usize = 64;
+
+/// The states `[B, C, Hv, Dk, Dv]` after every [`CHUNK`] tokens of a row, in f32 (f64 for f64). In a row of packed documents, that of the document which the
+/// last of these tokens is in.
+pub(crate) fn states(q: &Tensor, k: &Tensor, v: &Tensor, x: DeltaRuleInputs) -> Result<Tensor> {
+    let (b, t) = (k.dim(0), k.dim(1));
+    let bounds = x.cu_seqlens.map(|cu| cu.cast(DType::I64)?.to_vec::<i64>()).transpose()?;
+    let (mut state, mut all) = (x.initial_state.cloned(), vec![]);
+    for first in (0..t).step_by(CHUNK) {
+        let n = CHUNK.min(t - first);
+        let cut = |x: &Tensor| x.narrow(1, first, n);
+        let (decay, beta) = (x.log_decay.map(cut).transpose()?, x.beta.map(cut).transpose()?);
+        // the documents in this chunk: the first goes on from before, if it began there
+        let inside = bounds.as_ref().map(|all| {
+            let (from, to) = (first as i64, (first + n) as i64);
+            let begins: Vec<i64> = all.iter().filter(|c| (from + 1..to).contains(*c)).map(|c| c - from).collect();
+            let goes_on = !all.contains(&from);
+            (std::iter::once(0).chain(begins).chain([n as i64]).collect::<Vec<i64>>(), goes_on)
+        });
+        let (cu, goes_on) = match inside {
+            Some((cu, goes_on)) => (Some(cu), goes_on),
+            None => (None, true),
+        };
+        let documents = cu.as_ref().map_or(b, |c| c.len() - 1);
+        let initial = match state.take().filter(|_| goes_on) {
+            Some(s) if documents > s.dim(0) => {
+                let none = Tensor::zeros(&[documents - 1, s.dim(1), s.dim(2), s.dim(3)], s.dtype(), s.device())?;
+                Some(Tensor::cat(&[&s, &none], 0)?)
+            }
+            s => s,
+        };
+        let cu = cu.map(|c| Tensor::from_vec(c.clone(), &[c.len()])?.to_device(q.device())).transpose()?;
+        let inputs = DeltaRuleInputs { log_decay: decay.as_ref(), beta: beta.as_ref(), initial_state: initial.as_ref(), cu_seqlens: cu.as_ref() };
+        let (_, last) = delta_rule(DeltaRule::gated_delta_net(), &cut(q)?, &cut(k)?, &cut(v)?, inputs)?;
+        let last = if documents > b { last.narrow(0, documents - b, b)? } else { last };
+        all.push(last.unsqueeze(1)?);
+        state = Some(last);
+    }
+    match &all[..] {
+        [] => Tensor::zeros(&[b, 0, v.dim(2), k.dim(3), v.dim(3)], DType::F32, q.device()),
+        all => Tensor::cat(&all.iter().collect::<Vec<_>>(), 1),
+    }
 }

@@ -103,6 +103,9 @@ fn shape(tap: &Tap, c: &ModelConfig) -> Vec<usize> {
         "E" => c.num_experts,
         "K" => c.num_experts_per_tok,
         "V" => c.vocab_size,
+        "I" => c.intermediate_size,
+        "Is" => c.shared_expert_intermediate_size,
+        "C" => T.div_ceil(64),
         one => one.parse().unwrap_or_else(|_| panic!("{}: {one}", tap.name)),
     };
     says.trim_matches(['[', ']']).split(", ").map(number).collect()
@@ -143,6 +146,7 @@ fn the_table_is_that_of_the_documentation() {
         Part::Block => ("…", ""),
         Part::Softmax => ("…", "attention"),
         Part::Linear => ("…", "delta rule"),
+        Part::Dense => ("…", "dense"),
         Part::Experts => ("…", "experts"),
     };
     let row = |t: &Tap| {
@@ -155,7 +159,7 @@ fn the_table_is_that_of_the_documentation() {
     };
     let rows: Vec<String> = TAPS.iter().map(row).collect();
     let found: Vec<&str> = text.lines().filter(|l| l.starts_with("| `")).collect();
-    assert_eq!(found, rows, "the rows should be:\n{}", rows.join("\n"));
+    assert!(found == rows, "the rows should be:\n{}", rows.join("\n"));
 }
 
 #[test]
@@ -259,7 +263,43 @@ fn patterns_on_request_are_what_the_kernels_compute() {
             let o = at("hook_pattern").matmul(&v.permute(&[0, 2, 1, 3]).unwrap()).unwrap().permute(&[0, 2, 1, 3]).unwrap();
             let z = o.mul(&at("hook_gate").reshape(&[b, t, 4, 1]).unwrap()).unwrap();
             close(&z, at("hook_z"), 1e-9);
+            close(&at("hook_attn_scores").softmax(3).unwrap(), at("hook_pattern"), 1e-12);
         }
+    }
+}
+
+#[test]
+fn states_on_request_are_those_of_the_prefixes() {
+    let m = Decoder::new(&tiny(), 3, DType::F64).unwrap();
+    let state = |x: &Tensor, cu: Option<&Tensor>, name: &str| {
+        let mut seen = None;
+        let name = format!("blocks.0.attn.{name}");
+        let mut see = Of(
+            |n: &str| n == name,
+            |_: &str, t: &Tensor| {
+                seen = Some(t.detach());
+                Ok(None)
+            },
+        );
+        no_grad(|| m.forward(x, cu, None, Some(&mut see))).unwrap();
+        seen.unwrap()
+    };
+    let chunk = |x: &Tensor, i: usize| x.narrow(1, i, 1).unwrap().reshape(&[x.dim(0), 2, 5, 3]).unwrap();
+    let long = |b: usize, t: usize| Tensor::from_vec((0..(b * t) as u32).map(|i| (i * i * 3 + i / 7) % 11).collect::<Vec<u32>>(), &[b, t]).unwrap();
+    let x = long(2, 150);
+    let states = state(&x, None, "hook_states");
+    assert_eq!(states.shape(), [2, 3, 2, 5, 3]);
+    for (i, n) in [64, 128, 150].into_iter().enumerate() {
+        let alone = state(&x.narrow(1, 0, n).unwrap(), None, "hook_state");
+        close(&chunk(&states, i), &alone, 1e-9);
+    }
+    // packed: documents that end inside a chunk, at its end, and one over several chunks
+    let (x, cu) = (long(1, 300), [0i64, 10, 64, 70, 260, 300]);
+    let packed = state(&x, Some(&Tensor::from_vec(cu, &[6]).unwrap()), "hook_states");
+    assert_eq!(packed.shape(), [1, 5, 2, 5, 3]);
+    for (i, (begin, end)) in [(10, 64), (70, 128), (70, 192), (70, 256), (260, 300)].into_iter().enumerate() {
+        let alone = state(&x.narrow(1, begin, end - begin).unwrap(), None, "hook_state");
+        close(&chunk(&packed, i), &alone, 1e-9);
     }
 }
 

@@ -24,6 +24,8 @@ pub enum Part {
     Softmax,
     /// In the attention of blocks with the gated delta rule.
     Linear,
+    /// In dense feed-forwards.
+    Dense,
     /// In mixtures of experts.
     Experts,
 }
@@ -37,7 +39,8 @@ pub struct Tap {
     pub part: Part,
     /// Its shape: B rows, T tokens, M hidden size, H query heads, Hkv key/value heads, D their width, Hk key heads and Hv value heads of the delta rule, Dk and
     /// Dv their widths, R = Hv/Hk, E experts, K of them for a token, N = B·T tokens, S sequences (B, or the packed documents), P keys (T, and those in the
-    /// cache), V vocabulary.
+    /// cache), V vocabulary, I the inner width of a dense feed-forward, Is that of
+    /// the shared expert, C chunks of 64 tokens, the last perhaps shorter.
     pub shape: &'static str,
     /// `compute`: what the model computes in. `f32`: f32, or f64 in a model of f64. Else itself.
     pub dtype: &'static str,
@@ -62,7 +65,7 @@ const fn tap(
 }
 
 use Access::{OnRequest, Replaceable, Shown};
-use Part::{Block, Experts, Linear, Model, Softmax};
+use Part::{Block, Dense, Experts, Linear, Model, Softmax};
 
 /// All of them, in the order in which a model computes them.
 pub const TAPS: &[Tap] = &[
@@ -84,6 +87,15 @@ pub const TAPS: &[Tap] = &[
         "the gate before its activation, element-wise or head-wise",
     ),
     tap(Softmax, "attn.hook_gate", "as its logits", "compute", "sigmoid or other", Shown("hook_gate_logits"), "the gate after its activation"),
+    tap(
+        Softmax,
+        "attn.hook_attn_scores",
+        "[B, H, T, P]",
+        "f32",
+        "matmul",
+        OnRequest("hook_z, hook_rot_q or hook_rot_k"),
+        "scores before the softmax, scaled; −∞ where the mask is",
+    ),
     tap(
         Softmax,
         "attn.hook_pattern",
@@ -110,6 +122,15 @@ pub const TAPS: &[Tap] = &[
         "delta_rule",
         OnRequest("hook_recurrence_out, hook_q, hook_k, hook_beta or hook_log_decay"),
         "the matrix A of o = A v (what an initial state adds aside)",
+    ),
+    tap(
+        Linear,
+        "attn.hook_states",
+        "[B, C, Hv, Dk, Dv]",
+        "f32",
+        "delta_rule",
+        OnRequest("hook_state, hook_k, hook_v, hook_beta or hook_log_decay"),
+        "the state after each 64 tokens of a row, of the document that the last of them is in",
     ),
     tap(Linear, "attn.hook_recurrence_out", "[B, T, Hv, Dv]", "compute", "delta_rule", Replaceable, "what is read from the state, o"),
     tap(
@@ -152,11 +173,25 @@ pub const TAPS: &[Tap] = &[
     tap(Block, "hook_attn_out", "[B, T, M]", "compute", "linear", Replaceable, "what the attention adds to the residual stream"),
     tap(Block, "hook_resid_mid", "[B, T, M]", "compute", "add", Replaceable, "residual stream between attention and feed-forward"),
     tap(Block, "ln2.hook_out", "[B, T, M]", "compute", "rms_norm", Replaceable, "the norm of the residual stream that the feed-forward reads"),
+    tap(Dense, "mlp.hook_pre", "[B, T, I]", "compute", "linear", Replaceable, "the gate's half of SwiGLU, before its SiLU"),
+    tap(Dense, "mlp.hook_pre_linear", "[B, T, I]", "compute", "linear", Replaceable, "the other half, which it multiplies"),
+    tap(Dense, "mlp.hook_post", "[B, T, I]", "compute", "swiglu", Replaceable, "SwiGLU's output, which the last projection reads"),
     tap(Experts, "mlp.hook_router_logits", "[N, E]", "f32", "linear", Replaceable, "the router's logits; its losses are of them, too"),
     tap(Experts, "mlp.hook_router_probs", "[N, E]", "f32", "softmax", Shown("hook_router_logits"), "the router's probabilities of all experts"),
     tap(Experts, "mlp.hook_router_index", "[N, K]", "i64", "topk", Shown("hook_router_logits"), "the experts of each token, likeliest first"),
     tap(Experts, "mlp.hook_shared_gate_logits", "[N, 1]", "compute", "linear", Replaceable, "the gate on the shared expert before its sigmoid"),
     tap(Experts, "mlp.hook_shared_gate", "[N, 1]", "compute", "sigmoid", Shown("hook_shared_gate_logits"), "the gate on the shared expert"),
+    tap(
+        Experts,
+        "mlp.hook_shared_pre",
+        "[N, Is]",
+        "compute",
+        "linear",
+        Replaceable,
+        "of the shared expert: the gate's half of SwiGLU, before its SiLU",
+    ),
+    tap(Experts, "mlp.hook_shared_pre_linear", "[N, Is]", "compute", "linear", Replaceable, "of the shared expert: the other half"),
+    tap(Experts, "mlp.hook_shared_post", "[N, Is]", "compute", "swiglu", Replaceable, "of the shared expert: SwiGLU's output"),
     tap(
         Block,
         "mlp.hook_out",
@@ -198,6 +233,7 @@ impl Tap {
             },
             Linear => linear,
             Softmax => !linear && (!self.name.starts_with("attn.hook_gate") || c.attention_gate.granularity != GateGranularity::None),
+            Dense => !c.is_sparse(layer),
             Experts => c.is_sparse(layer) && (!self.name.starts_with("mlp.hook_shared") || c.shared_expert_intermediate_size > 0),
         }
     }

@@ -74,7 +74,8 @@ impl Default for Attention {
 }
 
 impl Attention {
-    fn scale(&self, d: usize) -> f64 {
+    /// The factor of `q·k` for a head of `d` dimensions: what is set, else 1/√d.
+    pub fn scale(&self, d: usize) -> f64 {
         self.scale.unwrap_or(1.0 / (d.max(1) as f64).sqrt())
     }
 }
