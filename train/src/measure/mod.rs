@@ -1,13 +1,32 @@
 //! Measures of a checkpoint: where attention looks, what gates let through, how large activations become, what a state holds. `docs/measures.md` lists
 //! them with their definitions and sources.
 
+mod activations;
+mod attention;
+mod delta;
+mod gates;
+mod hybrid;
+mod losses;
 mod more_types;
+mod names;
 mod numbers;
+mod pass;
+mod ranks;
+mod router;
 mod scalars;
+mod sdpa;
+mod spikes;
+mod svd;
+mod table;
 mod types;
+mod watch;
 
+pub use names::{NAMES, check_names};
+pub use pass::measure;
+pub use spikes::{Found, Spikes, Trial, losses, max_stable_lr, series, spikes};
 pub use types::*;
 
+use crate::text::Codec;
 use crate::{Error, Result};
 use std::path::Path;
 
@@ -15,6 +34,28 @@ use std::path::Path;
 pub const FILE: &str = "measures.json";
 /// The version of the format.
 pub const FORMAT: u32 = 1;
+
+/// How to measure.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The most tokens that each pass over the text reads (but one window is read in any case).
+    pub tokens: usize,
+    /// Tokens in a window: the training length.
+    pub seq_len: usize,
+    /// Names of [`NAMES`]; none for all that the model has something of.
+    pub only: Vec<String>,
+    /// The text that gates are traced along; none for the first 200 tokens of what is measured on.
+    pub trace_text: Option<String>,
+    /// How tokens are text, where the corpus doesn't know.
+    pub codec: Option<Codec>,
+}
+
+impl Options {
+    /// All measures over 32768 tokens, in windows of `seq_len`.
+    pub fn new(seq_len: usize) -> Options {
+        Options { tokens: 1 << 15, seq_len, only: vec![], trace_text: None, codec: None }
+    }
+}
 
 impl Measures {
     /// Reads a `measures.json`.

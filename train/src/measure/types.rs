@@ -134,7 +134,7 @@ pub struct Activations {
     /// Mean over layers of each layer's largest magnitude (M-Act of 2505.06708).
     #[serde(deserialize_with = "one")]
     pub mean_max: f64,
-    /// The largest ratio of a layer's largest to its median magnitude.
+    /// The largest `ratio` of any layer.
     #[serde(deserialize_with = "one")]
     pub max_ratio: f64,
     /// Layers with massive activations in the sense of 2402.17762.
@@ -154,10 +154,10 @@ pub struct ActivationLayer {
     /// The largest magnitude.
     #[serde(deserialize_with = "one")]
     pub max: f64,
-    /// The median magnitude.
+    /// The median magnitude of a window, mean over windows.
     #[serde(deserialize_with = "one")]
     pub median: f64,
-    /// `max / median`.
+    /// A window's largest by its median magnitude, the largest over windows.
     #[serde(deserialize_with = "one")]
     pub ratio: f64,
     /// Whether some magnitude is above 100 and at least 1000 times its window's median (2402.17762).
