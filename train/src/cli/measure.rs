@@ -73,6 +73,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let data = args.data.clone().or_else(|| config.as_ref().map(|c| c.data.path.clone())).unwrap_or_default();
     let corpus = Corpus::open(&data, eot)?;
     same_tokens(&run_of(&path), &corpus)?;
+    let codec = codec_of(&path, model.config().vocab_size);
+    // text is read byte by byte, which is nonsense to a model of other tokens; shards may well be of the right ones, of whatever text
+    let codec = if corpus.is_bytes() { Some(codec?) } else { corpus.codec().cloned().or(codec.ok()) };
     let trained_on = checkpoint::read_state(&path).ok();
     if args.data.is_none() && trained_on.is_some_and(|s| s.corpus.is_some_and(|then| then != corpus.fingerprint())) {
         say(&format!("{} has changed since this run was trained on it: its last part may not be the one that was held out", data.display()));
@@ -89,8 +92,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         seq_len: args.seq_len.or_else(|| config.as_ref().map(|c| c.data.seq_len)).unwrap_or(SEQ_LEN),
         only: args.only.clone(),
         trace_text: args.trace_text.clone(),
-        // a corpus that knows its own has this one's, as was checked; and where nobody knows, tokens stay numbers
-        codec: corpus.codec().cloned().or_else(|| codec_of(&path, model.config().vocab_size).ok()),
+        codec,
     };
     let mut m = measure(model, &corpus, range, &options).map_err(|e| hint(e, &options, args))?;
     m.checkpoint = path.display().to_string();

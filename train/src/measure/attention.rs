@@ -174,3 +174,7 @@ impl Reader for Heads<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "attention_tests.rs"]
+mod tests;

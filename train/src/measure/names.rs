@@ -55,9 +55,10 @@ fn lacks(c: &ModelConfig, name: &str) -> Option<&'static str> {
     }
 }
 
-/// Whether softmax attention has a gate.
+/// Whether softmax attention has a gate, at whichever of the positions that configurations know.
 fn gated(c: &ModelConfig) -> bool {
-    c.attention_gate.granularity != nn::GateGranularity::None
+    let all = serde_json::to_value(c).unwrap_or_default();
+    all.as_object().is_some_and(|all| all.values().filter_map(|v| v.get("granularity")).any(|g| g != "none"))
 }
 
 #[cfg(test)]
