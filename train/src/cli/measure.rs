@@ -40,7 +40,7 @@ pub(super) struct Args {
     /// The text to follow gates along, token by token [default: the first 200 tokens of what is measured on]
     #[arg(long, value_name = "TEXT")]
     trace_text: Option<String>,
-    /// Where to write [default: measures.json in the run folder, or here for another model]
+    /// Where to write [default: measures.json in a run folder that was named, else here]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     #[command(flatten)]
@@ -59,7 +59,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let info = checkpoint::read_info(&run);
     let to = match &args.out {
         Some(to) => place_for(to)?,
-        None if info.is_ok() => run.join(FILE),
+        // a run folder's are of its newest checkpoint
+        None if info.is_ok() && run == args.model => run.join(FILE),
         None => FILE.into(),
     };
     let (path, opened) = open(&args.model, &args.place)?;

@@ -6,7 +6,7 @@ use engine::{DType, Result, Tensor};
 use nn::{LayerType, ModelConfig};
 use std::collections::BTreeMap;
 
-/// ε of a sink (2410.10781 §3).
+/// ε of a sink (2410.10781).
 pub(super) const EPSILON: f64 = 0.3;
 /// Tokens of a sample of the sink rate (2410.10781's code).
 pub(super) const SINK_TOKENS: usize = 64;

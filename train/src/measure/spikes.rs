@@ -16,7 +16,7 @@ const ABOVE: f64 = 0.1;
 /// The spikes of a series of losses.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Spikes {
-    /// OLMo 2's (2501.00656 §3): at least seven standard deviations away from the mean of the 1000 values before (of those there are, at least 100).
+    /// OLMo 2's (2501.00656): at least seven standard deviations away from the mean of the 1000 values before (of those there are, at least 100).
     pub deviation: Found,
     /// Qwen3.8's: above the median of the 201 values that end with it (of those there are, at least 11) by more than 0.1.
     pub median: Found,
