@@ -11,6 +11,7 @@ pub mod error;
 pub mod feed;
 pub mod groups;
 pub mod learner;
+pub mod measure;
 pub mod metrics;
 pub mod observe;
 pub mod optim;

@@ -1,4 +1,4 @@
-//! The command line: `tidegate train | generate | eval | convert | trace | tokenize | bench | doctor`.
+//! The command line: `tidegate train | generate | eval | measure | convert | trace | tokenize | bench | doctor`.
 //!
 //! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed at run time, 2 wrong usage.
 
@@ -7,6 +7,7 @@ mod convert;
 mod device;
 mod doctor;
 mod generate;
+mod measure;
 mod meter;
 mod tokenize;
 mod trace;
@@ -52,6 +53,8 @@ enum Command {
     Generate(generate::Args),
     /// Score held-out text in bits per byte
     Eval(Eval),
+    /// Measure a model's attention sinks, gates, activations, states and routers
+    Measure(measure::Args),
     /// Write a model as a folder for transformers: in f32, bf16 or f16, in one file or several
     Convert(convert::Args),
     /// Write what a model computes on the way to a file: hidden states, gates, gradients
@@ -93,6 +96,7 @@ pub fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval(&args),
+        Command::Measure(args) => measure::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Trace(args) => trace::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
