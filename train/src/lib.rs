@@ -19,6 +19,7 @@ pub mod presets;
 pub mod progress;
 pub mod rng;
 pub mod schedule;
+pub mod study;
 pub mod text;
 pub mod trained;
 pub mod trainer;

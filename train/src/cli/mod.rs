@@ -9,6 +9,7 @@ mod doctor;
 mod generate;
 mod measure;
 mod meter;
+mod study;
 mod tokenize;
 mod trace;
 mod train;
@@ -59,6 +60,8 @@ enum Command {
     Convert(convert::Args),
     /// Write what a model computes on the way to a file: hidden states, gates, gradients
     Trace(trace::Args),
+    /// Train variants of a configuration with several seeds, measure and compare them
+    Study(study::Args),
     /// Train tokenizers, and turn text into tokens
     Tokenize(tokenize::Args),
     /// Time operations and training steps
@@ -99,6 +102,7 @@ pub fn main() -> ExitCode {
         Command::Measure(args) => measure::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Trace(args) => trace::run(&args),
+        Command::Study(args) => study::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),

@@ -21,7 +21,7 @@ mod table;
 mod types;
 mod watch;
 
-pub use names::{NAMES, check_names};
+pub use names::{NAMES, check_names, had_by};
 pub use pass::measure;
 pub use spikes::{Found, Spikes, Trial, losses, max_stable_lr, series, spikes};
 pub use types::*;

@@ -27,6 +27,11 @@ pub(super) fn chosen(config: &ModelConfig, only: &[String]) -> Result<Vec<&'stat
     Ok(out)
 }
 
+/// Those of `names` that a model of this configuration has something of: variants of a study differ in that.
+pub fn had_by(config: &ModelConfig, names: &[String]) -> Vec<String> {
+    names.iter().filter(|name| lacks(config, name).is_none()).cloned().collect()
+}
+
 /// The measures of these names; an error offers the nearest of what is unknown.
 pub fn check_names(names: &[String]) -> Result<Vec<&'static str>> {
     let known = |name: &String| {

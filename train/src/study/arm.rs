@@ -1,0 +1,165 @@
+//! One arm: what its run folder says of it, and training what is left of it.
+
+use super::plan::{Arm, Plan};
+use crate::checkpoint::{self, RunDir};
+use crate::data::Corpus;
+use crate::learner::{Hybrid, Trained};
+use crate::measure::{self, Measures, Options};
+use crate::progress::say;
+use crate::text::{Codec, tokenizer};
+use crate::{Error, Result, trainer};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// How far an arm is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Not begun.
+    Pending,
+    /// Begun, and not at its end.
+    Running,
+    /// Trained and measured.
+    Done,
+    /// Its numbers stopped being finite.
+    Diverged,
+}
+
+/// What came of an arm.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// How far it is.
+    pub state: State,
+    /// Steps done.
+    pub step: u64,
+    /// Scalars by name; of one that is not done, those that there are.
+    pub values: BTreeMap<String, f64>,
+}
+
+/// The part of a run at its end whose training losses are averaged for `train_loss`.
+const LAST: f64 = 0.1;
+
+/// What a run folder says of its arm.
+pub(super) fn outcome(run: &Path) -> Result<Outcome> {
+    let metrics = run.join("metrics.jsonl");
+    let mut out = Outcome { state: State::Pending, step: 0, values: BTreeMap::new() };
+    if !metrics.is_file() {
+        return Ok(out);
+    }
+    let losses = measure::losses(&metrics)?;
+    out.state = State::Running;
+    out.step = losses.last().map_or(0, |l| l.0);
+    let last = last_line(&metrics)?;
+    if let Some(l) = last.as_ref().filter(|l| l["stopped"].is_string()) {
+        out.state = State::Diverged;
+        out.step = l["step"].as_u64().unwrap_or(out.step);
+    }
+    let mut put = |name: &str, x: Option<f64>| {
+        if let Some(x) = x.filter(|x| x.is_finite()) {
+            out.values.insert(name.into(), x);
+        }
+    };
+    let finite: Vec<f64> = losses.iter().map(|l| l.1).filter(|l| l.is_finite()).collect();
+    let tail = &finite[finite.len() - ((finite.len() as f64 * LAST).ceil() as usize).min(finite.len())..];
+    put("train_loss", (!tail.is_empty()).then(|| tail.iter().sum::<f64>() / tail.len() as f64));
+    put("rise", rise(&finite));
+    let spikes = measure::spikes(&losses);
+    put("spikes", Some(spikes.median.steps.len() as f64));
+    put("spikes_7_sigma", Some(spikes.deviation.steps.len() as f64));
+    put("seconds", measure::series(&metrics, "seconds")?.last().map(|s| s.1));
+    let mut rates: Vec<f64> = measure::series(&metrics, "tokens_per_s")?.into_iter().map(|s| s.1).filter(|r| r.is_finite()).collect();
+    rates.sort_by(f64::total_cmp);
+    put("tokens_per_s", rates.get(rates.len() / 2).copied());
+    if let Some(l) = last.as_ref().filter(|l| l["final"] == true) {
+        put("held_out_bits", l["held_out_bits"].as_f64());
+        put("held_out_bits_per_byte", l["held_out_bits_per_byte"].as_f64());
+        put("held_out_loss", l["held_out_bits"].as_f64().map(|b| b * std::f64::consts::LN_2));
+        // a file of measures that was cut off is written again
+        if let Ok(m) = Measures::read(&run.join(measure::FILE))
+            && m.step == Some(out.step)
+        {
+            out.state = State::Done;
+            // the loss over the held-out tokens that measures read is not that over all of them
+            out.values.extend(m.scalars().into_iter().filter(|(k, _)| k != "loss").map(|(k, x)| if k == "bits_per_byte" { ("measured_bits_per_byte".into(), x) } else { (k, x) }));
+        }
+    }
+    Ok(out)
+}
+
+/// How far the mean loss of the last tenth of a run lies above the lowest of the tenths before it.
+fn rise(losses: &[f64]) -> Option<f64> {
+    let n = losses.len() / 10;
+    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+    let (before, last) = losses.split_at_checked(losses.len() - n).filter(|_| n > 0)?;
+    let lowest = before.chunks_exact(n).map(mean).fold(f64::INFINITY, f64::min);
+    Some(mean(last) - lowest)
+}
+
+/// The last whole line of a `metrics.jsonl`.
+fn last_line(path: &Path) -> Result<Option<Value>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("reading", path))?;
+    Ok(text.split_inclusive('\n').filter(|l| l.ends_with('\n')).filter_map(|l| serde_json::from_str(l).ok()).last())
+}
+
+/// Trains and measures what is left of an arm. Numbers that stop being finite are an outcome, not an error.
+pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, place: &nn::Placement) -> Result<Outcome> {
+    let folder = study.join(&arm.folder);
+    let before = outcome(&folder)?;
+    if matches!(before.state, State::Done | State::Diverged) {
+        return Ok(before);
+    }
+    let config = &arm.resolved.config;
+    if folder.join("run.json").is_file() {
+        let was = checkpoint::read_info(&folder)?;
+        // what computes is chosen when an arm begins
+        let changes = arm.resolved.changes(&was.config)?;
+        if let Some(c) = changes.iter().find(|c| !matches!(c.key.as_str(), "train.dtype" | "train.log_every" | "data.eot")) {
+            let f = folder.display();
+            return Err(Error::Usage(format!(
+                "{f} was begun with another configuration: {c}; give the variant another name, or the study another folder by --out, or remove {f}"
+            )));
+        }
+    }
+    let mut model = Hybrid::create(&config.model, config.seed, place)?;
+    let run = RunDir::open(&folder, true)?;
+    let found: Vec<_> = checkpoint::checkpoints(&folder)?.into_iter().rev().map(|c| c.1).collect();
+    let skip = |path: &Path, e: &Error| say(&format!("skipped {}: {e}", path.display()));
+    let from = if found.is_empty() { None } else { Some(checkpoint::first_whole(&found, skip, |c| trainer::load(&mut model, c))?.1) };
+    if from.as_ref().and_then(|s| s.corpus).is_some_and(|then| then != corpus.fingerprint()) {
+        return Err(Error::data(corpus.path(), format!("is not the text that {} was begun with; put that back, or give the study another folder", folder.display())));
+    }
+    if let Some(Codec::Tokenizer(t)) = corpus.codec() {
+        checkpoint::write(&folder.join(tokenizer::FILE), t.json())?;
+    }
+    let command: Vec<String> = std::env::args().collect();
+    run.write_config(&arm.resolved, &command, &model.net().config_json()?)?;
+    match trainer::train(&mut model, corpus, config, &run, from) {
+        Err(Error::NonFinite(m)) => {
+            say(&format!("{} diverged: {m}", plan.variant(arm).name));
+            return outcome(&folder);
+        }
+        done => done?,
+    };
+    let done = outcome(&folder)?;
+    take_measures(plan, arm, &folder, corpus, &model, done.step)?;
+    outcome(&folder)
+}
+
+fn take_measures(plan: &Plan, arm: &Arm, folder: &Path, corpus: &Corpus, model: &Trained<Hybrid>, step: u64) -> Result<()> {
+    let config = &arm.resolved.config;
+    let held_out = corpus.split(config.data.held_out).1;
+    let range = if held_out.is_empty() { 0..corpus.len() } else { held_out };
+    let options = Options {
+        tokens: plan.file.measure.tokens,
+        only: measure::had_by(&config.model, &plan.file.measure.only),
+        codec: corpus.codec().cloned(),
+        ..Options::new(config.data.seq_len)
+    };
+    let mut m = measure::measure(model.net().model(), corpus, range, &options)?;
+    let newest = checkpoint::checkpoints(folder)?.pop();
+    m.checkpoint = newest.map_or(folder.to_path_buf(), |c| c.1).display().to_string();
+    m.step = Some(step);
+    m.write(&folder.join(measure::FILE))
+}

@@ -1,0 +1,101 @@
+//! Running a study: arm after arm, with its results written anew after each.
+
+use super::arm::{self, Outcome};
+use super::plan::{Arm, Plan};
+use super::results::{FILE, Results};
+use crate::data::Corpus;
+use crate::progress::say;
+use crate::{Error, Result, checkpoint, trainer};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+/// The study's file in its folder, as it was last run.
+const STUDY: &str = "study.toml";
+
+/// A study's folder, locked against a second writer.
+struct Folder {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Folder {
+    fn open(path: &Path, plan: &Plan) -> Result<Folder> {
+        let results = path.join(FILE);
+        if results.is_file() {
+            let was = Results::read(&results)?;
+            if was.name != plan.name {
+                let p = path.display();
+                return Err(Error::Usage(format!("{p} holds the study `{}`, not `{}`; choose another folder by --out", was.name, plan.name)));
+            }
+        } else if path.join("run.json").exists() {
+            return Err(Error::Usage(format!("{} is a run's folder; choose another for the study by --out", path.display())));
+        }
+        fs::create_dir_all(path).map_err(Error::io("creating", path))?;
+        let at = path.join("lock");
+        let lock = File::options().create(true).append(true).open(&at).map_err(Error::io("locking", &at))?;
+        if let Err(fs::TryLockError::WouldBlock) = lock.try_lock() {
+            return Err(Error::Usage(format!("{}: another process is running this study; wait for it, or stop it", path.display())));
+        }
+        let text = toml::to_string(&plan.file).map_err(|e| Error::Usage(format!("study {}: {e}", plan.name)))?;
+        checkpoint::write(&path.join(STUDY), text.as_bytes())?;
+        Ok(Folder { path: path.to_path_buf(), _lock: lock })
+    }
+}
+
+/// The texts that arms read, each opened once.
+#[derive(Default)]
+struct Texts(BTreeMap<PathBuf, Corpus>);
+
+impl Texts {
+    fn of(&mut self, arm: &Arm) -> Result<&Corpus> {
+        let data = &arm.resolved.config.data;
+        if !self.0.contains_key(&data.path) {
+            self.0.insert(data.path.clone(), Corpus::open(&data.path, data.eot)?);
+        }
+        Ok(&self.0[&data.path])
+    }
+}
+
+/// Trains and measures what `plan` names and `path` does not hold yet; the results, which are written to `path` after each arm, of all that there is.
+/// `whole` is the plan before arms were chosen of it.
+pub fn run(plan: &Plan, whole: &Plan, path: &Path, place: impl Fn(&Arm) -> Result<nn::Placement>) -> Result<Results> {
+    let folder = Folder::open(path, plan)?;
+    let mut texts = Texts::default();
+    // what is wrong with the text is wrong before the first arm
+    for arm in &plan.arms {
+        let corpus = texts.of(arm)?;
+        let c = &arm.resolved.config;
+        if c.model.vocab_size < corpus.vocab_size() {
+            let (need, found) = (corpus.vocab_size(), c.model.vocab_size);
+            return Err(Error::Usage(format!(
+                "variant `{}`: model.vocab_size: {} needs {need}, found {found}; add --set model.vocab_size={need}",
+                plan.variant(arm).name,
+                c.data.path.display()
+            )));
+        }
+        trainer::sampler(corpus, c)?;
+    }
+    for (i, arm) in plan.arms.iter().enumerate() {
+        let (v, before) = (plan.variant(arm), arm::outcome(&folder.path.join(&arm.folder))?);
+        let head = format!("arm {} of {}: {}, seed {}", i + 1, plan.arms.len(), v.name, arm.seed);
+        match before.state {
+            arm::State::Done => say(&format!("{head}: done before")),
+            arm::State::Diverged => say(&format!("{head}: diverged before")),
+            arm::State::Pending => say(&head),
+            arm::State::Running => say(&format!("{head}: going on after step {}", before.step)),
+        }
+        arm::finish(plan, arm, &folder.path, texts.of(arm)?, &place(arm)?)?;
+        results(whole, &folder.path)?.write(&folder.path.join(FILE))?;
+    }
+    let results = results(whole, &folder.path)?;
+    results.write(&folder.path.join(FILE))?;
+    checkpoint::write(&folder.path.join("table.md"), format!("# {}\n\n{}", results.title, results.table()).as_bytes())?;
+    Ok(results)
+}
+
+/// What a study's folder holds.
+fn results(plan: &Plan, path: &Path) -> Result<Results> {
+    let all: Vec<(Arm, Outcome)> = plan.arms.iter().map(|a| Ok((a.clone(), arm::outcome(&path.join(&a.folder))?))).collect::<Result<_>>()?;
+    Ok(Results::new(plan, &all))
+}

@@ -1,0 +1,87 @@
+//! A study's table as Markdown: means over seeds with standard errors, differences from the baseline seed by seed, and the paper's figures beside.
+
+use super::results::{Estimate, Results, Summary, VariantResult};
+use super::State;
+use std::fmt::Write;
+
+impl Results {
+    /// The table, with a line on the arms that are missing in it.
+    pub fn table(&self) -> String {
+        let mut out = String::new();
+        let papers = self.paper.as_ref().map_or(&[][..], |p| &p.columns[..]);
+        let heads: Vec<String> = self
+            .columns
+            .iter()
+            .map(|c| match c.better.as_deref() {
+                Some("lower") => format!("{} ↓", c.label),
+                Some(_) => format!("{} ↑", c.label),
+                None => c.label.clone(),
+            })
+            .chain(papers.iter().map(|c| format!("paper: {c}")))
+            .collect();
+        let _ = writeln!(out, "| variant | + parameters | seeds | {} |", heads.join(" | "));
+        let _ = writeln!(out, "|---|---:|---:|{}", "---:|".repeat(heads.len()));
+        for v in &self.variants {
+            let own = self.columns.iter().map(|c| cell(v.summary.get(&c.key)));
+            let row = self.paper.as_ref().and_then(|p| p.rows.get(&v.of));
+            let theirs = (0..papers.len()).map(|i| row.and_then(|r| r.get(i)).map_or(String::new(), |x| figure(*x)));
+            let name = if v.name == v.baseline { format!("**{}**", v.name) } else { v.name.clone() };
+            let cells: Vec<String> = own.chain(theirs).collect();
+            let _ = writeln!(out, "| {name} | {:+} | {} | {} |", v.added_parameters, ended(v), cells.join(" | "));
+        }
+        if let Some(s) = &self.sweep
+            && !s.stable.is_empty()
+        {
+            let _ = writeln!(out, "\n| variant | largest stable {} |\n|---|---:|", s.key);
+            for row in &s.stable {
+                let lr = match (row.lr, row.bounded) {
+                    (Some(lr), true) => format!("{lr}"),
+                    (Some(lr), false) => format!("{lr} or more (the sweep's largest)"),
+                    (None, _) => format!("below {}", s.values.first().copied().unwrap_or_default()),
+                };
+                let _ = writeln!(out, "| {} | {lr} |", row.variant);
+            }
+        }
+        let arms = || self.variants.iter().flat_map(|v| &v.arms);
+        let count = |state: State| arms().filter(|a| a.state == state).count();
+        let _ = write!(out, "\n{} of {} arms are done", count(State::Done), arms().count());
+        for (state, word) in [(State::Diverged, "diverged"), (State::Running, "are not at their end"), (State::Pending, "have not begun")] {
+            if count(state) > 0 {
+                let _ = write!(out, ", {} {word}", count(state));
+            }
+        }
+        out.push_str(".\nMean ± standard error over seeds; in brackets the difference from the baseline with the same seed.\n");
+        if let Some(p) = &self.paper {
+            let _ = writeln!(out, "Paper: {}.", p.source);
+        }
+        out
+    }
+}
+
+/// How many seeds are done; those that diverged beside.
+fn ended(v: &VariantResult) -> String {
+    let count = |state: State| v.arms.iter().filter(|a| a.state == state).count();
+    match count(State::Diverged) {
+        0 => count(State::Done).to_string(),
+        n => format!("{} ({n} diverged)", count(State::Done)),
+    }
+}
+
+fn cell(s: Option<&Summary>) -> String {
+    let Some(s) = s else { return "—".into() };
+    let own = with_error(&s.own, "");
+    s.difference.as_ref().map_or(own.clone(), |d| format!("{own} ({})", with_error(d, "+")))
+}
+
+fn with_error(e: &Estimate, sign: &str) -> String {
+    let mean = figure(e.mean);
+    let mean = if sign == "+" && e.mean >= 0.0 { format!("+{mean}") } else { mean };
+    e.stderr.map_or(mean.clone(), |s| format!("{mean} ± {}", figure(s)))
+}
+
+/// Four digits, or as many as stand before the point.
+fn figure(x: f64) -> String {
+    let size = x.abs();
+    let digits = if size == 0.0 || size >= 1000.0 { 0 } else { (3 - size.log10().floor() as i32).clamp(0, 5) as usize };
+    if size > 0.0 && size < 1e-4 { format!("{x:.1e}") } else { format!("{x:.digits$}") }
+}
