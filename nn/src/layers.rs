@@ -1,12 +1,13 @@
 //! The layers of the decoder: mixers and feed-forwards.
 
 use crate::cache::Cache;
-use crate::config::{GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, QkNorm};
+use crate::config::{GatePosition, LayerType, ModelConfig, OutputGate, QkNorm};
+use crate::gates::{Gate, gated};
 use crate::init::Builder;
 use crate::taps::{Taps, effective_attention};
 use engine::{DType, Result, Tensor};
 use ops::delta_rule::{DeltaRule, DeltaRuleInputs, delta_rule};
-use ops::gated_sdpa::{Activation, Attention as Sdpa, Gate, attention_pattern, gated_sdpa};
+use ops::gated_sdpa::{Attention as Sdpa, attention_pattern, gated_sdpa};
 use ops::moe::{Moe as MoeOp, add_shared, moe, router_logits};
 use ops::rms_norm::{NormGate, rms_norm, rms_norm_gated};
 use ops::rope::{Positions, rope};
@@ -48,7 +49,7 @@ impl Context<'_> {
     }
 }
 
-/// Softmax attention with a gate.
+/// Softmax attention with its gates.
 pub(crate) struct Attention {
     q_proj: Tensor,
     k_proj: Tensor,
@@ -59,6 +60,13 @@ pub(crate) struct Attention {
     /// Weights of the queries' and the keys' norm.
     norms: Option<[Tensor; 2]>,
     window: Option<usize>,
+    output_gate: Option<Gate>,
+    value_gate: Option<Gate>,
+    key_gate: Option<Gate>,
+    query_gate: Option<Gate>,
+    dense_gate: Option<Gate>,
+    /// Weight of the norm of each head's output.
+    sdpa_norm: Option<Tensor>,
 }
 
 impl Attention {
@@ -77,7 +85,12 @@ impl Attention {
         };
         let mut bias = |kind: &str, n: usize| b.constant(&format!("self_attn.{kind}_proj.bias"), &[n], 0.0);
         let biases = if c.attention_bias { Some([bias("q", q)?, bias("k", kv)?, bias("v", kv)?, bias("o", h)?]) } else { None };
-        Ok(Attention { q_proj, k_proj, v_proj, o_proj, biases, norms, window: (kind == LayerType::SlidingAttention).then_some(c.sliding_window) })
+        let sdpa_norm = if c.sdpa_norm { Some(b.constant("self_attn.sdpa_norm.weight", &[d], c.norm_start())?) } else { None };
+        let window = (kind == LayerType::SlidingAttention).then_some(c.sliding_window);
+        let mut gate = |at| Gate::new(b, c, at);
+        let (output_gate, value_gate) = (gate(GatePosition::Attention)?, gate(GatePosition::Value)?);
+        let (key_gate, query_gate, dense_gate) = (gate(GatePosition::Key)?, gate(GatePosition::Query)?, gate(GatePosition::Dense)?);
+        Ok(Attention { q_proj, k_proj, v_proj, o_proj, biases, norms, window, output_gate, value_gate, key_gate, query_gate, dense_gate, sdpa_norm })
     }
 
     pub fn forward(&self, x: &Tensor, c: &ModelConfig, ctx: &Context, cache: Option<&mut Cache>, taps: &mut Taps) -> Result<Tensor> {
@@ -107,52 +120,50 @@ impl Attention {
         };
         let qg = qg.split(3, &[d, c.gate_dim()])?;
         let (q, k) = (taps.tap("attn.hook_q", qg[0].clone())?, taps.tap("attn.hook_k", k)?);
+        let (q, k) = (gated(&self.query_gate, q, &queries, taps)?, gated(&self.key_gate, k, x, taps)?);
+        let v = gated(&self.value_gate, v, x, taps)?;
         let v = taps.tap("attn.hook_v", v)?;
         let q = taps.tap("attn.hook_rot_q", turn(&q, 0)?)?;
         let k = taps.tap("attn.hook_rot_k", turn(&k, 1)?)?;
-        let gate = match c.attention_gate.granularity {
-            GateGranularity::None => None,
-            GateGranularity::Headwise => Some(qg[1].reshape(&[b, n, c.num_attention_heads])?),
-            GateGranularity::Elementwise => Some(qg[1].clone()),
-        };
-        let how = Gate {
-            activation: match c.attention_gate.activation {
-                GateActivation::Sigmoid => Activation::Sigmoid,
-                GateActivation::Silu => Activation::Silu,
-                GateActivation::NsSigmoid => Activation::NsSigmoid,
-                GateActivation::Identity => Activation::Identity,
-            },
-            additive: c.attention_gate.op == GateOp::Add,
-        };
-        let gate = gate.map(|g| taps.tap("attn.hook_gate_logits", g)).transpose()?;
-        if let Some(g) = &gate {
-            taps.show("attn.hook_gate", || match how.activation {
-                Activation::Sigmoid => g.sigmoid(),
-                Activation::Silu => g.silu(),
-                Activation::NsSigmoid => g.sigmoid()?.affine(0.5, 0.5),
-                Activation::Identity => Ok(g.clone()),
-            })?;
-        }
+        let gate = self.output_gate.as_ref().map(|g| Ok((g, g.logits(&queries, Some(&qg[1]), taps)?))).transpose()?;
+        let (gate, kernels) = if c.gates_behind_kernel() { (gate, None) } else { (None, gate.map(|(g, logits)| g.for_kernel(&logits)).transpose()?) };
+        let (logits, how) = kernels.unzip();
         let masked = Sdpa { causal: true, window: self.window, scale: None };
         let mut attend = |q: &Tensor, k: &Tensor, v: &Tensor, gate: Option<&Tensor>| {
             taps.show("attn.hook_pattern", || attention_pattern(q, k, ctx.cu_seqlens, masked))?;
-            gated_sdpa(q, k, v, gate.map(|g| (g, how)), ctx.cu_seqlens, masked)
+            if gate.is_some() {
+                taps.show("attn.hook_z_pre_gate", || gated_sdpa(q, k, v, None, ctx.cu_seqlens, masked))?;
+            }
+            gated_sdpa(q, k, v, gate.zip(how), ctx.cu_seqlens, masked)
         };
         let o = match cache {
-            None => attend(&q, &k, &v, gate.as_ref())?,
+            None => attend(&q, &k, &v, logits.as_ref())?,
             // each over its own past
             Some(cache) => {
                 let one = |x: &Tensor, i: usize| x.narrow(0, i, 1);
                 let each = cache.key_values(&k, &v)?.iter_mut().enumerate().map(|(i, past)| {
                     let (k, v) = past.push(&one(&k, i)?, &one(&v, i)?)?;
-                    attend(&one(&q, i)?, &k, &v, gate.as_ref().map(|g| one(g, i)).transpose()?.as_ref())
+                    attend(&one(&q, i)?, &k, &v, logits.as_ref().map(|g| one(g, i)).transpose()?.as_ref())
                 });
                 let each = each.collect::<Result<Vec<_>>>()?;
                 if b == 1 { each[0].clone() } else { Tensor::cat(&each.iter().collect::<Vec<_>>(), 0)? }
             }
         };
+        let o = match &self.sdpa_norm {
+            Some(w) => rms_norm(&o, w, c.rms_norm_eps, c.zero_centered_norms)?,
+            None => o,
+        };
+        let o = if c.sdpa_silu { o.silu()? } else { o };
+        let o = match &gate {
+            Some((gate, logits)) => {
+                taps.show("attn.hook_z_pre_gate", || Ok(o.clone()))?;
+                gate.apply(&o, logits)?
+            }
+            None => o,
+        };
         let o = taps.tap("attn.hook_z", o)?;
-        biased(project(&o.reshape(&[b, n, c.num_attention_heads * d])?, &self.o_proj)?, 3)
+        let y = biased(project(&o.reshape(&[b, n, c.num_attention_heads * d])?, &self.o_proj)?, 3)?;
+        gated(&self.dense_gate, y, &queries, taps)
     }
 }
 

@@ -3,9 +3,11 @@
 mod aside;
 mod cache;
 mod checkpoint;
+mod composed;
 mod config;
 mod decoder;
 mod error;
+mod gates;
 mod generate;
 mod init;
 mod json;
@@ -18,7 +20,10 @@ pub mod tensor_file;
 
 pub use aside::Aside;
 pub use cache::Caches;
-pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, ModelType, OutputGate, QkNorm, nearest};
+pub use composed::composed_slowdown;
+pub use config::{
+    AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition, LayerType, ModelConfig, ModelType, OutputGate, QkNorm, nearest,
+};
 pub use decoder::{Decoder, Losses, Placement};
 pub use error::{Error, Result};
 pub use generate::{CHUNK, Generator, Sampler};
