@@ -1,5 +1,6 @@
 //! The model's configuration: a superset of transformers' `qwen3_next` `config.json`, so that a checkpoint goes both ways.
 
+mod activations;
 mod counts;
 mod families;
 mod gate;
