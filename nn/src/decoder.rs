@@ -14,7 +14,7 @@ use ops::moe::{load_balancing_loss, router_z_loss};
 use ops::rms_norm::{rms_norm, rms_norm_residual};
 
 enum Mixer {
-    Softmax(Attention),
+    Softmax(Box<Attention>),
     Delta(GatedDeltaNet),
 }
 
@@ -131,7 +131,7 @@ impl Decoder {
             let mixer_norms = Norms::new(&mut b, &c, of_mixer)?;
             let mixer = match c.layer_type(i) {
                 LayerType::LinearAttention => Mixer::Delta(GatedDeltaNet::new(&mut b, &c)?),
-                kind => Mixer::Softmax(Attention::new(&mut b, &c, kind)?),
+                kind => Mixer::Softmax(Box::new(Attention::new(&mut b, &c, kind)?)),
             };
             let feed_forward_norms = Norms::new(&mut b, &c, of_feed_forward)?;
             let feed_forward = if c.is_sparse(i) {

@@ -29,7 +29,10 @@ fn compute(config: &RunConfig) -> DType {
 
 fn memory(config: &RunConfig) -> String {
     let (n, compute) = (config.model.parameters().0 as f64, compute(config));
-    let gib = |bytes: f64| format!("{:.2} GiB", bytes / (1u64 << 30) as f64);
+    let size = |bytes: f64| match bytes / f64::from(1 << 20) {
+        mib if mib < 1024.0 => format!("{mib:.1} MiB"),
+        mib => format!("{:.2} GiB", mib / 1024.0),
+    };
     let (b, t) = (config.data.batch, config.data.seq_len);
     let activations = config.model.activation_bytes(b.saturating_mul(t), compute);
     let parts = [
@@ -38,14 +41,14 @@ fn memory(config: &RunConfig) -> String {
         ("optimizer", 8.0 * n),
         ("parameters in bf16", if compute == DType::BF16 { 2.0 * n } else { 0.0 }),
     ];
-    let listed: Vec<String> = parts.iter().filter(|p| p.1 > 0.0).map(|(name, bytes)| format!("{name} {}", gib(*bytes))).collect();
+    let listed: Vec<String> = parts.iter().filter(|p| p.1 > 0.0).map(|(name, bytes)| format!("{name} {}", size(*bytes))).collect();
     let sum: f64 = parts.iter().map(|p| p.1).sum::<f64>() + activations;
-    let machine = engine::cpu::system_memory().map_or(String::new(), |have| format!("; this machine has {}", gib(have as f64)));
+    let machine = engine::cpu::system_memory().map_or(String::new(), |have| format!("; this machine has {}", size(have as f64)));
     format!(
         "memory      {} in all: {}, activations about {} ({compute}, a micro-batch of {b} x {t} tokens){machine}",
-        gib(sum),
+        size(sum),
         listed.join(", "),
-        gib(activations)
+        size(activations)
     )
 }
 
