@@ -1,9 +1,10 @@
 //! What gates and norms that are no part of the attention's kernel cost, measured.
 
+use crate::attention::Attention;
 use crate::config::{LayerType, ModelConfig};
 use crate::decoder::Placement;
 use crate::init::{Builder, Source};
-use crate::layers::{Attention, Context};
+use crate::layers::Context;
 use crate::taps::Taps;
 use crate::{Error, Result};
 use engine::{Tensor, enable_grad};

@@ -1,10 +1,11 @@
 //! The decoder: embedding, residual blocks, final norm, output projection.
 
 use crate::aside::Aside;
+use crate::attention::Attention;
 use crate::cache::{self, Caches};
 use crate::config::{LayerType, ModelConfig};
 use crate::init::{Builder, Source};
-use crate::layers::{Attention, Context, Dense, GatedDeltaNet, Param, Sparse, project};
+use crate::layers::{Context, Dense, GatedDeltaNet, Param, Sparse, project};
 use crate::taps::{Observer, Taps};
 use crate::{Error, Result};
 use engine::watch::place;

@@ -1,6 +1,7 @@
 //! Layers, mixers, the mixture-of-experts decoder, its configuration, checkpoints and generation.
 
 mod aside;
+mod attention;
 mod cache;
 mod checkpoint;
 mod composed;
