@@ -6,13 +6,13 @@ use crate::cache::{self, Caches};
 use crate::config::{LayerType, ModelConfig};
 use crate::init::{Builder, Source};
 use crate::layers::{Context, Dense, GatedDeltaNet, Param, Sparse, project};
+use crate::norms::{Norms, add_norm, tapped_norm};
 use crate::taps::{Observer, Taps};
 use crate::{Error, Result};
 use engine::watch::place;
 use engine::{DType, Device, Tensor};
 use ops::linear_cross_entropy::{linear_cross_entropy, linear_cross_entropy_per_token};
 use ops::moe::{load_balancing_loss, router_z_loss};
-use ops::rms_norm::{rms_norm, rms_norm_residual};
 
 enum Mixer {
     Softmax(Box<Attention>),
@@ -29,27 +29,6 @@ struct Block {
     mixer: Mixer,
     feed_forward_norms: Norms,
     feed_forward: FeedForward,
-}
-
-/// Weights of the norms around a mixer or a feed-forward.
-struct Norms {
-    before: Option<Tensor>,
-    behind: Option<Tensor>,
-}
-
-impl Norms {
-    fn new(b: &mut Builder, c: &ModelConfig, names: [Option<&str>; 2]) -> Result<Norms> {
-        let mut norm = |name: Option<&str>| name.map(|n| b.constant(&format!("{n}_layernorm.weight"), &[c.hidden_size], c.norm_start())).transpose();
-        Ok(Norms { before: norm(names[0])?, behind: norm(names[1])? })
-    }
-
-    /// The norm behind, if there is one, of `y`, which is then a tap.
-    fn behind(&self, y: Tensor, name: &str, c: &ModelConfig, taps: &mut Taps) -> Result<Tensor> {
-        Ok(match &self.behind {
-            Some(w) => rms_norm(&taps.tap(name, y)?, w, c.rms_norm_eps, c.zero_centered_norms)?,
-            None => y,
-        })
-    }
 }
 
 /// The losses of a batch, scalars.
@@ -305,34 +284,6 @@ impl Decoder {
         let (x, _) = engine::no_grad(|| self.forward(tokens, cu_seqlens, None, observer))?;
         Ok(linear_cross_entropy_per_token(&x.reshape(&[tokens.numel(), self.config.hidden_size])?, &self.head.detach().cast(x.dtype())?, targets)?)
     }
-}
-
-/// `h = stream + delta`, and its norm.
-fn add_norm(delta: Option<Tensor>, stream: Tensor, weight: &Tensor, c: &ModelConfig) -> Result<(Tensor, Tensor)> {
-    Ok(match delta {
-        Some(d) => rms_norm_residual(&d, &stream, weight, c.rms_norm_eps, c.zero_centered_norms)?,
-        None => (rms_norm(&stream, weight, c.rms_norm_eps, c.zero_centered_norms)?, stream),
-    })
-}
-
-/// [`add_norm`], with taps on the stream and its norm: a stream that is replaced is normalised anew. Without a norm, the stream twice.
-fn tapped_norm(
-    delta: Option<Tensor>,
-    stream: Tensor,
-    weight: Option<&Tensor>,
-    c: &ModelConfig,
-    taps: &mut Taps,
-    [stream_name, norm_name]: [&str; 2],
-) -> Result<(Tensor, Tensor)> {
-    let Some(weight) = weight else {
-        let h = taps.tap(stream_name, if let Some(d) = delta { stream.add(&d)? } else { stream })?;
-        return Ok((h.clone(), h));
-    };
-    let (mut x, mut h) = add_norm(delta, stream, weight, c)?;
-    if let Some(replaced) = taps.offer(stream_name, || Ok(h.clone()))? {
-        (x, h) = add_norm(None, replaced, weight, c)?;
-    }
-    Ok((taps.tap(norm_name, x)?, h))
 }
 
 /// Positions `[1, T]` (i64) that restart at each document, computed where the bounds are.

@@ -13,6 +13,7 @@ mod generate;
 mod init;
 mod json;
 mod layers;
+mod norms;
 mod save;
 mod shards;
 mod spelling;
