@@ -1,20 +1,21 @@
 //! The decoder: embedding, residual blocks, final norm, output projection.
 
 use crate::aside::Aside;
+use crate::attention::Attention;
 use crate::cache::{self, Caches};
 use crate::config::{LayerType, ModelConfig};
 use crate::init::{Builder, Source};
-use crate::layers::{Attention, Context, Dense, GatedDeltaNet, Param, Sparse, project};
+use crate::layers::{Context, Dense, GatedDeltaNet, Param, Sparse, project};
+use crate::norms::{Norms, add_norm, tapped_norm};
 use crate::taps::{Observer, Taps};
 use crate::{Error, Result};
 use engine::watch::place;
 use engine::{DType, Device, Tensor};
 use ops::linear_cross_entropy::{linear_cross_entropy, linear_cross_entropy_per_token};
 use ops::moe::{load_balancing_loss, router_z_loss};
-use ops::rms_norm::{rms_norm, rms_norm_residual};
 
 enum Mixer {
-    Softmax(Attention),
+    Softmax(Box<Attention>),
     Delta(GatedDeltaNet),
 }
 
@@ -24,12 +25,10 @@ enum FeedForward {
 }
 
 struct Block {
-    mixer_norm: Tensor,
+    mixer_norms: Norms,
     mixer: Mixer,
-    feed_forward_norm: Tensor,
+    feed_forward_norms: Norms,
     feed_forward: FeedForward,
-    /// Whether the norms stand behind what they are called after.
-    post_norm: bool,
 }
 
 /// The losses of a batch, scalars.
@@ -108,21 +107,19 @@ impl Decoder {
         let mut blocks = vec![];
         for i in 0..c.num_hidden_layers {
             b.prefix = format!("model.layers.{i}.");
-            let post_norm = c.is_post_norm(i);
-            let [of_mixer, of_feed_forward] =
-                if post_norm { ["post_attention", "post_feedforward"] } else { ["input", "post_attention"] }.map(|n| format!("{n}_layernorm.weight"));
-            let mixer_norm = b.constant(&of_mixer, &[h], c.norm_start())?;
+            let [of_mixer, of_feed_forward] = c.norm_names(i);
+            let mixer_norms = Norms::new(&mut b, &c, of_mixer)?;
             let mixer = match c.layer_type(i) {
                 LayerType::LinearAttention => Mixer::Delta(GatedDeltaNet::new(&mut b, &c)?),
-                kind => Mixer::Softmax(Attention::new(&mut b, &c, kind)?),
+                kind => Mixer::Softmax(Box::new(Attention::new(&mut b, &c, kind)?)),
             };
-            let feed_forward_norm = b.constant(&of_feed_forward, &[h], c.norm_start())?;
+            let feed_forward_norms = Norms::new(&mut b, &c, of_feed_forward)?;
             let feed_forward = if c.is_sparse(i) {
                 FeedForward::Sparse(Sparse::new(&mut b, &c)?)
             } else {
                 FeedForward::Dense(Dense::new(&mut b, "mlp", h, c.intermediate_size)?)
             };
-            blocks.push(Block { mixer_norm, mixer, feed_forward_norm, feed_forward, post_norm });
+            blocks.push(Block { mixer_norms, mixer, feed_forward_norms, feed_forward });
         }
         b.prefix = "model.".into();
         let norm = b.constant("norm.weight", &[h], c.norm_start())?;
@@ -211,22 +208,17 @@ impl Decoder {
             taps.layer = Some(i);
             taps.part("attn");
             ctx.tail = last && i + 1 == c.num_hidden_layers;
-            let before = |norm| (!block.post_norm).then_some(norm);
-            let behind = |norm, y, name, taps: &mut Taps| match block.post_norm {
-                true => rms_norm(&taps.tap(name, y)?, norm, c.rms_norm_eps, c.zero_centered_norms),
-                false => Ok(y),
-            };
-            let (x, h) = tapped_norm(delta.take(), stream, before(&block.mixer_norm), c, taps, ["hook_resid_pre", "ln1.hook_out"])?;
+            let (x, h) = tapped_norm(delta.take(), stream, block.mixer_norms.before.as_ref(), c, taps, ["hook_resid_pre", "ln1.hook_out"])?;
             let cache = caches.as_mut().map(|k| &mut k.layers[i]);
             let y = match &block.mixer {
                 Mixer::Softmax(m) => m.forward(&x, c, &ctx, cache, taps)?,
                 Mixer::Delta(m) => m.forward(&x, c, &ctx, cache, taps)?,
             };
             let h = if ctx.tail { h.narrow(1, h.dim(1) - 1, 1)? } else { h };
-            let y = behind(&block.mixer_norm, y, "attn.hook_out", taps)?;
+            let y = block.mixer_norms.behind(y, "attn.hook_out", c, taps)?;
             let y = taps.tap("hook_attn_out", y)?;
             taps.part("mlp");
-            let (x, h) = tapped_norm(Some(y), h, before(&block.feed_forward_norm), c, taps, ["hook_resid_mid", "ln2.hook_out"])?;
+            let (x, h) = tapped_norm(Some(y), h, block.feed_forward_norms.before.as_ref(), c, taps, ["hook_resid_mid", "ln2.hook_out"])?;
             let y = match &block.feed_forward {
                 FeedForward::Dense(f) => f.forward(&x, taps, ["mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"])?,
                 FeedForward::Sparse(f) => {
@@ -235,7 +227,7 @@ impl Decoder {
                     y
                 }
             };
-            let y = behind(&block.feed_forward_norm, y, "mlp.hook_out", taps)?;
+            let y = block.feed_forward_norms.behind(y, "mlp.hook_out", c, taps)?;
             let y = taps.tap("hook_mlp_out", y)?;
             // the sum is otherwise formed inside the next norm
             (stream, delta) = match taps.offer("hook_resid_post", || h.add(&y))? {
@@ -292,34 +284,6 @@ impl Decoder {
         let (x, _) = engine::no_grad(|| self.forward(tokens, cu_seqlens, None, observer))?;
         Ok(linear_cross_entropy_per_token(&x.reshape(&[tokens.numel(), self.config.hidden_size])?, &self.head.detach().cast(x.dtype())?, targets)?)
     }
-}
-
-/// `h = stream + delta`, and its norm.
-fn add_norm(delta: Option<Tensor>, stream: Tensor, weight: &Tensor, c: &ModelConfig) -> Result<(Tensor, Tensor)> {
-    Ok(match delta {
-        Some(d) => rms_norm_residual(&d, &stream, weight, c.rms_norm_eps, c.zero_centered_norms)?,
-        None => (rms_norm(&stream, weight, c.rms_norm_eps, c.zero_centered_norms)?, stream),
-    })
-}
-
-/// [`add_norm`], with taps on the stream and its norm: a stream that is replaced is normalised anew. Without a norm, the stream twice.
-fn tapped_norm(
-    delta: Option<Tensor>,
-    stream: Tensor,
-    weight: Option<&Tensor>,
-    c: &ModelConfig,
-    taps: &mut Taps,
-    [stream_name, norm_name]: [&str; 2],
-) -> Result<(Tensor, Tensor)> {
-    let Some(weight) = weight else {
-        let h = taps.tap(stream_name, if let Some(d) = delta { stream.add(&d)? } else { stream })?;
-        return Ok((h.clone(), h));
-    };
-    let (mut x, mut h) = add_norm(delta, stream, weight, c)?;
-    if let Some(replaced) = taps.offer(stream_name, || Ok(h.clone()))? {
-        (x, h) = add_norm(None, replaced, weight, c)?;
-    }
-    Ok((taps.tap(norm_name, x)?, h))
 }
 
 /// Positions `[1, T]` (i64) that restart at each document, computed where the bounds are.

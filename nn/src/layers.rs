@@ -1,15 +1,13 @@
-//! The layers of the decoder: mixers and feed-forwards.
+//! The layers of the decoder but softmax attention: the delta rule, and feed-forwards.
 
 use crate::cache::Cache;
-use crate::config::{GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, QkNorm};
+use crate::config::{ModelConfig, OutputGate};
 use crate::init::Builder;
-use crate::taps::{Taps, attention_scores, effective_attention, states};
+use crate::taps::{Taps, effective_attention, states};
 use engine::{DType, Result, Tensor};
 use ops::delta_rule::{DeltaRule, DeltaRuleInputs, delta_rule};
-use ops::gated_sdpa::{Activation, Attention as Sdpa, Gate, attention_pattern, gated_sdpa};
 use ops::moe::{Moe as MoeOp, add_shared, moe, router_logits};
-use ops::rms_norm::{NormGate, rms_norm, rms_norm_gated};
-use ops::rope::{Positions, rope};
+use ops::rms_norm::{NormGate, rms_norm_gated};
 use ops::short_conv::short_conv;
 use ops::swiglu::swiglu;
 
@@ -43,117 +41,8 @@ pub(crate) struct Context<'a> {
 
 impl Context<'_> {
     /// The positions whose output is asked for.
-    fn asked(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn asked(&self, x: &Tensor) -> Result<Tensor> {
         if self.tail { x.narrow(1, x.dim(1) - 1, 1) } else { Ok(x.clone()) }
-    }
-}
-
-/// Softmax attention with a gate.
-pub(crate) struct Attention {
-    q_proj: Tensor,
-    k_proj: Tensor,
-    v_proj: Tensor,
-    o_proj: Tensor,
-    /// Biases of the four.
-    biases: Option<[Tensor; 4]>,
-    /// Weights of the queries' and the keys' norm.
-    norms: Option<[Tensor; 2]>,
-    window: Option<usize>,
-}
-
-impl Attention {
-    pub fn new(b: &mut Builder, c: &ModelConfig, kind: LayerType) -> crate::Result<Self> {
-        let (h, d) = (c.hidden_size, c.head_dim);
-        let (q, kv) = (c.num_attention_heads * (d + c.gate_dim()), c.num_key_value_heads * d);
-        let q_proj = b.normal("self_attn.q_proj.weight", &[q, h])?;
-        let k_proj = b.normal("self_attn.k_proj.weight", &[kv, h])?;
-        let v_proj = b.normal("self_attn.v_proj.weight", &[kv, h])?;
-        let o_proj = b.normal("self_attn.o_proj.weight", &[h, c.num_attention_heads * d])?;
-        let mut norm = |kind: &str, n: usize| b.constant(&format!("self_attn.{kind}_norm.weight"), &[n], c.norm_start());
-        let norms = match c.qk_norm {
-            QkNorm::Head => Some([norm("q", d)?, norm("k", d)?]),
-            QkNorm::Projection => Some([norm("q", c.num_attention_heads * d)?, norm("k", kv)?]),
-            QkNorm::None => None,
-        };
-        let mut bias = |kind: &str, n: usize| b.constant(&format!("self_attn.{kind}_proj.bias"), &[n], 0.0);
-        let biases = if c.attention_bias { Some([bias("q", q)?, bias("k", kv)?, bias("v", kv)?, bias("o", h)?]) } else { None };
-        Ok(Attention { q_proj, k_proj, v_proj, o_proj, biases, norms, window: (kind == LayerType::SlidingAttention).then_some(c.sliding_window) })
-    }
-
-    pub fn forward(&self, x: &Tensor, c: &ModelConfig, ctx: &Context, cache: Option<&mut Cache>, taps: &mut Taps) -> Result<Tensor> {
-        let (b, t, d) = (x.dim(0), x.dim(1), c.head_dim);
-        let biased = |y: Tensor, i: usize| match &self.biases {
-            Some(b) => y.add(&b[i].cast(y.dtype())?),
-            None => Ok(y),
-        };
-        let queries = ctx.asked(x)?;
-        let n = queries.dim(1);
-        let qg = biased(project(&queries, &self.q_proj)?, 0)?.reshape(&[b, n, c.num_attention_heads, d + c.gate_dim()])?;
-        let k = biased(project(x, &self.k_proj)?, 1)?.reshape(&[b, t, c.num_key_value_heads, d])?;
-        let v = biased(project(x, &self.v_proj)?, 2)?.reshape(&[b, t, c.num_key_value_heads, d])?;
-        let turn = |x: &Tensor, i: usize| {
-            let x = match &self.norms {
-                Some(w) if c.qk_norm == QkNorm::Projection => {
-                    let all = x.reshape(&[b, x.dim(1), x.dim(2) * d])?;
-                    rms_norm(&all, &w[i], c.rms_norm_eps, c.zero_centered_norms)?.reshape(x.shape())?
-                }
-                Some(w) => rms_norm(x, &w[i], c.rms_norm_eps, c.zero_centered_norms)?,
-                None => x.clone(),
-            };
-            let ahead = t - x.dim(1);
-            let given = ctx.positions.map(|p| p.narrow(1, ahead, x.dim(1))).transpose()?;
-            let at = given.as_ref().map_or(Positions::From(ctx.offset + ahead), Positions::Given);
-            if c.rotary_dim() == 0 { Ok(x) } else { rope(&x, c.rotary_dim(), c.rope_theta, at) }
-        };
-        let qg = qg.split(3, &[d, c.gate_dim()])?;
-        let (q, k) = (taps.tap("attn.hook_q", qg[0].clone())?, taps.tap("attn.hook_k", k)?);
-        let v = taps.tap("attn.hook_v", v)?;
-        let q = taps.tap("attn.hook_rot_q", turn(&q, 0)?)?;
-        let k = taps.tap("attn.hook_rot_k", turn(&k, 1)?)?;
-        let gate = match c.attention_gate.granularity {
-            GateGranularity::None => None,
-            GateGranularity::Headwise => Some(qg[1].reshape(&[b, n, c.num_attention_heads])?),
-            GateGranularity::Elementwise => Some(qg[1].clone()),
-        };
-        let how = Gate {
-            activation: match c.attention_gate.activation {
-                GateActivation::Sigmoid => Activation::Sigmoid,
-                GateActivation::Silu => Activation::Silu,
-                GateActivation::NsSigmoid => Activation::NsSigmoid,
-                GateActivation::Identity => Activation::Identity,
-            },
-            additive: c.attention_gate.op == GateOp::Add,
-        };
-        let gate = gate.map(|g| taps.tap("attn.hook_gate_logits", g)).transpose()?;
-        if let Some(g) = &gate {
-            taps.show("attn.hook_gate", || match how.activation {
-                Activation::Sigmoid => g.sigmoid(),
-                Activation::Silu => g.silu(),
-                Activation::NsSigmoid => g.sigmoid()?.affine(0.5, 0.5),
-                Activation::Identity => Ok(g.clone()),
-            })?;
-        }
-        let masked = Sdpa { causal: true, window: self.window, scale: None };
-        let mut attend = |q: &Tensor, k: &Tensor, v: &Tensor, gate: Option<&Tensor>| {
-            taps.show("attn.hook_attn_scores", || attention_scores(q, k, ctx.cu_seqlens, masked))?;
-            taps.show("attn.hook_pattern", || attention_pattern(q, k, ctx.cu_seqlens, masked))?;
-            gated_sdpa(q, k, v, gate.map(|g| (g, how)), ctx.cu_seqlens, masked)
-        };
-        let o = match cache {
-            None => attend(&q, &k, &v, gate.as_ref())?,
-            // each over its own past
-            Some(cache) => {
-                let one = |x: &Tensor, i: usize| x.narrow(0, i, 1);
-                let each = cache.key_values(&k, &v)?.iter_mut().enumerate().map(|(i, past)| {
-                    let (k, v) = past.push(&one(&k, i)?, &one(&v, i)?)?;
-                    attend(&one(&q, i)?, &k, &v, gate.as_ref().map(|g| one(g, i)).transpose()?.as_ref())
-                });
-                let each = each.collect::<Result<Vec<_>>>()?;
-                if b == 1 { each[0].clone() } else { Tensor::cat(&each.iter().collect::<Vec<_>>(), 0)? }
-            }
-        };
-        let o = taps.tap("attn.hook_z", o)?;
-        biased(project(&o.reshape(&[b, n, c.num_attention_heads * d])?, &self.o_proj)?, 3)
     }
 }
 
@@ -162,8 +51,8 @@ pub(crate) struct GatedDeltaNet {
     in_proj_qkvz: Tensor,
     in_proj_ba: Tensor,
     conv1d: Tensor,
-    dt_bias: Tensor,
-    a_log: Tensor,
+    /// `dt_bias` and `A_log`, of a rule that decays.
+    decay: Option<[Tensor; 2]>,
     norm: Tensor,
     out_proj: Tensor,
 }
@@ -174,10 +63,9 @@ impl GatedDeltaNet {
         let (k, v) = (c.linear_num_key_heads * c.linear_key_head_dim, nv * c.linear_value_head_dim);
         Ok(GatedDeltaNet {
             in_proj_qkvz: b.normal("linear_attn.in_proj_qkvz.weight", &[2 * k + 2 * v, h])?,
-            in_proj_ba: b.normal("linear_attn.in_proj_ba.weight", &[2 * nv, h])?,
+            in_proj_ba: b.normal("linear_attn.in_proj_ba.weight", &[if c.linear_decay { 2 * nv } else { nv }, h])?,
             conv1d: b.conv("linear_attn.conv1d.weight", 2 * k + v, c.linear_conv_kernel_dim)?,
-            dt_bias: b.dt_bias("linear_attn.dt_bias", nv)?,
-            a_log: b.a_log("linear_attn.A_log", nv)?,
+            decay: if c.linear_decay { Some([b.dt_bias("linear_attn.dt_bias", nv)?, b.a_log("linear_attn.A_log", nv)?]) } else { None },
             norm: b.constant("linear_attn.norm.weight", &[c.linear_value_head_dim], 1.0)?,
             out_proj: b.normal("linear_attn.out_proj.weight", &[h, v])?,
         })
@@ -187,7 +75,7 @@ impl GatedDeltaNet {
         let (b, t, nk, nv) = (x.dim(0), x.dim(1), c.linear_num_key_heads, c.linear_num_value_heads);
         let (dk, dv, r) = (c.linear_key_head_dim, c.linear_value_head_dim, nv / nk);
         let qkvz = project(x, &self.in_proj_qkvz)?.reshape(&[b, t, nk, 2 * dk + 2 * r * dv])?;
-        let ba = project(x, &self.in_proj_ba)?.reshape(&[b, t, nk, 2 * r])?;
+        let ba = project(x, &self.in_proj_ba)?.reshape(&[b, t, nk, if self.decay.is_some() { 2 * r } else { r }])?;
         let (old, state) = match &cache {
             Some(Cache::Recurrent(conv, state)) => (Some(conv.clone()), Some(state.clone())),
             _ => (None, None),
@@ -204,18 +92,23 @@ impl GatedDeltaNet {
         let (v, sv) = conv(2, "attn.hook_v_pre_conv")?;
         let v = v.reshape(&[b, t, nv, dv])?;
         let z = qkvz[3].reshape(&[b, t, nk, r, dv])?;
-        let ba = ba.split(3, &[r, r])?;
         let acc = wide(x);
-        let beta = ba[0].reshape(&[b, t, nv])?.cast(acc)?.sigmoid()?;
+        let beta = ba.narrow(3, 0, r)?.reshape(&[b, t, nv])?.cast(acc)?.sigmoid()?;
         let beta = if c.linear_allow_neg_eigval { beta.affine(2.0, 0.0)? } else { beta };
-        let a = ba[1].reshape(&[b, t, nv])?.cast(acc)?;
-        let log_decay = a.add(&self.dt_bias.cast(acc)?)?.softplus()?.mul(&self.a_log.cast(acc)?.exp()?.neg()?)?;
+        let log_decay = |[dt_bias, a_log]: &[Tensor; 2]| {
+            let a = ba.narrow(3, r, r)?.reshape(&[b, t, nv])?.cast(acc)?;
+            a.add(&dt_bias.cast(acc)?)?.softplus()?.mul(&a_log.cast(acc)?.exp()?.neg()?)
+        };
+        let log_decay = self.decay.as_ref().map(log_decay).transpose()?;
         let (q, k, v) = (taps.tap("attn.hook_q", q)?, taps.tap("attn.hook_k", k)?, taps.tap("attn.hook_v", v)?);
-        let (beta, log_decay) = (taps.tap("attn.hook_beta", beta)?, taps.tap("attn.hook_log_decay", log_decay)?);
-        let inputs = DeltaRuleInputs { log_decay: Some(&log_decay), beta: Some(&beta), initial_state: state.as_ref(), cu_seqlens: ctx.cu_seqlens };
-        taps.show("attn.hook_effective_attention", || effective_attention(&q, &k, nv, inputs))?;
-        taps.show("attn.hook_states", || states(&q, &k, &v, inputs))?;
-        let (o, last) = delta_rule(DeltaRule::gated_delta_net(), &q, &k, &v, inputs)?;
+        let beta = taps.tap("attn.hook_beta", beta)?;
+        let log_decay = log_decay.map(|g| taps.tap("attn.hook_log_decay", g)).transpose()?;
+        let mut rule = DeltaRule::gated_delta_net();
+        rule.erase = c.linear_erase;
+        let inputs = DeltaRuleInputs { log_decay: log_decay.as_ref(), beta: Some(&beta), initial_state: state.as_ref(), cu_seqlens: ctx.cu_seqlens };
+        taps.show("attn.hook_effective_attention", || effective_attention(rule, &q, &k, nv, inputs))?;
+        taps.show("attn.hook_states", || states(rule, &q, &k, &v, inputs))?;
+        let (o, last) = delta_rule(rule, &q, &k, &v, inputs)?;
         let (o, last) = (taps.tap("attn.hook_recurrence_out", o)?, taps.tap("attn.hook_state", last)?);
         let z = taps.tap("attn.hook_gate_logits", z)?;
         taps.show("attn.hook_gate", || if c.output_gate_type == OutputGate::Silu { z.silu() } else { z.sigmoid() })?;

@@ -1,15 +1,19 @@
 //! Layers, mixers, the mixture-of-experts decoder, its configuration, checkpoints and generation.
 
 mod aside;
+mod attention;
 mod cache;
 mod checkpoint;
+mod composed;
 mod config;
 mod decoder;
 mod error;
+mod gates;
 mod generate;
 mod init;
 mod json;
 mod layers;
+mod norms;
 mod save;
 mod shards;
 mod spelling;
@@ -18,7 +22,10 @@ pub mod tensor_file;
 
 pub use aside::Aside;
 pub use cache::Caches;
-pub use config::{AttentionGate, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, ModelType, OutputGate, QkNorm, nearest};
+pub use composed::composed_slowdown;
+pub use config::{
+    AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition, LayerType, ModelConfig, ModelType, OutputGate, QkNorm, nearest,
+};
 pub use decoder::{Decoder, Losses, Placement};
 pub use error::{Error, Result};
 pub use generate::{CHUNK, Generator, Sampler};

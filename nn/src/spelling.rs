@@ -92,7 +92,9 @@ fn others(name: &str, shape: &[usize], c: &ModelConfig, grouped: bool) -> Vec<Ve
         let olmo = [("q", q), ("k", k), ("v", v), ("g", z)].map(|(kind, part)| of_heads(format!("{base}{kind}_proj.weight"), &[part]));
         return vec![qwen3_5, olmo.into()];
     }
-    if let Some(base) = name.strip_suffix("in_proj_ba.weight") {
+    if let Some(base) = name.strip_suffix("in_proj_ba.weight")
+        && c.linear_decay
+    {
         let two = |b: &str, a: &str| vec![of_heads(format!("{base}{b}.weight"), &[(0, r)]), of_heads(format!("{base}{a}.weight"), &[(r, 2 * r)])];
         return vec![two("in_proj_b", "in_proj_a"), two("b_proj", "a_proj")];
     }

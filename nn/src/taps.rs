@@ -111,7 +111,7 @@ const COLUMNS: usize = 128;
 
 /// The matrix `A [B, Hv, T, T]` with which the gated delta rule's output is `o = A v` (plus what an initial state adds), in f32 (f64 for f64): the rule
 /// is linear in its values, so that those that are 1 at one token and 0 elsewhere make A's columns.
-pub(crate) fn effective_attention(q: &Tensor, k: &Tensor, heads: usize, x: DeltaRuleInputs) -> Result<Tensor> {
+pub(crate) fn effective_attention(rule: DeltaRule, q: &Tensor, k: &Tensor, heads: usize, x: DeltaRuleInputs) -> Result<Tensor> {
     let wide = if q.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let (b, t) = (q.dim(0), q.dim(1));
     let (q, k) = (q.cast(wide)?, k.cast(wide)?);
@@ -121,7 +121,7 @@ pub(crate) fn effective_attention(q: &Tensor, k: &Tensor, heads: usize, x: Delta
         let mut unit = vec![0f32; t * n];
         (0..n).for_each(|i| unit[(first + i) * n + i] = 1.0);
         let unit = Tensor::from_vec(unit, &[1, t, 1, n])?.cast(wide)?.to_device(q.device())?.expand(&[b, t, heads, n])?.contiguous()?;
-        columns.push(delta_rule(DeltaRule::gated_delta_net(), &q, &k, &unit, DeltaRuleInputs { initial_state: None, ..x })?.0);
+        columns.push(delta_rule(rule, &q, &k, &unit, DeltaRuleInputs { initial_state: None, ..x })?.0);
     }
     if columns.is_empty() {
         return Tensor::zeros(&[b, heads, t, t], wide, q.device());
@@ -147,7 +147,7 @@ const CHUNK: usize = 64;
 
 /// The states `[B, C, Hv, Dk, Dv]` after every [`CHUNK`] tokens of a row, in f32 (f64 for f64). In a row of packed documents, that of the document which the
 /// last of these tokens is in.
-pub(crate) fn states(q: &Tensor, k: &Tensor, v: &Tensor, x: DeltaRuleInputs) -> Result<Tensor> {
+pub(crate) fn states(rule: DeltaRule, q: &Tensor, k: &Tensor, v: &Tensor, x: DeltaRuleInputs) -> Result<Tensor> {
     let (b, t) = (k.dim(0), k.dim(1));
     let bounds = x.cu_seqlens.map(|cu| cu.cast(DType::I64)?.to_vec::<i64>()).transpose()?;
     let (mut state, mut all) = (x.initial_state.cloned(), vec![]);
@@ -176,7 +176,7 @@ pub(crate) fn states(q: &Tensor, k: &Tensor, v: &Tensor, x: DeltaRuleInputs) -> 
         };
         let cu = cu.map(|c| Tensor::from_vec(c.clone(), &[c.len()])?.to_device(q.device())).transpose()?;
         let inputs = DeltaRuleInputs { log_decay: decay.as_ref(), beta: beta.as_ref(), initial_state: initial.as_ref(), cu_seqlens: cu.as_ref() };
-        let (_, last) = delta_rule(DeltaRule::gated_delta_net(), &cut(q)?, &cut(k)?, &cut(v)?, inputs)?;
+        let (_, last) = delta_rule(rule, &cut(q)?, &cut(k)?, &cut(v)?, inputs)?;
         let last = if documents > b { last.narrow(0, documents - b, b)? } else { last };
         all.push(last.unsqueeze(1)?);
         state = Some(last);

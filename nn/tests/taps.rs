@@ -1,7 +1,7 @@
 //! Taps: the table of names against models and `docs/taps.md`, replacement and its gradients, what is formed on request.
 
 use engine::{DType, Result, Tensor, no_grad};
-use nn::{Access, AttentionGate, Decoder, GateGranularity, Generator, LayerType, ModelConfig, Observer, Part, TAPS, Tap};
+use nn::{Access, AttentionGate, Decoder, GateGranularity, GatePosition, Generator, LayerType, ModelConfig, Observer, Part, TAPS, Tap};
 use std::collections::BTreeMap;
 
 fn tiny() -> ModelConfig {
@@ -30,6 +30,11 @@ fn tiny() -> ModelConfig {
         initializer_range: 0.5,
         ..Default::default()
     }
+}
+/// Gates at all positions, head-wise only where a norm does not undo it.
+fn all_gates(gate: AttentionGate, c: ModelConfig) -> ModelConfig {
+    let fine = if gate.is_some() { AttentionGate { granularity: GateGranularity::Elementwise, ..gate } } else { gate };
+    ModelConfig { value_gate: gate, key_gate: fine, query_gate: fine, dense_gate: fine, ..c }
 }
 const B: usize = 2;
 const T: usize = 7;
@@ -81,10 +86,32 @@ fn close(a: &Tensor, b: &Tensor, tolerance: f64) {
 /// What the table says of a shape, in numbers.
 fn shape(tap: &Tap, c: &ModelConfig) -> Vec<usize> {
     let r = c.linear_num_value_heads / c.linear_num_key_heads;
-    let says = match (tap.name, tap.part, c.attention_gate.granularity) {
-        ("attn.hook_gate_logits" | "attn.hook_gate", Part::Softmax, GateGranularity::Elementwise) => "[B, T, H, D]",
-        ("attn.hook_gate_logits" | "attn.hook_gate", Part::Softmax, _) => "[B, T, H]",
-        _ => tap.shape,
+    let gate = GatePosition::ALL.into_iter().find(|at| {
+        let name = at.key().strip_prefix("attention_").unwrap_or(at.key());
+        tap.part == Part::Softmax && [format!("attn.hook_{name}"), format!("attn.hook_{name}_logits")].contains(&tap.name.to_string())
+    });
+    let says = match gate {
+        Some(at) => {
+            let fine = c.gate(at).granularity == GateGranularity::Elementwise;
+            match at {
+                GatePosition::Dense => "[B, T, M]",
+                GatePosition::Attention | GatePosition::Query => {
+                    if fine {
+                        "[B, T, H, D]"
+                    } else {
+                        "[B, T, H]"
+                    }
+                }
+                GatePosition::Value | GatePosition::Key => {
+                    if fine {
+                        "[B, T, Hkv, D]"
+                    } else {
+                        "[B, T, Hkv]"
+                    }
+                }
+            }
+        }
+        None => tap.shape,
     };
     let number = |s: &str| match s {
         "B" | "S" => B,
@@ -118,6 +145,8 @@ fn the_table_is_what_models_show() {
             let attention_gate = AttentionGate { granularity, ..Default::default() };
             // norms behind attention and feed-forward in one layer
             let c = ModelConfig { attention_gate, shared_expert_intermediate_size: shared, post_norm: vec![LayerType::SlidingAttention], ..tiny() };
+            // no gates but one, or all
+            let c = if shared == 0 { all_gates(attention_gate, c) } else { c };
             let m = Decoder::on(&c, 3, &nn::Placement { compute, ..nn::Placement::cpu(DType::F32) }).unwrap();
             let seen = all(&m, &tokens(0), None);
             let table: BTreeMap<String, &Tap> = c.taps().into_iter().collect();
@@ -164,7 +193,14 @@ fn the_table_is_that_of_the_documentation() {
 
 #[test]
 fn what_is_replaced_is_what_is_computed_with() {
-    let m = Decoder::new(&ModelConfig { post_norm: vec![LayerType::SlidingAttention], ..tiny() }, 3, DType::F64).unwrap();
+    let post = ModelConfig { post_norm: vec![LayerType::SlidingAttention], ..tiny() };
+    let shared = AttentionGate { shared: true, ..Default::default() };
+    let sandwich = ModelConfig { attention_gate: shared, sdpa_norm: true, sandwich_norm: true, ..all_gates(Default::default(), tiny()) };
+    [post, sandwich].iter().for_each(is_computed_with);
+}
+
+fn is_computed_with(c: &ModelConfig) {
+    let m = Decoder::new(c, 3, DType::F64).unwrap();
     let plain = m.loss(&tokens(0), &targets(), None, None).unwrap().objective;
     let (plain_loss, plain_grads) = (plain.item().unwrap(), plain.backward().unwrap());
     for (name, tap) in m.config().taps() {

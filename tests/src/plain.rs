@@ -1,9 +1,9 @@
 //! The whole model once more, as plainly as it can be said: primitive ops and the ops' references, no fused kernel. Tests compare the decoder with it.
 
 use engine::{Result, Tensor};
-use nn::{Decoder, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, QkNorm};
+use nn::{AttentionGate, Decoder, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, QkNorm};
 use ops::delta_rule::{DeltaRule, DeltaRuleInputs, reference as delta_rule};
-use ops::gated_sdpa::{Activation, Attention, Gate, reference as gated_sdpa};
+use ops::gated_sdpa::{Attention, reference as gated_sdpa};
 use ops::linear_cross_entropy::reference as linear_cross_entropy;
 use ops::moe::{Moe, reference as moe};
 use ops::rms_norm::{NormGate, reference as rms_norm};
@@ -50,18 +50,23 @@ impl<'a> Plain<'a> {
         for layer in 0..c.num_hidden_layers {
             at.prefix = format!("model.layers.{layer}.");
             let post_norm = c.post_norm.contains(&c.layer_type(layer));
-            let [first, second] = if post_norm { ["post_attention", "post_feedforward"] } else { ["input", "post_attention"] };
-            let norm = |x: &Tensor, which: &str, here: bool| {
-                if here { self.norm(x, &format!("{}{which}_layernorm.weight", at.prefix)) } else { Ok(x.clone()) }
+            // of attention, then of the feed-forward: the norm before it, and the one behind
+            let (first, second) = match (c.sandwich_norm, post_norm) {
+                (true, _) => (["input", "post_attention"], ["pre_feedforward", "post_feedforward"]),
+                (_, true) => (["", "post_attention"], ["", "post_feedforward"]),
+                _ => (["input", ""], ["post_attention", ""]),
             };
-            let normed = norm(&x, first, !post_norm)?;
+            let norm = |x: &Tensor, which: &str| {
+                if which.is_empty() { Ok(x.clone()) } else { self.norm(x, &format!("{}{which}_layernorm.weight", at.prefix)) }
+            };
+            let normed = norm(&x, first[0])?;
             let y = match c.layer_type(layer) {
                 LayerType::LinearAttention => self.gated_delta_net(&normed, &at)?,
                 LayerType::FullAttention => self.attention(&normed, &at, None)?,
                 LayerType::SlidingAttention => self.attention(&normed, &at, Some(c.sliding_window))?,
             };
-            x = x.add(&norm(&y, first, post_norm)?)?;
-            let normed = norm(&x, second, !post_norm)?.reshape(&[b * t, h])?;
+            x = x.add(&norm(&y, first[1])?)?;
+            let normed = norm(&x, second[0])?.reshape(&[b * t, h])?;
             let mlp = format!("{}mlp.", at.prefix);
             let y = if c.is_sparse(layer) {
                 let logits = normed.linear(self.get(&format!("{mlp}gate.weight")))?;
@@ -77,7 +82,7 @@ impl<'a> Plain<'a> {
             } else {
                 self.dense(&normed, &mlp)?
             };
-            x = x.add(&norm(&y.reshape(&[b, t, h])?, second, post_norm)?)?;
+            x = x.add(&norm(&y.reshape(&[b, t, h])?, second[1])?)?;
         }
         let x = self.norm(&x, "model.norm.weight")?.reshape(&[b * t, h])?;
         let head = if c.tie_word_embeddings { embed } else { self.get("lm_head.weight") };
@@ -113,18 +118,40 @@ impl<'a> Plain<'a> {
         let c = self.config;
         let (b, t, n, kv, d) = (x.dim(0), x.dim(1), c.num_attention_heads, c.num_key_value_heads, c.head_dim);
         let get = |name: &str| self.get(&format!("{}self_attn.{name}.weight", at.prefix));
-        let gate_dim = match c.attention_gate.granularity {
+        let width = |gate: &AttentionGate, d: usize| match gate.granularity {
             GateGranularity::None => 0,
             GateGranularity::Headwise => 1,
             GateGranularity::Elementwise => d,
         };
+        let gate_dim = if c.attention_gate.input { width(&c.attention_gate, d) } else { 0 };
         let project = |x: &Tensor, name: &str| {
             let y = x.linear(get(name))?;
             if c.attention_bias { y.add(self.get(&format!("{}self_attn.{name}.bias", at.prefix))) } else { Ok(y) }
         };
+        // y [b, t, heads, width of a head]
+        let gated = |gate: &AttentionGate, y: &Tensor, name: &str, columns: Option<&Tensor>| {
+            let (heads, w) = (y.dim(2), width(gate, y.dim(3)));
+            if w == 0 {
+                return Ok(y.clone());
+            }
+            let logits = match columns {
+                Some(columns) => columns.clone(),
+                None if gate.input => x.linear(get(name))?.reshape(&[b, t, heads, w])?,
+                None => self.get(&format!("{}self_attn.{name}.table", at.prefix)).reshape(&[1, 1, heads, w])?,
+            };
+            let score = match gate.activation {
+                GateActivation::Sigmoid => logits.sigmoid()?,
+                GateActivation::Silu => logits.mul(&logits.sigmoid()?)?,
+                GateActivation::NsSigmoid => logits.sigmoid()?.affine(0.5, 0.5)?,
+                GateActivation::Identity => logits,
+            };
+            let score = if gate.shared { score.sum(&[2], true)?.affine(1.0 / heads as f64, 0.0)? } else { score };
+            if gate.op == GateOp::Add { y.add(&score) } else { y.mul(&score) }
+        };
         let qg = project(x, "q_proj")?.reshape(&[b, t, n, d + gate_dim])?;
-        let k = project(x, "k_proj")?.reshape(&[b, t, kv, d])?;
-        let v = project(x, "v_proj")?.reshape(&[b, t, kv, d])?;
+        let q = gated(&c.query_gate, &qg.narrow(3, 0, d)?, "query_gate", None)?;
+        let k = gated(&c.key_gate, &project(x, "k_proj")?.reshape(&[b, t, kv, d])?, "key_gate", None)?;
+        let v = gated(&c.value_gate, &project(x, "v_proj")?.reshape(&[b, t, kv, d])?, "value_gate", None)?;
         let turned = |x: &Tensor, norm: &str| {
             let of = |x: &Tensor| rms_norm::rms_norm(x, get(norm), c.rms_norm_eps, c.zero_centered_norms);
             let x = match c.qk_norm {
@@ -134,18 +161,15 @@ impl<'a> Plain<'a> {
             };
             rope::rope(&x, (d as f64 * c.partial_rotary_factor) as usize, c.rope_theta, &at.positions)
         };
-        let (q, k) = (turned(&qg.narrow(3, 0, d)?, "q_norm")?, turned(&k, "k_norm")?);
-        let activation = match c.attention_gate.activation {
-            GateActivation::Sigmoid => Activation::Sigmoid,
-            GateActivation::Silu => Activation::Silu,
-            GateActivation::NsSigmoid => Activation::NsSigmoid,
-            GateActivation::Identity => Activation::Identity,
-        };
-        let how = Gate { activation, additive: c.attention_gate.op == GateOp::Add };
-        let logits = if gate_dim > 0 { Some(qg.narrow(3, d, gate_dim)?) } else { None };
+        let (q, k) = (turned(&q, "q_norm")?, turned(&k, "k_norm")?);
         let attention = Attention { causal: true, window, scale: None };
-        let o = gated_sdpa::composed(&q, &k, &v, logits.as_ref().map(|g| (g, how)), at.cu_seqlens, attention)?;
-        project(&o.reshape(&[b, t, n * d])?, "o_proj")
+        let o = gated_sdpa::composed(&q, &k, &v, None, at.cu_seqlens, attention)?;
+        let o = if c.sdpa_norm { rms_norm::rms_norm(&o, get("sdpa_norm"), c.rms_norm_eps, c.zero_centered_norms)? } else { o };
+        let o = if c.sdpa_silu { o.mul(&o.sigmoid()?)? } else { o };
+        let columns = if gate_dim > 0 { Some(qg.narrow(3, d, gate_dim)?) } else { None };
+        let o = gated(&c.attention_gate, &o, "attention_gate", columns.as_ref())?;
+        let y = project(&o.reshape(&[b, t, n * d])?, "o_proj")?;
+        gated(&c.dense_gate, &y.reshape(&[b, t, 1, c.hidden_size])?, "dense_gate", None)?.reshape(&[b, t, c.hidden_size])
     }
 
     fn gated_delta_net(&self, x: &Tensor, at: &Place) -> Result<Tensor> {

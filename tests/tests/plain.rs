@@ -77,15 +77,78 @@ fn compare(c: &ModelConfig, dtype: DType, b: usize, t: usize, cu_seqlens: Option
     assert!(wrong.is_empty(), "further than {bound:e} from the plain model:\n{}", wrong.join("\n"));
 }
 
-#[test]
-fn every_attention_gate() {
-    for granularity in [GateGranularity::None, GateGranularity::Headwise, GateGranularity::Elementwise] {
-        for activation in [GateActivation::Sigmoid, GateActivation::Silu, GateActivation::NsSigmoid, GateActivation::Identity] {
-            for op in [GateOp::Multiply, GateOp::Add] {
-                let c = ModelConfig { attention_gate: AttentionGate { granularity, activation, op }, ..config() };
-                compare(&c, DType::F64, 2, 19, None, 1e-9);
+const ACTIVATIONS: [GateActivation; 4] = [GateActivation::Sigmoid, GateActivation::Silu, GateActivation::NsSigmoid, GateActivation::Identity];
+
+/// `plain` with a gate of every kind at one of five places, put there by `set`.
+fn gates(plain: &ModelConfig, set: impl Fn(&mut ModelConfig, AttentionGate), granularities: &[GateGranularity], shared: &[bool]) {
+    for granularity in granularities {
+        for activation in ACTIVATIONS {
+            for (op, input) in [(GateOp::Multiply, true), (GateOp::Add, true), (GateOp::Multiply, false), (GateOp::Add, false)] {
+                for shared in shared {
+                    let mut c = plain.clone();
+                    set(&mut c, AttentionGate { granularity: *granularity, activation, op, shared: *shared, input });
+                    compare(&c, DType::F64, 2, 19, None, 1e-9);
+                }
             }
         }
+    }
+}
+const BOTH: [GateGranularity; 2] = [GateGranularity::Headwise, GateGranularity::Elementwise];
+
+fn without_gate() -> ModelConfig {
+    ModelConfig { attention_gate: AttentionGate::none(), ..config() }
+}
+
+#[test]
+fn every_attention_gate() {
+    compare(&without_gate(), DType::F64, 2, 19, None, 1e-9);
+    gates(&config(), |c, g| c.attention_gate = g, &BOTH, &[false, true]);
+}
+
+#[test]
+fn every_attention_gate_in_a_dense_model() {
+    let plain = ModelConfig { num_experts: 0, ..config() };
+    gates(&plain, |c, g| c.attention_gate = g, &BOTH, &[false, true]);
+}
+
+#[test]
+fn every_value_gate() {
+    gates(&config(), |c, g| c.value_gate = g, &BOTH, &[false, true]);
+}
+
+#[test]
+fn every_key_and_query_gate() {
+    // the norm of each head would undo what is head-wise
+    let plain = ModelConfig { qk_norm: QkNorm::Projection, ..config() };
+    gates(&plain, |c, g| (c.key_gate, c.query_gate) = (g, g), &BOTH, &[false, true]);
+    gates(&without_gate(), |c, g| c.key_gate = g, &[GateGranularity::Elementwise], &[false]);
+}
+
+#[test]
+fn every_dense_gate() {
+    gates(&config(), |c, g| c.dense_gate = g, &[GateGranularity::Elementwise], &[false]);
+}
+
+#[test]
+fn gates_with_norms_and_each_other() {
+    let gate = AttentionGate::default();
+    let shared = AttentionGate { shared: true, ..gate };
+    let head = AttentionGate { granularity: GateGranularity::Headwise, ..gate };
+    let all = ModelConfig { value_gate: head, key_gate: gate, query_gate: gate, dense_gate: gate, attention_bias: true, ..config() };
+    let choices = [
+        ModelConfig { sdpa_norm: true, ..without_gate() },
+        ModelConfig { sdpa_silu: true, ..without_gate() },
+        ModelConfig { sdpa_norm: true, attention_gate: head, ..config() },
+        ModelConfig { sdpa_norm: true, sdpa_silu: true, attention_gate: shared, zero_centered_norms: false, ..config() },
+        ModelConfig { value_gate: shared, ..config() },
+        ModelConfig { sandwich_norm: true, ..config() },
+        ModelConfig { sandwich_norm: true, num_experts: 0, zero_centered_norms: false, ..all.clone() },
+        all,
+    ];
+    for c in choices {
+        compare(&c, DType::F64, 2, 19, None, 1e-9);
+        let cu = Tensor::from_vec([0i64, 7, 8, 19], &[4]).unwrap();
+        compare(&c, DType::F64, 1, 19, Some(&cu), 1e-9);
     }
 }
 

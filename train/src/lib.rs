@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod cli;
+pub mod composed;
 pub mod config;
 pub mod data;
 pub mod error;

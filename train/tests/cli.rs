@@ -209,3 +209,34 @@ fn a_run_becomes_a_folder_for_others() {
     std::fs::write(&path, bytes).unwrap();
     fails(&["convert", "bytes", "c"], 1, &["model.safetensors is damaged"]);
 }
+
+#[test]
+fn a_dry_run_tells_sizes_and_takes_nothing() {
+    let tmp = tempfile::tempdir().unwrap();
+    let set = ["--set", "model.num_experts=16000000", "--set", "model.attention_gate.granularity=headwise"];
+    for (more, words) in [(&[][..], "parameters  15577227264 in all, 1987682304 active"), (&set, "attention_gate 1572864")] {
+        let o = tidegate(tmp.path(), &[&["train", "qwen3-15a2b", "--dry-run"], more].concat());
+        let (text, e) = (String::from_utf8_lossy(&o.stdout), String::from_utf8_lossy(&o.stderr));
+        assert!(o.status.success() && text.contains(words) && text.contains("FLOP") && text.contains("GiB"), "{text}{e}");
+        assert_eq!(std::fs::read_dir(tmp.path()).unwrap().count(), 0);
+    }
+    fails(&["train", "qwen3-15a2b", "--dry-run", "--set", "model.dense_gate.granularity=headwise"], 2, &["dense_gate", "no heads"]);
+    fails(&["train", "qwen3-15a2b", "--dry-run", "--set", "model.value_gate.op=add"], 2, &["value_gate.granularity", "none"]);
+}
+
+#[test]
+fn a_run_says_what_is_composed_and_what_it_costs() {
+    let tmp = tempfile::tempdir().unwrap();
+    let said = |more: &[&str]| {
+        let o = tidegate(
+            tmp.path(),
+            &[&["train", "smoke", "--set", "train.steps=1", "--set", "data.held_out=0.002", "--set", "sample.count=0"], more].concat(),
+        );
+        assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
+        String::from_utf8_lossy(&o.stderr).lines().filter(|l| l.contains("composed")).map(String::from).collect::<Vec<_>>()
+    };
+    assert!(said(&[]).is_empty());
+    let lines = said(&["--set", "model.value_gate.granularity=elementwise"]);
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].starts_with("value_gate is composed of elementwise operations: attention takes "), "{lines:?}");
+}

@@ -41,11 +41,14 @@ fn run(place: &nn::Placement, steps: u64, replays: bool, observe_every: u64) -> 
     run_of(3, place, steps, replays, observe_every)
 }
 fn run_of(seed: u64, place: &nn::Placement, steps: u64, replays: bool, observe_every: u64) -> (Vec<f64>, Vec<u32>, f64) {
-    let tmp = tempfile::tempdir().unwrap();
     let (corpus, config) = setup(steps, observe_every);
+    run_with(&config, &corpus, seed, place, replays)
+}
+fn run_with(config: &RunConfig, corpus: &Corpus, seed: u64, place: &nn::Placement, replays: bool) -> (Vec<f64>, Vec<u32>, f64) {
+    let tmp = tempfile::tempdir().unwrap();
     let mut model = Hybrid::create(&config.model, seed, place).unwrap().replays(replays);
     let dir = RunDir::open(tmp.path(), false).unwrap();
-    let done = trainer::train(&mut model, &corpus, &config, &dir, None).unwrap();
+    let done = trainer::train(&mut model, corpus, config, &dir, None).unwrap();
     assert_eq!(model.is_replaying(), replays && place.device != Device::cpu());
     let bits = model.net().params().iter().flat_map(|p| p.1.to_vec::<f32>().unwrap()).map(f32::to_bits).collect();
     (losses(tmp.path()), bits, done.held_out.unwrap())
@@ -133,5 +136,26 @@ fn what_is_not_finite_on_a_device_is_named_and_nothing_is_changed() {
         let e = trainer::train(&mut model, &corpus, &config, &RunDir::open(tmp.path(), false).unwrap(), None).unwrap_err().to_string();
         assert!(e.contains("`matmul` in `blocks.1.attn`"), "{e}");
         assert_eq!(model.net().model().params()[0].tensor.to_vec::<f32>().unwrap(), before);
+    }
+}
+
+#[test]
+fn composed_gates_are_replayed_and_follow_the_cpu() {
+    let _alone = alone();
+    for (device, _) in devices() {
+        let (corpus, mut config) = setup(4, 2);
+        let (m, gate) = (&mut config.model, nn::AttentionGate::default());
+        m.attention_gate.shared = true;
+        (m.value_gate, m.key_gate, m.query_gate) = (gate, gate, nn::AttentionGate { input: false, ..gate });
+        (m.dense_gate, m.sdpa_norm, m.sandwich_norm) = (nn::AttentionGate { op: nn::GateOp::Add, ..gate }, true, true);
+        let run = |place: &nn::Placement, replays: bool| run_with(&config, &corpus, 3, place, replays);
+        for compute in [DType::F32, DType::BF16] {
+            let (cpu, replayed) = (run(&on(&Device::cpu(), compute), true), run(&on(&device, compute), true));
+            for (a, b) in replayed.0.iter().zip(&cpu.0) {
+                let bound = if compute == DType::F32 { 2e-4 } else { 0.02 };
+                assert!((a - b).abs() < bound * b, "{} {compute}: loss {a}, on the CPU {b}", device.name());
+            }
+            assert!(run(&on(&device, compute), false) == replayed, "{} {compute}: replayed steps differ from others", device.name());
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Parameters, operations and memory of a configuration, without making the model.
 
-use super::{LayerType, ModelConfig, QkNorm};
+use super::{GatePosition, LayerType, ModelConfig, QkNorm};
 use crate::{Error, Result};
 
 impl ModelConfig {
@@ -14,21 +14,27 @@ impl ModelConfig {
             let mixer = match self.layer_type(i) {
                 LayerType::LinearAttention => {
                     let heads = n(self.linear_num_value_heads);
+                    let decays = if self.linear_decay { heads } else { 0 };
                     let (k, v) = (n(self.linear_num_key_heads) * n(self.linear_key_head_dim), heads * n(self.linear_value_head_dim));
-                    h * (2 * k + 2 * v + 2 * heads) + (2 * k + v) * n(self.linear_conv_kernel_dim) + 2 * heads + n(self.linear_value_head_dim) + v * h
+                    h * (2 * k + 2 * v + heads + decays)
+                        + (2 * k + v) * n(self.linear_conv_kernel_dim)
+                        + 2 * decays
+                        + n(self.linear_value_head_dim)
+                        + v * h
                 }
                 _ => {
                     let (q, kv, d) = (n(self.num_attention_heads), n(self.num_key_value_heads) * n(self.head_dim), n(self.head_dim));
-                    let gated = q * (d + n(self.gate_dim()));
                     let norms = match self.qk_norm {
                         QkNorm::Head => 2 * d,
                         QkNorm::Projection => q * d + kv,
                         QkNorm::None => 0,
                     };
-                    h * (gated + 2 * kv) + norms + q * d * h + if self.attention_bias { gated + 2 * kv + h } else { 0 }
+                    let gates: u128 = GatePosition::ALL.into_iter().map(|at| self.gate_size(at)).sum();
+                    let norms = norms + if self.sdpa_norm { d } else { 0 };
+                    h * (q * d + 2 * kv) + norms + q * d * h + gates + if self.attention_bias { q * d + 2 * kv + h } else { 0 }
                 }
             };
-            let dense = mixer + 2 * h;
+            let dense = mixer + n(self.norm_names(i).iter().flatten().flatten().count()) * h;
             let (t, a) = if self.is_sparse(i) {
                 let expert = 3 * h * n(self.moe_intermediate_size);
                 let shared = if self.shared_expert_intermediate_size > 0 { 3 * h * n(self.shared_expert_intermediate_size) + h } else { 0 };
@@ -42,6 +48,20 @@ impl ModelConfig {
         }
         let fit = |x: u128| usize::try_from(x).unwrap_or(usize::MAX);
         (fit(total), fit(active))
+    }
+
+    /// Parameters of the gate at `at` in one layer of softmax attention.
+    fn gate_size(&self, at: GatePosition) -> u128 {
+        let [heads, width] = self.gate_shape(at).map(|x| x as u128);
+        // a bias of the query projection has rows for the gate that the projection has
+        let bias = u128::from(at == GatePosition::Attention && self.attention_bias);
+        heads * width * if self.gate(at).input { self.hidden_size as u128 + bias } else { 1 }
+    }
+
+    /// Parameters of the gate at `at` in all layers of softmax attention; they are among [`parameters`](Self::parameters). `usize::MAX` if there are more.
+    pub fn gate_parameters(&self, at: GatePosition) -> usize {
+        let layers = (0..self.num_hidden_layers).filter(|i| self.layer_type(*i) != LayerType::LinearAttention).count();
+        usize::try_from(layers as u128 * self.gate_size(at)).unwrap_or(usize::MAX)
     }
 
     /// Floating-point operations per token of a training step at sequence length `t`, the backward counted as twice the forward:

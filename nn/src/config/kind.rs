@@ -1,6 +1,6 @@
 //! `model_type`: what a configuration is, and what may be called `qwen3_next`.
 
-use super::{AttentionGate, LayerType, ModelConfig, OutputGate, QkNorm};
+use super::{AttentionGate, GateGranularity, GatePosition, LayerType, ModelConfig, OutputGate, QkNorm};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -29,9 +29,24 @@ impl ModelConfig {
         if softmax && self.attention_gate != AttentionGate::default() {
             beyond.push("an `attention_gate` other than element-wise, multiplied, sigmoid".into());
         }
+        let others = GatePosition::ALL.into_iter().filter(|at| *at != GatePosition::Attention);
+        for at in others.filter(|at| softmax && self.gate(*at).granularity != GateGranularity::None) {
+            beyond.push(format!("a `{}`", at.key()));
+        }
+        for (key, on) in [("sdpa_norm", self.sdpa_norm), ("sdpa_silu", self.sdpa_silu)] {
+            if softmax && on {
+                beyond.push(format!("`{key}`"));
+            }
+        }
+        if self.sandwich_norm {
+            beyond.push("norms before and behind attention and feed-forward (`sandwich_norm`)".into());
+        }
         let linear = layers.clone().any(|i| self.layer_type(i) == LayerType::LinearAttention);
         if linear && self.output_gate_type != OutputGate::Silu {
             beyond.push("an `output_gate_type` other than silu".into());
+        }
+        if linear && !(self.linear_decay && self.linear_erase) {
+            beyond.push("a delta rule without decay or erasure (`linear_decay`, `linear_erase`)".into());
         }
         if linear && self.linear_allow_neg_eigval {
             beyond.push("`linear_allow_neg_eigval`".into());

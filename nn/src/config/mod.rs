@@ -1,12 +1,15 @@
 //! The model's configuration: a superset of transformers' `qwen3_next` `config.json`, so that a checkpoint goes both ways.
 
+mod activations;
 mod counts;
 mod families;
+mod gate;
 mod json;
 mod kind;
 mod validate;
 
 pub(crate) use families::grouped_queries;
+pub use gate::{AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition};
 pub use json::nearest;
 pub use kind::ModelType;
 
@@ -23,60 +26,6 @@ pub enum LayerType {
     FullAttention,
     /// Gated softmax attention over the last `sliding_window` tokens.
     SlidingAttention,
-}
-
-/// How fine the attention gate is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum GateGranularity {
-    /// No gate.
-    None,
-    /// One number per head.
-    Headwise,
-    /// One number per head and dimension.
-    Elementwise,
-}
-
-/// What the gate does to the attention's output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum GateOp {
-    /// `act(gate) · o`
-    Multiply,
-    /// `o + act(gate)`
-    Add,
-}
-
-/// The gate's activation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum GateActivation {
-    /// 1/(1+e⁻ˣ)
-    Sigmoid,
-    /// x·sigmoid(x)
-    Silu,
-    /// 0.5 + 0.5·sigmoid(x)
-    NsSigmoid,
-    /// x
-    Identity,
-}
-
-/// The gate on the attention's output (position G1 of 2505.06708 §2).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct AttentionGate {
-    /// How fine.
-    pub granularity: GateGranularity,
-    /// Multiply or add.
-    pub op: GateOp,
-    /// Activation of the logits.
-    pub activation: GateActivation,
-}
-
-impl Default for AttentionGate {
-    fn default() -> Self {
-        AttentionGate { granularity: GateGranularity::Elementwise, op: GateOp::Multiply, activation: GateActivation::Sigmoid }
-    }
 }
 
 /// Activation of Gated DeltaNet's output gate.
@@ -176,10 +125,28 @@ pub struct ModelConfig {
     pub qk_norm: QkNorm,
     /// Ours: coefficient of the router's z-loss.
     pub router_z_loss_coef: f64,
-    /// Ours: the gate of softmax attention.
+    /// Ours: the gate on softmax attention's output (G1).
     pub attention_gate: AttentionGate,
+    /// Ours: a gate on its values (G2).
+    pub value_gate: AttentionGate,
+    /// Ours: a gate on its keys (G3).
+    pub key_gate: AttentionGate,
+    /// Ours: a gate on its queries (G4).
+    pub query_gate: AttentionGate,
+    /// Ours: a gate behind its output projection (G5).
+    pub dense_gate: AttentionGate,
+    /// Ours: whether an RMS norm of each head, all with one weight, stands on softmax attention's output, before the gate.
+    pub sdpa_norm: bool,
+    /// Ours: whether softmax attention's output goes through a SiLU, behind `sdpa_norm` and before the gate.
+    pub sdpa_silu: bool,
+    /// Ours: whether attention and feed-forward have a norm before them and another behind, on what they add to the residual stream (Gemma 2's names).
+    pub sandwich_norm: bool,
     /// Ours: activation of Gated DeltaNet's output gate.
     pub output_gate_type: OutputGate,
+    /// Ours: whether the delta rule's state decays. Without, and with erasure, the layer is DeltaNet's; without both, linear attention's.
+    pub linear_decay: bool,
+    /// Ours: whether the delta rule erases what the state holds for a key before it writes. Without, the write is `β k vᵀ` alone, as in Mamba2's dual form.
+    pub linear_erase: bool,
     /// Ours: β in (0, 2), so that the state's transition may have negative eigenvalues.
     pub linear_allow_neg_eigval: bool,
     /// Ours: ε of the delta rule's output norm; 0: `rms_norm_eps`.
@@ -225,7 +192,16 @@ impl Default for ModelConfig {
             qk_norm: QkNorm::Head,
             router_z_loss_coef: 0.0,
             attention_gate: AttentionGate::default(),
+            value_gate: AttentionGate::none(),
+            key_gate: AttentionGate::none(),
+            query_gate: AttentionGate::none(),
+            dense_gate: AttentionGate::none(),
+            sdpa_norm: false,
+            sdpa_silu: false,
+            sandwich_norm: false,
             output_gate_type: OutputGate::Silu,
+            linear_decay: true,
+            linear_erase: true,
             linear_allow_neg_eigval: false,
             linear_norm_eps: 0.0,
         }
@@ -247,9 +223,18 @@ impl ModelConfig {
         self.num_experts > 0 && !self.mlp_only_layers.contains(&i) && (i + 1).is_multiple_of(self.decoder_sparse_step.max(1))
     }
 
-    /// Whether the norms of layer `i` stand behind attention and feed-forward.
+    /// Whether the norms of layer `i` stand behind attention and feed-forward, and none before them.
     pub(crate) fn is_post_norm(&self, i: usize) -> bool {
         self.post_norm.contains(&self.layer_type(i))
+    }
+
+    /// What the norms of layer `i` are called, without `_layernorm.weight`: of attention, then of the feed-forward, the one before it and the one behind.
+    pub(crate) fn norm_names(&self, i: usize) -> [[Option<&'static str>; 2]; 2] {
+        match (self.sandwich_norm, self.is_post_norm(i)) {
+            (true, _) => [[Some("input"), Some("post_attention")], [Some("pre_feedforward"), Some("post_feedforward")]],
+            (_, true) => [[None, Some("post_attention")], [None, Some("post_feedforward")]],
+            _ => [[Some("input"), None], [Some("post_attention"), None]],
+        }
     }
 
     /// ε of the delta rule's output norm.
@@ -265,15 +250,6 @@ impl ModelConfig {
     /// The weight of a norm that only normalises.
     pub(crate) fn norm_start(&self) -> f64 {
         if self.zero_centered_norms { 0.0 } else { 1.0 }
-    }
-
-    /// Columns of the gate in q_proj, per head.
-    pub(crate) fn gate_dim(&self) -> usize {
-        match self.attention_gate.granularity {
-            GateGranularity::None => 0,
-            GateGranularity::Headwise => 1,
-            GateGranularity::Elementwise => self.head_dim,
-        }
     }
 }
 

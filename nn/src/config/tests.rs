@@ -102,8 +102,19 @@ fn only_a_qwen3_next_is_called_one() {
     for (beyond, says) in [
         (ModelConfig { layer_types: sliding, ..c.clone() }, "sliding attention (layer 2)"),
         (ModelConfig { attention_gate: gate, ..c.clone() }, "attention_gate"),
+        (ModelConfig { attention_gate: AttentionGate { shared: true, ..Default::default() }, ..c.clone() }, "attention_gate"),
+        (ModelConfig { attention_gate: AttentionGate { input: false, ..Default::default() }, ..c.clone() }, "attention_gate"),
+        (ModelConfig { value_gate: gate, ..c.clone() }, "`value_gate`"),
+        (ModelConfig { key_gate: AttentionGate::default(), ..c.clone() }, "`key_gate`"),
+        (ModelConfig { query_gate: AttentionGate::default(), ..c.clone() }, "`query_gate`"),
+        (ModelConfig { dense_gate: AttentionGate::default(), ..c.clone() }, "`dense_gate`"),
+        (ModelConfig { sdpa_norm: true, ..c.clone() }, "`sdpa_norm`"),
+        (ModelConfig { sdpa_silu: true, ..c.clone() }, "`sdpa_silu`"),
+        (ModelConfig { sandwich_norm: true, ..c.clone() }, "`sandwich_norm`"),
         (ModelConfig { output_gate_type: OutputGate::Sigmoid, ..c.clone() }, "output_gate_type"),
         (ModelConfig { linear_allow_neg_eigval: true, ..c.clone() }, "linear_allow_neg_eigval"),
+        (ModelConfig { linear_decay: false, ..c.clone() }, "without decay or erasure"),
+        (ModelConfig { linear_erase: false, ..c.clone() }, "without decay or erasure"),
         (ModelConfig { shared_expert_intermediate_size: 0, ..c.clone() }, "without a shared one"),
         (ModelConfig { zero_centered_norms: false, ..c.clone() }, "zero-centred"),
         (ModelConfig { post_norm: vec![LayerType::FullAttention], ..c.clone() }, "(`post_norm`, layer 3)"),
@@ -122,7 +133,8 @@ fn only_a_qwen3_next_is_called_one() {
         }
     }
     // what no layer has does not matter
-    let linear = ModelConfig { full_attention_interval: 9, attention_gate: gate, qk_norm: QkNorm::None, ..c.clone() };
+    let linear =
+        ModelConfig { full_attention_interval: 9, attention_gate: gate, value_gate: gate, sdpa_norm: true, qk_norm: QkNorm::None, ..c.clone() };
     let softmax = ModelConfig { full_attention_interval: 1, output_gate_type: OutputGate::Sigmoid, linear_allow_neg_eigval: true, ..c.clone() };
     let dense = ModelConfig { shared_expert_intermediate_size: 0, num_experts: 0, ..c.clone() };
     let biased = ModelConfig { attention_bias: true, linear_norm_eps: c.rms_norm_eps, post_norm: vec![LayerType::SlidingAttention], ..c.clone() };
@@ -132,6 +144,37 @@ fn only_a_qwen3_next_is_called_one() {
     }
     let ours = ModelConfig { model_type: ModelType::Tidegate, ..c };
     assert_eq!(ours.to_json().unwrap()["model_type"], json!("tidegate"));
+}
+
+#[test]
+fn gates_that_contradict_or_do_nothing_are_refused() {
+    let err = |v: Value| ModelConfig::from_json(v).unwrap_err().to_string();
+    let says = |v: Value, words: &[&str]| {
+        let e = err(v);
+        assert!(words.iter().all(|w| e.contains(w)), "{e}");
+    };
+    for key in GatePosition::ALL.map(GatePosition::key) {
+        for other in [json!({"op": "add"}), json!({"activation": "silu"}), json!({"shared": true}), json!({"input": false})] {
+            let mut gate = other.clone();
+            gate["granularity"] = json!("none");
+            says(json!({ key: gate }), &[key, "granularity", "do nothing", "\"elementwise\""]);
+        }
+        says(json!({ key: {"shared": 1} }), &["boolean"]);
+        says(json!({ key: {"share": true} }), &["share"]);
+        says(json!({ key: {"granularity": "none", "op": "divide"} }), &["divide"]);
+    }
+    says(json!({"dense_gate": {"granularity": "headwise"}}), &["dense_gate.granularity", "no heads"]);
+    says(json!({"dense_gate": {"shared": true}}), &["dense_gate.shared", "no heads"]);
+    for key in ["key_gate", "query_gate"] {
+        let gate = json!({"granularity": "headwise"});
+        says(json!({ key: gate }), &[key, "qk_norm", "elementwise"]);
+        ModelConfig::from_json(json!({ key: gate, "qk_norm": "projection" })).unwrap();
+        ModelConfig::from_json(json!({ key: {"granularity": "headwise", "op": "add"} })).unwrap();
+    }
+    says(json!({"sandwich_norm": true, "post_norm": ["full_attention"]}), &["sandwich_norm", "post_norm", "layer 3"]);
+    says(json!({"valeu_gate": {}}), &["did you mean `value_gate`"]);
+    // what no layer is does not contradict
+    ModelConfig::from_json(json!({"sandwich_norm": true, "post_norm": ["sliding_attention"]})).unwrap();
 }
 
 #[test]

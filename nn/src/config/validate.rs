@@ -59,6 +59,9 @@ impl ModelConfig {
                 self.num_hidden_layers - 1
             ));
         }
+        if self.linear_allow_neg_eigval && !self.linear_erase {
+            return fail("`linear_allow_neg_eigval` is of a rule that erases; with `linear_erase` = false there is no such thing".into());
+        }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return fail(format!(
                 "`num_attention_heads` = {} must be a multiple of `num_key_value_heads` = {}",
@@ -94,6 +97,7 @@ impl ModelConfig {
         if !(self.linear_norm_eps.is_finite() && self.linear_norm_eps >= 0.0) {
             return fail(format!("`linear_norm_eps` must be positive, or 0 for `rms_norm_eps`, found {}", self.linear_norm_eps));
         }
+        self.validate_gates()?;
         self.saved_type().map(drop)
     }
 }

@@ -1,6 +1,6 @@
 //! All taps: what they are called, what they are, and which of them can be replaced.
 
-use crate::config::{GateGranularity, LayerType, ModelConfig};
+use crate::config::{GatePosition, LayerType, ModelConfig};
 
 /// What can be done with a tap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,21 +72,67 @@ pub const TAPS: &[Tap] = &[
     tap(Model, "hook_embed", "[B, T, M]", "compute", "embedding", Replaceable, "embeddings of the tokens"),
     tap(Block, "hook_resid_pre", "[B, T, M]", "compute", "add", Replaceable, "residual stream before the block"),
     tap(Block, "ln1.hook_out", "[B, T, M]", "compute", "rms_norm", Replaceable, "the norm of the residual stream that the attention reads"),
-    tap(Softmax, "attn.hook_q", "[B, T, H, D]", "compute", "linear", Replaceable, "queries as projected, before norm and rotation"),
-    tap(Softmax, "attn.hook_k", "[B, T, Hkv, D]", "compute", "linear", Replaceable, "keys as projected, before norm and rotation"),
-    tap(Softmax, "attn.hook_v", "[B, T, Hkv, D]", "compute", "linear", Replaceable, "values"),
-    tap(Softmax, "attn.hook_rot_q", "[B, T, H, D]", "compute", "norm_rope", Replaceable, "queries, normalised and rotated"),
-    tap(Softmax, "attn.hook_rot_k", "[B, T, Hkv, D]", "compute", "norm_rope", Replaceable, "keys, normalised and rotated; caches keep these"),
+    tap(Softmax, "attn.hook_q", "[B, T, H, D]", "compute", "linear", Replaceable, "queries as projected, before gate, norm and rotation"),
+    tap(Softmax, "attn.hook_k", "[B, T, Hkv, D]", "compute", "linear", Replaceable, "keys as projected, before gate, norm and rotation"),
     tap(
         Softmax,
-        "attn.hook_gate_logits",
+        "attn.hook_query_gate_logits",
         "[B, T, H, D] or [B, T, H]",
         "compute",
-        "linear",
+        "linear or table",
         Replaceable,
-        "the gate before its activation, element-wise or head-wise",
+        "queries' gate before activation",
     ),
-    tap(Softmax, "attn.hook_gate", "as its logits", "compute", "sigmoid or other", Shown("hook_gate_logits"), "the gate after its activation"),
+    tap(
+        Softmax,
+        "attn.hook_query_gate",
+        "as its logits",
+        "compute",
+        "sigmoid or other",
+        Shown("hook_query_gate_logits"),
+        "the same after its activation",
+    ),
+    tap(
+        Softmax,
+        "attn.hook_key_gate_logits",
+        "[B, T, Hkv, D] or [B, T, Hkv]",
+        "compute",
+        "linear or table",
+        Replaceable,
+        "keys' gate before activation",
+    ),
+    tap(
+        Softmax,
+        "attn.hook_key_gate",
+        "as its logits",
+        "compute",
+        "sigmoid or other",
+        Shown("hook_key_gate_logits"),
+        "the same after its activation",
+    ),
+    tap(
+        Softmax,
+        "attn.hook_value_gate_logits",
+        "[B, T, Hkv, D] or [B, T, Hkv]",
+        "compute",
+        "linear or table",
+        Replaceable,
+        "values' gate before activation",
+    ),
+    tap(
+        Softmax,
+        "attn.hook_value_gate",
+        "as its logits",
+        "compute",
+        "sigmoid or other",
+        Shown("hook_value_gate_logits"),
+        "the same after its activation",
+    ),
+    tap(Softmax, "attn.hook_v", "[B, T, Hkv, D]", "compute", "linear", Replaceable, "values, behind their gate; caches keep these"),
+    tap(Softmax, "attn.hook_rot_q", "[B, T, H, D]", "compute", "norm_rope", Replaceable, "queries, normalised and rotated"),
+    tap(Softmax, "attn.hook_rot_k", "[B, T, Hkv, D]", "compute", "norm_rope", Replaceable, "keys, normalised and rotated; caches keep these"),
+    tap(Softmax, "attn.hook_gate_logits", "[B, T, H, D] or [B, T, H]", "compute", "linear or table", Replaceable, "the gate before its activation"),
+    tap(Softmax, "attn.hook_gate", "as its logits", "compute", "sigmoid or other", Shown("hook_gate_logits"), "the same after its activation"),
     tap(
         Softmax,
         "attn.hook_attn_scores",
@@ -105,7 +151,26 @@ pub const TAPS: &[Tap] = &[
         OnRequest("hook_z, hook_rot_q or hook_rot_k"),
         "attention probabilities",
     ),
+    tap(
+        Softmax,
+        "attn.hook_z_pre_gate",
+        "[B, T, H, D]",
+        "compute",
+        "gated_sdpa",
+        OnRequest("hook_z or hook_gate_logits"),
+        "each head's output before its gate",
+    ),
     tap(Softmax, "attn.hook_z", "[B, T, H, D]", "compute", "gated_sdpa", Replaceable, "each head's output, gated, which the output projection reads"),
+    tap(Softmax, "attn.hook_dense_gate_logits", "[B, T, M]", "compute", "linear or table", Replaceable, "dense gate before activation"),
+    tap(
+        Softmax,
+        "attn.hook_dense_gate",
+        "as its logits",
+        "compute",
+        "sigmoid or other",
+        Shown("hook_dense_gate_logits"),
+        "the same after its activation",
+    ),
     tap(Linear, "attn.hook_q_pre_conv", "[B, T, Hk, Dk]", "compute", "linear", Replaceable, "queries as projected, before the convolution"),
     tap(Linear, "attn.hook_k_pre_conv", "[B, T, Hk, Dk]", "compute", "linear", Replaceable, "keys as projected, before the convolution"),
     tap(Linear, "attn.hook_v_pre_conv", "[B, T, Hk, R·Dv]", "compute", "linear", Replaceable, "values as projected, before the convolution"),
@@ -168,7 +233,7 @@ pub const TAPS: &[Tap] = &[
         "compute",
         "linear",
         Replaceable,
-        "what the attention computes, where a norm stands behind it (`post_norm`)",
+        "what the attention computes, where a norm stands behind it (`post_norm`, `sandwich_norm`)",
     ),
     tap(Block, "hook_attn_out", "[B, T, M]", "compute", "linear", Replaceable, "what the attention adds to the residual stream"),
     tap(Block, "hook_resid_mid", "[B, T, M]", "compute", "add", Replaceable, "residual stream between attention and feed-forward"),
@@ -199,7 +264,7 @@ pub const TAPS: &[Tap] = &[
         "compute",
         "moe or linear",
         Replaceable,
-        "what the feed-forward computes, where a norm stands behind it (`post_norm`)",
+        "what the feed-forward computes, where a norm stands behind it (`post_norm`, `sandwich_norm`)",
     ),
     tap(Block, "hook_mlp_out", "[B, T, M]", "compute", "moe or linear", Replaceable, "what the feed-forward adds to the residual stream"),
     tap(Block, "hook_resid_post", "[B, T, M]", "compute", "add", Replaceable, "residual stream after the block"),
@@ -222,17 +287,25 @@ impl Tap {
         TAPS.iter().find(|t| t.name == short)
     }
 
+    /// The gate of softmax attention without which there is no such tap.
+    fn gate(&self) -> Option<GatePosition> {
+        match self.name {
+            "attn.hook_z_pre_gate" => Some(GatePosition::Attention),
+            name => GatePosition::ALL.into_iter().find(|at| at.taps().contains(&name)),
+        }
+    }
+
     fn is_in(&self, c: &ModelConfig, layer: usize) -> bool {
         let linear = c.layer_type(layer) == LayerType::LinearAttention;
         match self.part {
             Model => false,
             Block => match self.name {
-                "ln1.hook_out" | "ln2.hook_out" => !c.is_post_norm(layer),
-                "attn.hook_out" | "mlp.hook_out" => c.is_post_norm(layer),
+                "ln1.hook_out" | "ln2.hook_out" => c.norm_names(layer)[0][0].is_some(),
+                "attn.hook_out" | "mlp.hook_out" => c.norm_names(layer)[0][1].is_some(),
                 _ => true,
             },
-            Linear => linear,
-            Softmax => !linear && (!self.name.starts_with("attn.hook_gate") || c.attention_gate.granularity != GateGranularity::None),
+            Linear => linear && (self.name != "attn.hook_log_decay" || c.linear_decay),
+            Softmax => !linear && self.gate().is_none_or(|at| c.gate(at).is_some()),
             Dense => !c.is_sparse(layer),
             Experts => c.is_sparse(layer) && (!self.name.starts_with("mlp.hook_shared") || c.shared_expert_intermediate_size > 0),
         }

@@ -6,6 +6,7 @@ mod bench;
 mod convert;
 mod device;
 mod doctor;
+mod dry_run;
 mod generate;
 mod measure;
 mod meter;

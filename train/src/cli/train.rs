@@ -1,6 +1,7 @@
 //! `tidegate train`.
 
 use super::device::PlaceArgs;
+use super::dry_run;
 use super::{out, quoted, result_line, run_of, same_tokens, skip};
 use crate::checkpoint::{self, RunDir, RunInfo, State};
 use crate::config::{Change, Layers, Precision, Resolved, RunConfig};
@@ -9,7 +10,7 @@ use crate::learner::{Hybrid, Trained};
 use crate::progress::say;
 use crate::text::Codec;
 use crate::text::tokenizer;
-use crate::{Error, Result, presets, trainer};
+use crate::{Error, Result, composed, presets, trainer};
 use engine::DType;
 use std::path::{Path, PathBuf};
 
@@ -22,6 +23,7 @@ Examples:
   tidegate train quickstart --set train.minutes=0.5 --run-dir runs/try
   tidegate train quickstart --set data.path=my.txt --set optim.lr=1e-3
   tidegate train my.toml --print-config
+  tidegate train qwen3-15a2b --dry-run --set model.attention_gate.granularity=headwise
   tidegate train --run-dir runs/try --resume
 
 The budget is one of train.minutes, train.tokens and train.steps, and the learning rate's schedule follows it. Runs of as many tokens or steps are
@@ -30,7 +32,7 @@ equal bit for bit, resumed or not, on any number of threads (RAYON_NUM_THREADS);
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Args {
-    /// A preset (quickstart, smoke) or a TOML file; may be left out with --resume
+    /// A preset (quickstart, smoke, qwen3-1.7b-28l, qwen3-1.7b-48l, qwen3-15a2b) or a TOML file; may be left out with --resume
     what: Option<String>,
     /// Set one value, as in --set train.minutes=0.5; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
@@ -49,6 +51,9 @@ pub(super) struct Args {
     /// Show every value and where it came from, and do nothing else
     #[arg(long)]
     print_config: bool,
+    /// Show parameters, memory and operations, and do nothing else: for models of any size, on any machine
+    #[arg(long)]
+    dry_run: bool,
     /// At the end, print how long each op's kernels ran
     #[arg(long)]
     profile: bool,
@@ -178,6 +183,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let config = &plan.resolved.config;
         return out(&format!("# {}\n\n{}", size(config), plan.resolved.to_toml().trim_end()));
     }
+    if args.dry_run {
+        return out(&dry_run::report(&plan.resolved.config));
+    }
     let corpus = Corpus::open(&plan.resolved.config.data.path, plan.resolved.config.data.eot)?;
     if !corpus.is_bytes() {
         plan.resolved.config.data.eot = corpus.end();
@@ -232,6 +240,9 @@ fn go(plan: &Plan, corpus: &Corpus, place: &nn::Placement, replays: bool) -> Res
     let (path, held_out) = (corpus.path().display(), corpus.split(config.data.held_out).1.len());
     let held_out = if held_out > 0 { format!("the last {held_out} held out") } else { "nothing held out".into() };
     say(&format!("data {path}: {n} {unit}, {held_out}; run folder {dir}"));
+    if let Some(note) = composed::note(config, place)? {
+        say(&note);
+    }
     for c in &plan.changes {
         let order = if ORDER.contains(&c.key.as_str()) { " (from here on the text comes in another order)" } else { "" };
         say(&format!("changed  {c}{order}"));

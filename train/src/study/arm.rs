@@ -82,7 +82,12 @@ pub(super) fn outcome(run: &Path) -> Result<Outcome> {
         {
             out.state = State::Done;
             // the loss over the held-out tokens that measures read is not that over all of them
-            out.values.extend(m.scalars().into_iter().filter(|(k, _)| k != "loss").map(|(k, x)| if k == "bits_per_byte" { ("measured_bits_per_byte".into(), x) } else { (k, x) }));
+            out.values.extend(
+                m.scalars()
+                    .into_iter()
+                    .filter(|(k, _)| k != "loss")
+                    .map(|(k, x)| if k == "bits_per_byte" { ("measured_bits_per_byte".into(), x) } else { (k, x) }),
+            );
         }
     }
     Ok(out)
@@ -128,7 +133,10 @@ pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, plac
     let skip = |path: &Path, e: &Error| say(&format!("skipped {}: {e}", path.display()));
     let from = if found.is_empty() { None } else { Some(checkpoint::first_whole(&found, skip, |c| trainer::load(&mut model, c))?.1) };
     if from.as_ref().and_then(|s| s.corpus).is_some_and(|then| then != corpus.fingerprint()) {
-        return Err(Error::data(corpus.path(), format!("is not the text that {} was begun with; put that back, or give the study another folder", folder.display())));
+        return Err(Error::data(
+            corpus.path(),
+            format!("is not the text that {} was begun with; put that back, or give the study another folder", folder.display()),
+        ));
     }
     if let Some(Codec::Tokenizer(t)) = corpus.codec() {
         checkpoint::write(&folder.join(tokenizer::FILE), t.json())?;

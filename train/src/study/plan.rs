@@ -90,9 +90,8 @@ impl Plan {
             return Err(Error::Usage(format!("study {} has no seed {s}; its seeds are {:?}", self.name, self.file.seeds)));
         }
         let variants = &self.variants;
-        self.arms.retain(|a| {
-            (names.is_empty() || names.iter().any(|n| is(&variants[a.variant], n))) && (seeds.is_empty() || seeds.contains(&a.seed))
-        });
+        self.arms
+            .retain(|a| (names.is_empty() || names.iter().any(|n| is(&variants[a.variant], n))) && (seeds.is_empty() || seeds.contains(&a.seed)));
         Ok(self)
     }
 }

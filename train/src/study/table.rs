@@ -1,7 +1,7 @@
 //! A study's table as Markdown: means over seeds with standard errors, differences from the baseline seed by seed, and the paper's figures beside.
 
-use super::results::{Estimate, Results, Summary, VariantResult};
 use super::State;
+use super::results::{Estimate, Results, Summary, VariantResult};
 use std::fmt::Write;
 
 impl Results {

@@ -1,0 +1,232 @@
+//! The gates of softmax attention: what they are, where they stand, and which settings say something.
+
+use super::{ModelConfig, QkNorm};
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+/// How fine a gate is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateGranularity {
+    /// No gate.
+    None,
+    /// One number per head.
+    Headwise,
+    /// One number per head and dimension.
+    Elementwise,
+}
+
+/// What a gate's score does to what it stands on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateOp {
+    /// `y · score`
+    Multiply,
+    /// `y + score`
+    Add,
+}
+
+/// A gate's activation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateActivation {
+    /// 1/(1+e⁻ˣ)
+    Sigmoid,
+    /// x·sigmoid(x)
+    Silu,
+    /// 0.5 + 0.5·sigmoid(x)
+    NsSigmoid,
+    /// x
+    Identity,
+}
+
+/// A gate of softmax attention (2505.06708 §2): `y · score` or `y + score`, with `score = act(x Wθ)` of the attention's input x, behind the norm. Where it
+/// stands is a [`GatePosition`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AttentionGate {
+    /// How fine.
+    pub granularity: GateGranularity,
+    /// Multiply or add.
+    pub op: GateOp,
+    /// Activation of the logits.
+    pub activation: GateActivation,
+    /// Whether all heads share one score, the mean of theirs (the paper's head-shared gate). It has as many parameters as without.
+    pub shared: bool,
+    /// Whether the logits are a projection of the input. If not, they are a learned table, zero at the start and the same for all tokens.
+    pub input: bool,
+}
+
+impl Default for AttentionGate {
+    /// Qwen3-Next's: element-wise, multiplied, sigmoid, each head its own, of the input.
+    fn default() -> Self {
+        AttentionGate {
+            granularity: GateGranularity::Elementwise,
+            op: GateOp::Multiply,
+            activation: GateActivation::Sigmoid,
+            shared: false,
+            input: true,
+        }
+    }
+}
+
+impl AttentionGate {
+    /// No gate.
+    pub fn none() -> Self {
+        AttentionGate { granularity: GateGranularity::None, ..Default::default() }
+    }
+
+    /// Whether there is a gate.
+    pub fn is_some(&self) -> bool {
+        self.granularity != GateGranularity::None
+    }
+}
+
+/// Where a gate of softmax attention stands (2505.06708 §2, figure 1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GatePosition {
+    /// G1: on the attention's output, head by head, before the output projection.
+    Attention,
+    /// G2: on the values, behind their projection.
+    Value,
+    /// G3: on the keys, behind their projection and before their norm.
+    Key,
+    /// G4: on the queries, behind their projection and before their norm.
+    Query,
+    /// G5: behind the output projection.
+    Dense,
+}
+
+impl GatePosition {
+    /// All five.
+    pub const ALL: [GatePosition; 5] = [GatePosition::Attention, GatePosition::Value, GatePosition::Key, GatePosition::Query, GatePosition::Dense];
+
+    /// Its key in a [`ModelConfig`].
+    pub fn key(self) -> &'static str {
+        match self {
+            GatePosition::Attention => "attention_gate",
+            GatePosition::Value => "value_gate",
+            GatePosition::Key => "key_gate",
+            GatePosition::Query => "query_gate",
+            GatePosition::Dense => "dense_gate",
+        }
+    }
+
+    /// The taps of its logits and of its score.
+    pub(crate) fn taps(self) -> [&'static str; 2] {
+        match self {
+            GatePosition::Attention => ["attn.hook_gate_logits", "attn.hook_gate"],
+            GatePosition::Value => ["attn.hook_value_gate_logits", "attn.hook_value_gate"],
+            GatePosition::Key => ["attn.hook_key_gate_logits", "attn.hook_key_gate"],
+            GatePosition::Query => ["attn.hook_query_gate_logits", "attn.hook_query_gate"],
+            GatePosition::Dense => ["attn.hook_dense_gate_logits", "attn.hook_dense_gate"],
+        }
+    }
+}
+
+impl ModelConfig {
+    /// The gate at a position.
+    pub fn gate(&self, at: GatePosition) -> &AttentionGate {
+        match at {
+            GatePosition::Attention => &self.attention_gate,
+            GatePosition::Value => &self.value_gate,
+            GatePosition::Key => &self.key_gate,
+            GatePosition::Query => &self.query_gate,
+            GatePosition::Dense => &self.dense_gate,
+        }
+    }
+
+    fn gate_mut(&mut self, at: GatePosition) -> &mut AttentionGate {
+        match at {
+            GatePosition::Attention => &mut self.attention_gate,
+            GatePosition::Value => &mut self.value_gate,
+            GatePosition::Key => &mut self.key_gate,
+            GatePosition::Query => &mut self.query_gate,
+            GatePosition::Dense => &mut self.dense_gate,
+        }
+    }
+
+    /// The heads that the gate at a position has logits for, and how many for each; `[_, 0]` without a gate. Behind the output projection there is one head.
+    pub(crate) fn gate_shape(&self, at: GatePosition) -> [usize; 2] {
+        let [heads, d] = match at {
+            GatePosition::Attention | GatePosition::Query => [self.num_attention_heads, self.head_dim],
+            GatePosition::Value | GatePosition::Key => [self.num_key_value_heads, self.head_dim],
+            GatePosition::Dense => [1, self.hidden_size],
+        };
+        match self.gate(at).granularity {
+            GateGranularity::None => [heads, 0],
+            GateGranularity::Headwise => [heads, 1],
+            GateGranularity::Elementwise => [heads, d],
+        }
+    }
+
+    /// Columns of the gate in q_proj, per head.
+    pub(crate) fn gate_dim(&self) -> usize {
+        if self.attention_gate.input { self.gate_shape(GatePosition::Attention)[1] } else { 0 }
+    }
+
+    /// The keys of this configuration that are composed of element-wise operations, beside the attention's kernel; empty if its layers have no softmax
+    /// attention. A gate on the attention's output is inside the kernel, unless its heads share a score or something else stands between.
+    pub fn composed(&self) -> Vec<&'static str> {
+        if (0..self.num_hidden_layers).all(|i| self.layer_type(i) == super::LayerType::LinearAttention) {
+            return vec![];
+        }
+        let gates = GatePosition::ALL.into_iter().filter(|at| self.is_composed(*at)).map(GatePosition::key);
+        let between = [("sdpa_norm", self.sdpa_norm), ("sdpa_silu", self.sdpa_silu)];
+        gates.chain(between.into_iter().filter(|b| b.1).map(|b| b.0)).collect()
+    }
+
+    /// The same without what is [`composed`](Self::composed).
+    pub(crate) fn without_composed(&self) -> ModelConfig {
+        let mut c = ModelConfig { sdpa_norm: false, sdpa_silu: false, ..self.clone() };
+        GatePosition::ALL.into_iter().filter(|at| self.is_composed(*at)).for_each(|at| *c.gate_mut(at) = AttentionGate::none());
+        c
+    }
+
+    fn is_composed(&self, at: GatePosition) -> bool {
+        let gate = self.gate(at);
+        gate.is_some() && (at != GatePosition::Attention || gate.shared || self.gates_behind_kernel())
+    }
+
+    /// Whether something stands between the attention's kernel and the gate on its output.
+    pub(crate) fn gates_behind_kernel(&self) -> bool {
+        self.sdpa_norm || self.sdpa_silu
+    }
+
+    /// Refuses gates and norms that contradict each other, or say what nothing follows from.
+    pub(super) fn validate_gates(&self) -> Result<()> {
+        let fail = |m: String| Err(Error::Config(m));
+        for at in GatePosition::ALL {
+            let (key, gate) = (at.key(), self.gate(at));
+            if !gate.is_some() && *gate != AttentionGate::none() {
+                return fail(format!(
+                    "`{key}.granularity` is \"none\", so that its other settings do nothing; make it \"headwise\" or \"elementwise\", or leave \
+                     `op`, `activation`, `shared` and `input` as they are without a gate (multiply, sigmoid, false, true)"
+                ));
+            }
+            if at == GatePosition::Dense && gate.granularity == GateGranularity::Headwise {
+                return fail(
+                    "`dense_gate.granularity` = \"headwise\": behind the output projection there are no heads; make it \"elementwise\"".into(),
+                );
+            }
+            if at == GatePosition::Dense && gate.shared {
+                return fail("`dense_gate.shared` = true: behind the output projection there are no heads to share a score; make it false".into());
+            }
+            let scales = gate.granularity == GateGranularity::Headwise
+                && gate.op == GateOp::Multiply
+                && matches!(gate.activation, GateActivation::Sigmoid | GateActivation::NsSigmoid);
+            if matches!(at, GatePosition::Key | GatePosition::Query) && scales && self.qk_norm == QkNorm::Head {
+                return fail(format!(
+                    "`{key}` multiplies each head by a positive number, which the norm of each head behind it (`qk_norm` = \"head\") takes away again; make \
+                     `{key}.granularity` \"elementwise\", or `qk_norm` \"projection\" or \"none\""
+                ));
+            }
+        }
+        if let Some(i) = (0..self.num_hidden_layers).find(|i| self.sandwich_norm && self.is_post_norm(*i)) {
+            return fail(format!(
+                "`sandwich_norm` keeps the norms before attention and feed-forward, `post_norm` takes them away (layer {i}); leave out one of the two"
+            ));
+        }
+        Ok(())
+    }
+}
