@@ -71,7 +71,7 @@ fn a_study_runs_once() {
     let all = go(&whole, &whole, tmp.path()).unwrap();
     assert_eq!(states(&all), [State::Done; 4]);
     assert_eq!(std::fs::read(run.join("metrics.jsonl")).unwrap(), before);
-    assert_eq!(Results::read(&tmp.path().join(FILE)).unwrap(), all);
+    assert!(Results::read(&tmp.path().join(FILE)).unwrap() == all);
 
     let [none, gate] = &all.variants[..] else { panic!() };
     assert_eq!((none.added_parameters, gate.added_parameters), (0, 2 * 16 * 4));
@@ -91,7 +91,7 @@ fn a_study_runs_once() {
     assert!(table.contains("| **none** | +0 | 2 |") && table.contains("| gate | +128 | 2 |") && table.contains("5.500"), "{table}");
 
     // the same again is the same; another configuration of an arm that stands is refused, by name
-    assert_eq!(go(&whole, &whole, tmp.path()).unwrap(), all);
+    assert!(go(&whole, &whole, tmp.path()).unwrap() == all);
     std::fs::remove_file(run.join(crate::measure::FILE)).unwrap();
     let other = plan(TINY, &["optim.lr=0.001"]).unwrap();
     let m = message(go(&other, &other, tmp.path()));
@@ -177,7 +177,7 @@ fn shipped_studies_can_be_run() {
     for s in shipped() {
         let plan = Plan::new(s.name, StudyFile::parse(s.text, s.name).unwrap(), &[]).unwrap();
         assert!(plan.arms.len() >= 6, "{}", s.name);
-        let known = ["held_out_bits", "held_out_bits_per_byte", "train_loss", "spikes", "spikes_7_sigma", "rise", "tokens_per_s"];
+        let known = ["held_out_loss", "held_out_bits", "held_out_bits_per_byte", "train_loss", "spikes", "spikes_7_sigma", "rise", "tokens_per_s"];
         let measured = include_str!("../measure/scalars.rs");
         for c in &plan.file.columns {
             let is_measure = measured.contains(&format!("\"{}\"", c.key)) || c.key.starts_with("gate_");
