@@ -29,6 +29,25 @@ pub(crate) fn device() -> Device {
 
 /// 64 bytes: a cache line, and the widest vector.
 const ALIGN: usize = 64;
+/// A large page. Reading 64 to 256 MB, two threads of a Zen 4 in a virtual machine got 27 GB/s with large pages, 20 to 22 with small ones.
+const PAGE: usize = 2 << 20;
+
+/// What a block of so many bytes is aligned to: two large pages or more, to these.
+fn memory_of(bytes: usize) -> Memory {
+    // SAFETY: both alignments are powers of two; sizes were checked against isize::MAX less a page when the block was asked for.
+    unsafe { Memory::from_size_align_unchecked(bytes, if bytes >= 2 * PAGE { PAGE } else { ALIGN }) }
+}
+
+/// Asks for large pages in a new block, where the system gives them on request.
+fn advise(ptr: NonNull<u8>, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    if bytes >= 2 * PAGE {
+        // SAFETY: the range lies inside the block; the advice changes how it is mapped, not what it holds. Refused, it is as before.
+        unsafe { libc::madvise(ptr.as_ptr().cast(), bytes / PAGE * PAGE, libc::MADV_HUGEPAGE) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (ptr, bytes);
+}
 
 struct Block {
     ptr: NonNull<u8>,
@@ -42,7 +61,7 @@ unsafe impl Sync for Block {}
 impl Drop for Block {
     fn drop(&mut self) {
         // SAFETY: allocated below with this very size and alignment.
-        unsafe { alloc::dealloc(self.ptr.as_ptr(), Memory::from_size_align_unchecked(self.capacity, ALIGN)) }
+        unsafe { alloc::dealloc(self.ptr.as_ptr(), memory_of(self.capacity)) }
     }
 }
 
@@ -112,7 +131,7 @@ fn size_class(bytes: usize) -> Option<usize> {
 
 fn take_block(bytes: usize) -> Result<Block> {
     let refuse = |c: &Cache| Error::OutOfMemory { device: "cpu".into(), requested: bytes, live: c.live, cached: c.cached };
-    let size = size_class(bytes).filter(|s| *s <= isize::MAX as usize - ALIGN);
+    let size = size_class(bytes).filter(|s| *s <= isize::MAX as usize - PAGE);
     let mut c = cache();
     // the system would hand out more than there is, and end the process when it is written
     let fits = |s: &usize| system_memory().is_none_or(|all| (c.live + s) as u64 <= all);
@@ -127,13 +146,14 @@ fn take_block(bytes: usize) -> Result<Block> {
         None => {
             let want = || {
                 // SAFETY: size is not zero and was checked against isize::MAX.
-                NonNull::new(unsafe { alloc::alloc(Memory::from_size_align_unchecked(size, ALIGN)) })
+                NonNull::new(unsafe { alloc::alloc(memory_of(size)) })
             };
             let ptr = want().or_else(|| {
                 trim();
                 want()
             });
             let Some(ptr) = ptr else { return Err(refuse(&cache())) };
+            advise(ptr, size);
             Block { ptr, capacity: size }
         }
     };

@@ -8,7 +8,7 @@ use super::{
     view::View,
 };
 use engine::{
-    cpu::simd::{Real, dot, max, sum},
+    cpu::simd::{Real, dot, max, prefetch, sum},
     vectorized,
 };
 use rayon::prelude::*;
@@ -33,6 +33,12 @@ impl<F: Real> Part<F> {
     }
 }
 
+/// The block that comes next, of all heads, from `at` on: it is asked for row by row while the first head of another is computed with; all at once, it
+/// would be waited for.
+fn next<'a, F: Real>(x: View<'a>, at: [usize; 3], head: usize, end: usize) -> &'a [F] {
+    if head == 0 && at[1] < end { x.there(at).unwrap_or(&[]) } else { &[] }
+}
+
 /// As [`forward`](super::forward::forward), which see.
 pub fn forward<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, v: View, gating: Option<Gating>, out: &Outputs<F>) {
     let group = p.h / p.hkv;
@@ -53,22 +59,34 @@ pub fn forward<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, v: View, g
         let end = (from + PIECE).min(hi);
         for k0 in (from..end).step_by(BLOCK) {
             let n = BLOCK.min(end - k0);
-            // the values come while the scores are formed; the keys of the next block, while these values are summed
-            v.ahead::<F>(b, k0, n);
-            k.ahead::<F>(b, k0 + n, BLOCK.min(end - k0 - n));
             for (hk, part) in parts.iter_mut().enumerate() {
                 let (keys, ldk) = k.rows(b, k0, n, hk, p.d, &mut buf);
+                let mut coming = next(k, [b, k0 + n, 0], hk, hi);
                 for (q, s) in queries[hk * cols * p.d..].chunks_exact(p.d).zip(scores.chunks_exact_mut(BLOCK)) {
-                    inner(q, keys, ldk, &mut s[..n]);
+                    inner(q, keys, ldk, std::mem::take(&mut coming), &mut s[..n]);
                 }
                 let (values, ldv) = v.rows(b, k0, n, hk, p.dv, &mut buf);
-                for (c, s) in scores.chunks_exact_mut(BLOCK).enumerate() {
-                    // the part of the block that this query sees
-                    let (a, e) = (bands.lo[c / group].clamp(k0, k0 + n) - k0, bands.hi[c / group].clamp(k0, k0 + n) - k0);
+                let mut coming = next(v, [b, k0 + n, 0], hk, hi);
+                // the part of the block that a column's query sees
+                let seen = |c: usize| (bands.lo[c / group].clamp(k0, k0 + n) - k0, bands.hi[c / group].clamp(k0, k0 + n) - k0);
+                let mut c = 0;
+                while c < cols {
+                    let (a, e) = seen(c);
+                    let two = c + 1 < cols && seen(c + 1) == (a, e);
                     if a < e {
-                        let acc = &mut part.acc[c * p.dv..][..p.dv];
-                        weigh(&mut s[a..e], &values[a * ldv..], ldv, &mut part.max[c], &mut part.sum[c], acc);
+                        let (s, t) = scores[c * BLOCK..].split_at_mut(BLOCK);
+                        let shrink = shift(&mut s[a..e], &mut part.max[c], &mut part.sum[c]);
+                        let (y, z) = part.acc[c * p.dv..].split_at_mut(p.dv);
+                        let (values, coming) = (&values[a * ldv..], std::mem::take(&mut coming));
+                        if two {
+                            let t = &mut t[a..e];
+                            let other = shift(t, &mut part.max[c + 1], &mut part.sum[c + 1]);
+                            add([&s[a..e], t], [shrink, other], values, ldv, coming, [y, &mut z[..p.dv]]);
+                        } else {
+                            add([&s[a..e]], [shrink], values, ldv, coming, [y]);
+                        }
                     }
+                    c += 1 + usize::from(two);
                 }
             }
         }
@@ -95,33 +113,84 @@ pub fn forward<F: Real>(p: &Problem, bands: &Bands, q: View, k: View, v: View, g
 }
 
 vectorized! {
-    /// `s[j] = <q, row j>`
-    fn inner[F: Real](q: &[F], rows: &[F], ld: usize, s: &mut [F]) {
-        for (j, s) in s.iter_mut().enumerate() { *s = dot(q, &rows[j * ld..][..q.len()]) }
+    /// `s[j] = <q, row j>`, while as many rows of `next` are asked for, of all heads.
+    fn inner[F: Real](q: &[F], rows: &[F], ld: usize, next: &[F], s: &mut [F]) {
+        let mut done = 0;
+        let (q16, rest) = q.as_chunks::<16>();
+        if rest.is_empty() {
+            let mut quarters = [[F::ZERO; 4]; 16];
+            for s in s.as_chunks_mut::<16>().0 {
+                for four in 0..4 {
+                    let first = done + four * 4;
+                    if let Some(x) = next.get(first * ld..(first + 4) * ld) { prefetch(x) }
+                    let lanes = four_rows(q16, &rows[first * ld..], ld);
+                    for r in 0..4 {
+                        let (out, lanes) = (&mut quarters[four * 4 + r], &lanes[r]);
+                        for i in 0..4 { out[i] = (lanes[i] + lanes[i + 8]) + (lanes[i + 4] + lanes[i + 12]) }
+                    }
+                }
+                for (s, x) in s.iter_mut().zip(&quarters) { *s = (x[0] + x[2]) + (x[1] + x[3]) }
+                done += 16;
+            }
+        }
+        for (j, s) in s.iter_mut().enumerate().skip(done) { *s = dot(q, &rows[j * ld..][..q.len()]) }
     }
 
-    /// A step of the online softmax: `acc` and `total` shrink to the new maximum, and take up the values weighted by `exp(s − max)`.
-    fn weigh[F: Real](s: &mut [F], values: &[F], ld: usize, top: &mut F, total: &mut F, acc: &mut [F]) {
+    /// A step of the online softmax: scores become `exp(s − max)` for the new maximum, and what was weighted by the old one shrinks by what is returned.
+    fn shift[F: Real](s: &mut [F], top: &mut F, total: &mut F) -> F {
         let m = (*top).max(max(s));
         let shrink = (*top - m).exp();
         for s in s.iter_mut() { *s = (*s - m).exp() }
         *total = total.mul_add(shrink, sum(s));
         *top = m;
-        let dv = acc.len();
-        let (wide, tail) = acc.as_chunks_mut::<32>();
-        for (c, y) in wide.iter_mut().enumerate() {
-            let mut x = *y;
-            for x in &mut x { *x *= shrink }
-            for (j, s) in s.iter().enumerate() {
-                let row = &values[j * ld + c * 32..][..32];
-                for i in 0..32 { x[i] = s.mul_add(row[i], x[i]) }
+        shrink
+    }
+
+    /// `acc = shrink·acc + Σ s[j]·row j` for N columns, while as many rows of `next` are asked for, of all heads.
+    fn add[F: Real, const N: usize](s: [&[F]; N], shrink: [F; N], rows: &[F], ld: usize, next: &[F], acc: [&mut [F]; N]) {
+        let (n, dv) = (s[0].len(), acc[0].len());
+        let at = dv / 32 * 32;
+        for at in (0..at).step_by(32) {
+            let mut x = [[F::ZERO; 32]; N];
+            for c in 0..N {
+                let y = &acc[c][at..][..32];
+                for i in 0..32 { x[c][i] = shrink[c] * y[i] }
             }
-            *y = x;
+            for j in 0..n {
+                if at == 0 && let Some(x) = next.get(j * ld..(j + 1) * ld) { prefetch(x) }
+                let row = &rows[j * ld + at..][..32];
+                for c in 0..N {
+                    let s = s[c][j];
+                    for i in 0..32 { x[c][i] = s.mul_add(row[i], x[c][i]) }
+                }
+            }
+            for c in 0..N { acc[c][at..][..32].copy_from_slice(&x[c]) }
         }
-        let at = dv - tail.len();
-        for y in tail.iter_mut() { *y *= shrink }
-        for (j, s) in s.iter().enumerate() {
-            for (y, v) in tail.iter_mut().zip(&values[j * ld + at..]) { *y = s.mul_add(*v, *y) }
+        for (c, acc) in acc.into_iter().enumerate() {
+            let tail = &mut acc[at..];
+            for y in tail.iter_mut() { *y *= shrink[c] }
+            for (j, s) in s[c].iter().enumerate() {
+                for (y, v) in tail.iter_mut().zip(&rows[j * ld + at..]) { *y = s.mul_add(*v, *y) }
+            }
         }
     }
+}
+
+/// The products of `q` with four rows, each in sixteen lanes. Written so that LLVM keeps the lanes in vectors: any path that handles a rest here makes it
+/// spill them.
+#[inline(always)]
+fn four_rows<F: Real>(q: &[[F; 16]], rows: &[F], ld: usize) -> [[F; 16]; 4] {
+    let n = q.len() * 16;
+    let r: [&[[F; 16]]; 4] =
+        [rows[..n].as_chunks().0, rows[ld..][..n].as_chunks().0, rows[2 * ld..][..n].as_chunks().0, rows[3 * ld..][..n].as_chunks().0];
+    let mut lanes = [[F::ZERO; 16]; 4];
+    for (c, q) in q.iter().enumerate() {
+        for k in 0..4 {
+            let x = &r[k][c];
+            for i in 0..16 {
+                lanes[k][i] = q[i].mul_add(x[i], lanes[k][i]);
+            }
+        }
+    }
+    lanes
 }

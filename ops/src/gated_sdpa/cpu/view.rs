@@ -1,9 +1,6 @@
 //! Strided reads of any float dtype.
 
-use engine::{
-    DType,
-    cpu::simd::{Real, prefetch},
-};
+use engine::{DType, cpu::simd::Real};
 
 /// The elements of an input, starting at its view's offset.
 #[derive(Clone, Copy, Debug)]
@@ -39,15 +36,6 @@ impl<'a> View<'a> {
             _ => return None,
         };
         Some(&all[at..])
-    }
-
-    /// Asks for rows `[b, t .. t + n]` of all heads, ahead of their use, if they are of type F.
-    pub fn ahead<F: Real>(&self, b: usize, t: usize, n: usize) {
-        if n > 0
-            && let Some(x) = self.there::<F>([b, t, 0])
-        {
-            prefetch(&x[..(n * self.strides[1]).min(x.len())]);
-        }
     }
 
     /// Rows `[b, t .. t + n, h, ..d]`, where they lie if they are of type F, else in `buf`, and how far they are apart.
