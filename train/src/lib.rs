@@ -18,6 +18,7 @@ pub mod observe;
 pub mod optim;
 pub mod presets;
 pub mod progress;
+pub mod report;
 pub mod rng;
 pub mod schedule;
 pub mod tensorboard;

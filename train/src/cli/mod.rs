@@ -1,4 +1,4 @@
-//! The command line: `tidegate train | generate | eval | measure | convert | trace | tokenize | bench | doctor`.
+//! The command line: `tidegate train | generate | eval | measure | convert | trace | report | tokenize | bench | doctor`.
 //!
 //! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed at run time, 2 wrong usage.
 
@@ -9,6 +9,7 @@ mod doctor;
 mod generate;
 mod measure;
 mod meter;
+mod report;
 mod tokenize;
 mod trace;
 mod train;
@@ -59,6 +60,8 @@ enum Command {
     Convert(convert::Args),
     /// Write what a model computes on the way to a file: hidden states, gates, gradients
     Trace(trace::Args),
+    /// Write a page about a run, several runs, or a study: curves, tables, attention, gates, activations
+    Report(report::Args),
     /// Train tokenizers, and turn text into tokens
     Tokenize(tokenize::Args),
     /// Time operations and training steps
@@ -99,6 +102,7 @@ pub fn main() -> ExitCode {
         Command::Measure(args) => measure::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Trace(args) => trace::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),
@@ -127,7 +131,7 @@ fn out(text: &str) -> Result<()> {
 }
 
 /// A word as a shell reads it.
-fn quoted(word: &str) -> String {
+pub(crate) fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "-_./+:@%,=".contains(c);
     if !word.is_empty() && word.chars().all(plain) { word.to_string() } else { format!("'{}'", word.replace('\'', r"'\''")) }
 }
