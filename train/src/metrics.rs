@@ -1,5 +1,7 @@
-//! `metrics.jsonl`: one JSON object a line, appended.
+//! `metrics.jsonl`: one JSON object a line, appended; and, where a run keeps them, TensorBoard's event files beside it.
 
+use crate::histogram::Distribution;
+use crate::tensorboard::Events;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -15,6 +17,7 @@ pub type Scalars = BTreeMap<String, f64>;
 pub struct Metrics {
     file: File,
     path: PathBuf,
+    events: Option<Events>,
 }
 
 impl Metrics {
@@ -43,7 +46,23 @@ impl Metrics {
                 .map_err(Error::io("writing", &path))?;
         }
         let file = File::options().create(true).append(true).open(&path).map_err(Error::io("writing", &path))?;
-        Ok(Metrics { file, path })
+        Ok(Metrics { file, path, events: None })
+    }
+
+    /// Writes TensorBoard's event files in `run`, too, after what is kept of those that are there (see [`Events::open`]).
+    pub fn with_events(mut self, run: &Path, step: u64) -> Result<Metrics> {
+        self.events = Some(Events::open(run, step)?);
+        Ok(self)
+    }
+
+    /// Whether there is a place for distributions.
+    pub fn has_events(&self) -> bool {
+        self.events.is_some()
+    }
+
+    /// Distributions go to TensorBoard alone.
+    pub fn histograms(&mut self, step: u64, all: &[Distribution]) -> Result<()> {
+        self.events.as_mut().map_or(Ok(()), |e| e.histograms(step, all))
     }
 
     /// Appends a line with `step`, the fields given, and the scalars. Numbers that aren't finite become null, as JSON has none.
@@ -54,12 +73,14 @@ impl Metrics {
         line.extend(scalars.iter().map(|(k, &v)| (k.clone(), v.into())));
         let mut bytes = Value::Object(line).to_string().into_bytes();
         bytes.push(b'\n');
-        self.file.write_all(&bytes).map_err(Error::io("writing", &self.path))
+        self.file.write_all(&bytes).map_err(Error::io("writing", &self.path))?;
+        self.events.as_mut().map_or(Ok(()), |e| e.write(step, fields, scalars))
     }
 
     /// Makes sure that all lines are on the disk.
     pub fn sync(&self) -> Result<()> {
-        self.file.sync_data().map_err(Error::io("syncing", &self.path))
+        self.file.sync_data().map_err(Error::io("syncing", &self.path))?;
+        self.events.as_ref().map_or(Ok(()), Events::sync)
     }
 }
 

@@ -55,7 +55,16 @@ pub fn quickstart() -> RunConfig {
         seed: 1,
         model: model(128, 8),
         data: Data { path: MOBY_DICK_PATH.into(), held_out: 0.1, seq_len: 256, batch: 3, packing: Packing::Windows, eot: None },
-        train: Train { minutes: Some(5.0), tokens: None, steps: None, accumulate: 2, dtype: None, observe_every: 1, log_every: 50 },
+        train: Train {
+            minutes: Some(5.0),
+            tokens: None,
+            steps: None,
+            accumulate: 2,
+            dtype: None,
+            observe_every: 1,
+            log_every: 50,
+            tensorboard: true,
+        },
         optim: Optim {
             lr: 4e-3,
             schedule: Shape::Cosine,

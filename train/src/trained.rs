@@ -3,6 +3,7 @@
 use crate::config::Optim;
 use crate::data::Batch;
 use crate::feed::Feed;
+use crate::histogram::{Distribution, Gates};
 use crate::learner::{Loss, Network};
 use crate::metrics::Scalars;
 use crate::observe::{Seen, Summary};
@@ -311,6 +312,12 @@ impl<N: Network> Learner for Trained<N> {
         let sums = batches.iter().map(one).collect::<Result<Vec<Tensor>>>()?;
         let sums = if sums.is_empty() { vec![] } else { numbers(&sums)?.to_vec::<f64>()? };
         Ok(sums.into_iter().zip(batches).map(|(sum, b)| tokens(sum, b)).collect())
+    }
+
+    fn gates(&mut self, batch: &Batch) -> Result<Vec<Distribution>> {
+        let mut seen = Gates::default();
+        engine::no_grad(|| self.net.loss(&self.feed(batch)?, Some(&mut seen)))?;
+        Ok(seen.0)
     }
 
     fn sample(&mut self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {

@@ -3,6 +3,7 @@
 use crate::checkpoint::{RunDir, State, read_state};
 use crate::config::{Budget, Optim, RunConfig};
 use crate::data::{Batch, Corpus, EvalWindows, Sampler};
+use crate::histogram::Distribution;
 use crate::metrics::{Metrics, Scalars, memory};
 use crate::progress::{Line, Progress, say};
 use crate::text::harmless;
@@ -58,6 +59,10 @@ pub trait Learner {
     fn step(&mut self, work: &Step, batch: Batches, observed: Option<&mut Scalars>) -> Result<Stepped>;
     /// The sums of negative log-likelihoods over batches, in nats, without gradients.
     fn nll(&mut self, batches: &[Batch]) -> Result<Vec<f64>>;
+    /// How gates are distributed over a batch, without gradients; nothing where there are none.
+    fn gates(&mut self, _batch: &Batch) -> Result<Vec<Distribution>> {
+        Ok(vec![])
+    }
     /// Continues `prompt`; returns the new tokens.
     fn sample(&mut self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>>;
     /// Where in the model the loss over `batch`, one of `micro`, or its gradient first stops being finite, in words; none if neither does.
@@ -150,7 +155,10 @@ pub fn train(learner: &mut dyn Learner, corpus: &Corpus, config: &RunConfig, run
     for aside in run.set_aside(state.step)? {
         say(&format!("a later checkpoint is now {}; delete it if it isn't wanted", aside.display()));
     }
-    let metrics = Metrics::open(run.path(), state.step)?;
+    let mut metrics = Metrics::open(run.path(), state.step)?;
+    if config.train.tensorboard {
+        metrics = metrics.with_events(run.path(), state.step)?;
+    }
     let progress = Progress::new(config.train.log_every);
     let (first, budget) = (state, config.budget()?);
     let mut work = Loop { learner, corpus, config, run, sampler, held_out, budget, first, began: Instant::now(), state, metrics, progress };
@@ -165,6 +173,7 @@ pub fn train(learner: &mut dyn Learner, corpus: &Corpus, config: &RunConfig, run
         let bytes = corpus.text_bytes(held_out_end - count..held_out_end).filter(|&b| b > 0);
         fields.extend(bytes.map(|b| ("held_out_bits_per_byte", (bits * count as f64 / b as f64).into())));
         work.metrics.write(work.state.step, &fields, &Scalars::new())?;
+        work.histograms()?;
     }
     work.metrics.sync()?;
     Ok(Summary { state: work.state, held_out: last.map(|l| l.0), scored: last.map_or(0, |l| l.1) })
@@ -308,9 +317,20 @@ impl Loop<'_> {
         let (step, range) = (self.state.step, self.held_out.clone());
         let Some((bits, count)) = evaluate(self.learner, self.corpus, range, self.config, self.config.eval.tokens)? else { return Ok(()) };
         self.metrics.write(step, &[("held_out_bits", bits.into()), ("held_out_tokens", count.into())], &Scalars::new())?;
+        self.histograms()?;
         let unit = if self.corpus.is_bytes() { "bits per byte" } else { "bits per token" };
         self.progress.say(&format!("step {step:>6}  held out: {bits:.3} {unit} ({count} tokens)"));
         Ok(())
+    }
+
+    /// The gates over the first held-out batch, for TensorBoard. An evaluation reads many: one more is cheap, and no step waits for counts.
+    fn histograms(&mut self) -> Result<()> {
+        let d = &self.config.data;
+        let first = EvalWindows::new(self.held_out.clone(), d.batch, d.seq_len, d.batch * d.seq_len, d.packing).next_batch(self.corpus);
+        match first.filter(|_| self.metrics.has_events()) {
+            Some(batch) => self.metrics.histograms(self.state.step, &self.learner.gates(&batch)?),
+            None => Ok(()),
+        }
     }
 
     fn sample(&mut self) -> Result<()> {

@@ -1,4 +1,4 @@
-//! The command line: `tidegate train | generate | eval | measure | convert | trace | tokenize | bench | doctor`.
+//! The command line: `tidegate train | generate | eval | measure | convert | trace | report | tokenize | bench | doctor`.
 //!
 //! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed at run time, 2 wrong usage.
 
@@ -10,6 +10,7 @@ mod dry_run;
 mod generate;
 mod measure;
 mod meter;
+mod report;
 mod study;
 mod tokenize;
 mod trace;
@@ -63,6 +64,8 @@ enum Command {
     Trace(trace::Args),
     /// Train variants of a configuration with several seeds, measure and compare them
     Study(study::Args),
+    /// Write a page about a run, several runs, or a study: curves, tables, attention, gates, activations
+    Report(report::Args),
     /// Train tokenizers, and turn text into tokens
     Tokenize(tokenize::Args),
     /// Time operations and training steps
@@ -104,6 +107,7 @@ pub fn main() -> ExitCode {
         Command::Convert(args) => convert::run(&args),
         Command::Trace(args) => trace::run(&args),
         Command::Study(args) => study::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),
@@ -132,7 +136,7 @@ fn out(text: &str) -> Result<()> {
 }
 
 /// A word as a shell reads it.
-fn quoted(word: &str) -> String {
+pub(crate) fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "-_./+:@%,=".contains(c);
     if !word.is_empty() && word.chars().all(plain) { word.to_string() } else { format!("'{}'", word.replace('\'', r"'\''")) }
 }

@@ -3,7 +3,7 @@
 use super::device::PlaceArgs;
 use super::out;
 use crate::study::{Plan, StudyFile, shipped};
-use crate::{Result, study};
+use crate::{Result, report, study};
 use std::path::{Path, PathBuf};
 
 const NOTES: &str = "\
@@ -60,8 +60,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let dir = args.out.clone().unwrap_or_else(|| Path::new("studies").join(&name));
     let results = study::run(&plan, &whole, &dir, |arm| args.place.open(arm.resolved.config.train.dtype))?;
-    out(results.table().trim_end())?;
-    out(&format!("{}: {}, table.md", dir.display(), study::FILE))
+    out(results.markdown().trim_end())?;
+    let page = report::write(std::slice::from_ref(&dir), None)?;
+    out(&format!("{}: {}, table.md, {}", dir.display(), study::FILE, page.file_name().unwrap_or_default().display()))
 }
 
 /// The arms, their sizes, and what they cost together.

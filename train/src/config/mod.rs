@@ -77,6 +77,14 @@ pub struct Train {
     pub observe_every: u64,
     /// Steps between lines on a terminal that is none.
     pub log_every: u64,
+    /// Whether TensorBoard's event files are written beside `metrics.jsonl`.
+    #[serde(default = "yes")]
+    pub tensorboard: bool,
+}
+
+/// What older runs, which don't say, go on with.
+fn yes() -> bool {
+    true
 }
 
 /// A precision to compute in.

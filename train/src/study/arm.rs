@@ -27,6 +27,18 @@ pub enum State {
     Diverged,
 }
 
+impl State {
+    /// As `results.json` has it.
+    pub fn word(self) -> &'static str {
+        match self {
+            State::Pending => "pending",
+            State::Running => "running",
+            State::Done => "done",
+            State::Diverged => "diverged",
+        }
+    }
+}
+
 /// What came of an arm.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {

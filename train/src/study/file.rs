@@ -99,6 +99,7 @@ pub struct Columns {
 #[serde(deny_unknown_fields)]
 pub struct Paper {
     /// Where they stand.
+    #[serde(default)]
     pub source: String,
     /// Their headings.
     pub columns: Vec<String>,

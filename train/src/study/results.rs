@@ -6,6 +6,7 @@ use super::plan::{Arm, Plan, Variant};
 use crate::measure::{Trial, max_stable_lr};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -22,13 +23,16 @@ pub struct Results {
     /// The study.
     pub name: String,
     /// Its heading.
+    #[serde(default)]
     pub title: String,
     /// What it asks.
     #[serde(default)]
     pub about: String,
     /// The variant that others are held against.
+    #[serde(default)]
     pub baseline: String,
     /// Seeds.
+    #[serde(default)]
     pub seeds: Vec<u64>,
     /// The table's columns.
     pub columns: Vec<Column>,
@@ -60,6 +64,7 @@ pub struct VariantResult {
     /// Its name.
     pub name: String,
     /// Its name in the study's file: without a sweep's value.
+    #[serde(default)]
     pub of: String,
     /// In words.
     #[serde(default)]
@@ -68,18 +73,25 @@ pub struct VariantResult {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub value: Option<f64>,
     /// What it is held against.
+    #[serde(default)]
     pub baseline: String,
     /// What it sets.
-    pub set: serde_json::Value,
+    #[serde(default)]
+    pub set: Value,
     /// Parameters.
+    #[serde(default)]
     pub parameters: usize,
     /// Those that act on one token.
+    #[serde(default)]
     pub active_parameters: usize,
     /// More than the baseline's.
+    #[serde(default)]
     pub added_parameters: i64,
     /// One for each seed.
+    #[serde(default)]
     pub arms: Vec<ArmResult>,
     /// Over the arms that are done, by scalar.
+    #[serde(default)]
     pub summary: BTreeMap<String, Summary>,
 }
 
@@ -93,8 +105,10 @@ pub struct ArmResult {
     /// How far it is.
     pub state: State,
     /// Steps done.
+    #[serde(default)]
     pub step: u64,
     /// Scalars.
+    #[serde(default)]
     pub values: BTreeMap<String, f64>,
 }
 
@@ -202,12 +216,18 @@ impl Results {
     /// Reads a `results.json`.
     pub fn read(path: &Path) -> Result<Results> {
         let text = std::fs::read(path).map_err(Error::io("reading", path))?;
-        let r: Results = serde_json::from_slice(&text)
-            .map_err(|e| Error::Usage(format!("{}: is no file of a study's results: {e}; `tidegate study` writes it anew", path.display())))?;
-        if r.format != FORMAT {
-            return Err(Error::Usage(format!("{}: its format is {}, this tidegate reads {FORMAT}", path.display(), r.format)));
+        let wrong = |why: String| Error::Usage(format!("{}: {why}", path.display()));
+        let value: Value = serde_json::from_slice(&text).map_err(|e| wrong(format!("is no JSON: {e}; `tidegate study` writes it anew")))?;
+        if value["format"] != FORMAT {
+            let found = value["format"].as_u64().map_or("none".into(), |f| f.to_string());
+            return Err(wrong(format!("its format is {found}, and this tidegate reads {FORMAT}; use the tidegate that wrote it")));
         }
-        Ok(r)
+        let r: Results = serde_json::from_value(value).map_err(|e| wrong(format!("is no study's results: {e}")))?;
+        let twice = r.variants.iter().enumerate().find(|(i, v)| r.variants[..*i].iter().any(|w| w.name == v.name));
+        match twice {
+            Some((_, v)) => Err(wrong(format!("two variants are called `{}`", v.name))),
+            None => Ok(r),
+        }
     }
 
     /// Writes it as a whole.

@@ -90,7 +90,7 @@ pub fn run(plan: &Plan, whole: &Plan, path: &Path, place: impl Fn(&Arm) -> Resul
     }
     let results = results(whole, &folder.path)?;
     results.write(&folder.path.join(FILE))?;
-    checkpoint::write(&folder.path.join("table.md"), format!("# {}\n\n{}", results.title, results.table()).as_bytes())?;
+    checkpoint::write(&folder.path.join("table.md"), format!("# {}\n\n{}", results.title, results.markdown()).as_bytes())?;
     Ok(results)
 }
 

@@ -6,7 +6,7 @@ use std::fmt::Write;
 
 impl Results {
     /// The table, with a line on the arms that are missing in it.
-    pub fn table(&self) -> String {
+    pub fn markdown(&self) -> String {
         let mut out = String::new();
         let papers = self.paper.as_ref().map_or(&[][..], |p| &p.columns[..]);
         let heads: Vec<String> = self

@@ -63,7 +63,7 @@ fn a_study_runs_once() {
     let first = go(&whole.clone().only(&["gate".into()], &[1]).unwrap(), &whole, tmp.path()).unwrap();
     let states = |r: &Results| r.variants.iter().flat_map(|v| v.arms.iter().map(|a| a.state)).collect::<Vec<_>>();
     assert_eq!(states(&first), [State::Pending, State::Pending, State::Done, State::Pending]);
-    assert!(first.table().contains("1 of 4 arms are done, 3 have not begun"), "{}", first.table());
+    assert!(first.markdown().contains("1 of 4 arms are done, 3 have not begun"), "{}", first.markdown());
     let run = tmp.path().join("arms/gate/seed-1");
     let before = std::fs::read(run.join("metrics.jsonl")).unwrap();
     // an arm that was cut off after training: measured, not trained again
@@ -138,7 +138,7 @@ fn a_sweep_to_divergence() {
     let metrics = std::fs::read(tmp.path().join(format!("arms/gate@{huge}/seed-1/metrics.jsonl"))).unwrap();
     go(&whole, &whole, tmp.path()).unwrap();
     assert_eq!(std::fs::read(tmp.path().join(format!("arms/gate@{huge}/seed-1/metrics.jsonl"))).unwrap(), metrics);
-    assert!(r.table().contains("largest stable optim.lr") && r.table().contains("2 diverged"), "{}", r.table());
+    assert!(r.markdown().contains("largest stable optim.lr") && r.markdown().contains("2 diverged"), "{}", r.markdown());
     assert!(message(plan(&text, &["optim.lr=0.1"])).contains("study tiny itself goes through values of `optim.lr`"));
 }
 

@@ -1,0 +1,180 @@
+//! Reports of real runs, opened in a browser without a window: `TIDEGATE_CHROMIUM` names one, else `chromium` on the path.
+
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+fn tidegate(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_tidegate")).args(args).current_dir(dir).output().unwrap()
+}
+fn run(dir: &Path, args: &[&str]) -> String {
+    let o = tidegate(dir, args);
+    assert!(o.status.success(), "{args:?}: {}", String::from_utf8_lossy(&o.stderr));
+    String::from_utf8(o.stdout).unwrap()
+}
+
+fn browser() -> Option<PathBuf> {
+    let named = std::env::var_os("TIDEGATE_CHROMIUM").map(PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = named.or_else(|| {
+        let all: Vec<PathBuf> = std::env::split_paths(&path).collect();
+        ["chromium", "chromium-browser", "google-chrome"].iter().flat_map(|n| all.iter().map(move |p| p.join(n))).find(|p| p.is_file())
+    });
+    if found.is_none() {
+        eprintln!("SKIPPED: reports are not opened: there is no chromium on the path, and TIDEGATE_CHROMIUM names none");
+    }
+    found
+}
+
+/// What the page says of itself in a window `width` wide. No window is narrower than 500, so it is shown in a frame.
+fn opened(browser: &Path, page: &Path, width: u32) -> Value {
+    let tmp = tempfile::tempdir().unwrap();
+    let frame = tmp.path().join("frame.html");
+    let address = format!("file://{}", page.canonicalize().unwrap().display()).replace(' ', "%20").replace('<', "%3C").replace('>', "%3E");
+    std::fs::write(
+        &frame,
+        format!(
+            "<html><body style='margin:0'><script>onmessage = (e) => document.documentElement.dataset.check = btoa(unescape(encodeURIComponent(e.data)))</script>\
+             <iframe src='{address}#check' style='border:0;width:{width}px;height:900px'></iframe></body></html>"
+        ),
+    )
+    .unwrap();
+    let flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update \
+                 --disable-sync --virtual-time-budget=5000 --dump-dom";
+    let o = Command::new(browser)
+        .args(flags.split_whitespace())
+        .arg(format!("--user-data-dir={}", tmp.path().join("profile").display()))
+        .arg(format!("--window-size={},1000", width.max(500)))
+        .arg(format!("file://{}", frame.display()))
+        .stderr(Stdio::null())
+        .output()
+        .unwrap();
+    let dom = String::from_utf8_lossy(&o.stdout);
+    let coded = dom.split_once("data-check=\"").unwrap_or_else(|| panic!("the page said nothing: {dom}")).1.split_once('"').unwrap().0;
+    serde_json::from_slice(&decoded(coded)).unwrap()
+}
+
+/// Base 64.
+fn decoded(text: &str) -> Vec<u8> {
+    let value = |c: u8| b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/".iter().position(|b| *b == c).unwrap() as u32;
+    let (mut out, mut bits, mut n) = (vec![], 0u32, 0);
+    for c in text.bytes().filter(|c| *c != b'=') {
+        (bits, n) = (bits << 6 | value(c), n + 6);
+        if n >= 8 {
+            n -= 8;
+            out.push((bits >> n) as u8);
+            bits &= (1 << n) - 1;
+        }
+    }
+    out
+}
+
+/// No script error, marks in every figure, nothing wider than the window, on a desktop and on a phone; and these sections and figures.
+fn holds(browser: &Path, page: &Path, sections: &[&str], figures: &[&str]) {
+    for width in [1280, 360] {
+        let seen = opened(browser, page, width);
+        let p = page.display();
+        assert!(seen["error"].is_null() && seen["width"] == width, "{p} at {width}: {seen}");
+        assert!(seen["wide"] == json!([]) && seen["scroll"].as_u64().unwrap() <= width.into(), "{p} at {width} is too wide: {seen}");
+        let found = |key: &str| seen[key].as_array().unwrap().clone();
+        for s in sections {
+            assert!(found("sections").contains(&json!(s)), "{p}: no section {s}: {seen}");
+        }
+        for f in figures {
+            assert!(found("figures").iter().any(|g| g[0] == *f), "{p}: no figure {f}: {seen}");
+        }
+        assert!(found("figures").iter().all(|f| f[1].as_u64().unwrap() > 0), "{p} at {width}: a figure without marks: {seen}");
+    }
+}
+
+fn json_of(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// A study's folder from runs: two variants with two seeds, one that diverged.
+fn study(folder: &Path, runs: &Path) {
+    let mut variants = vec![];
+    for (name, stem) in [("none", "none"), ("gated <b>", "gated")] {
+        let mut arms = vec![];
+        for seed in [1, 2] {
+            let to = folder.join(format!("arms/{stem}/seed-{seed}"));
+            std::fs::create_dir_all(&to).unwrap();
+            for f in ["run.json", "metrics.jsonl", "measures.json"] {
+                let _ = std::fs::copy(runs.join(format!("{stem}-{seed}")).join(f), to.join(f));
+            }
+            let bits = if stem == "none" { 3.0 } else { 2.9 } + f64::from(seed) / 100.0;
+            arms.push(json!({ "seed": seed, "run": format!("arms/{stem}/seed-{seed}"), "state": "done", "step": 12, "values": { "bits": bits } }));
+        }
+        let difference = json!({ "mean": if stem == "none" { 0.0 } else { -0.1 }, "stderr": 0.01, "n": 2 });
+        let summary = json!({ "bits": { "mean": if stem == "none" { 3.015 } else { 2.915 }, "stderr": 0.005, "n": 2, "difference": difference } });
+        variants.push(json!({ "name": name, "about": "</script><script>document.documentElement.dataset.error = 'ran'</script>", "arms": arms, "summary": summary }));
+    }
+    variants.push(json!({ "name": "late", "arms": [{ "seed": 1, "run": "arms/late/seed-1", "state": "diverged", "values": {} }] }));
+    let results = json!({
+        "format": 1, "name": "gates", "title": "Does a gate help?", "baseline": "none", "seeds": [1, 2], "variants": variants,
+        "columns": [{ "key": "bits", "label": "bits per byte", "better": "lower" }], "paper": { "columns": ["PPL"], "rows": { "none": [6.026] } },
+    });
+    std::fs::write(folder.join("results.json"), results.to_string()).unwrap();
+}
+
+#[test]
+fn reports_open_in_a_browser() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path();
+    let set = "--set data.held_out=0.01 --set eval.every=4 --set sample.count=0 --set model.full_attention_interval=2";
+    for (name, granularity, seed) in [("none-1", "none", 1), ("none-2", "none", 2), ("gated-1", "elementwise", 1), ("gated-2", "elementwise", 2)] {
+        let line =
+            format!("train smoke {set} --set train.steps=12 --set seed={seed} --set model.attention_gate.granularity={granularity} --run-dir {name}");
+        run(dir, &line.split(' ').collect::<Vec<_>>());
+    }
+    let curves = ["loss", "held-out", "grad_norm", "lr", "tokens_per_s", "layers-0", "load"];
+    // before it is measured a run has its curves, and says what would add the rest
+    assert_eq!(run(dir, &["report", "gated-1"]).trim(), "gated-1/report.html");
+    assert!(std::fs::read_to_string(dir.join("gated-1/report.html")).unwrap().contains("`tidegate measure gated-1`"));
+    let browser = browser();
+    if let Some(b) = &browser {
+        holds(b, &dir.join("gated-1/report.html"), &["training", "layers", "configuration"], &curves);
+    }
+    for name in ["none-1", "gated-1"] {
+        run(dir, &["measure", name, "--tokens", "2048"]);
+    }
+    let measured = ["attention", "gates", "activations", "recurrence", "experts", "depth", "text"];
+    let drawn =
+        ["first-token", "gate-score", "gate-histograms", "activation-profile", "half-life", "expert-load", "logit-lens", "positions", "trace"];
+    run(dir, &["report", "gated-1"]);
+    // several runs, one under a name that is none for HTML, with a token that would be a script
+    let evil = dir.join("<img src=x onerror=document.documentElement.dataset.error='ran'>");
+    std::fs::create_dir(&evil).unwrap();
+    for f in ["run.json", "metrics.jsonl", "measures.json"] {
+        std::fs::copy(dir.join("gated-1").join(f), evil.join(f)).unwrap();
+    }
+    let mut m = json_of(&evil.join("measures.json"));
+    m["trace"]["tokens"][3] = json!("</script><script>document.documentElement.dataset.error = 'ran'</script>");
+    std::fs::write(evil.join("measures.json"), m.to_string()).unwrap();
+    run(dir, &["report", "none-1", "none-2", "gated-2", evil.to_str().unwrap(), "--out", "all.html"]);
+    study(&dir.join("study"), dir);
+    run(dir, &["report", "study"]);
+    let Some(b) = &browser else { return };
+    holds(b, &dir.join("gated-1/report.html"), &measured, &[&curves[..], &drawn].concat());
+    holds(b, &dir.join("all.html"), &[&["results"][..], &measured].concat(), &drawn);
+    holds(b, &dir.join("study/report.html"), &[&["results"][..], &measured].concat(), &[&["differences"][..], &drawn].concat());
+    // the test itself: a page whose script fails is found out
+    let page = std::fs::read_to_string(dir.join("gated-1/report.html")).unwrap();
+    std::fs::write(
+        dir.join("broken.html"),
+        page.replace("navigation(WATCH);", "navigation(WATCH); setTimeout(() => nothing(), 0); undefined_name.x;"),
+    )
+    .unwrap();
+    let broken = std::panic::catch_unwind(|| opened(b, &dir.join("broken.html"), 1280));
+    assert!(broken.is_err() || !broken.unwrap()["error"].is_null());
+}
+
+#[test]
+fn wrong_usage_is_named() {
+    let tmp = tempfile::tempdir().unwrap();
+    for (args, words) in [(&["report"][..], "PATH"), (&["report", "nowhere"], "nowhere does not exist"), (&["report", "."], "is no run folder")] {
+        let o = tidegate(tmp.path(), args);
+        let e = String::from_utf8_lossy(&o.stderr);
+        assert!(o.status.code() == Some(2) && e.contains(words), "{args:?}: {e}");
+    }
+}
