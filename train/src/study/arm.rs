@@ -117,7 +117,7 @@ fn rise(losses: &[f64]) -> Option<f64> {
 /// The last whole line of a `metrics.jsonl`.
 fn last_line(path: &Path) -> Result<Option<Value>> {
     let text = std::fs::read_to_string(path).map_err(Error::io("reading", path))?;
-    Ok(text.split_inclusive('\n').filter(|l| l.ends_with('\n')).filter_map(|l| serde_json::from_str(l).ok()).last())
+    Ok(text.split_inclusive('\n').rev().filter(|l| l.ends_with('\n')).find_map(|l| serde_json::from_str(l).ok()))
 }
 
 /// Trains and measures what is left of an arm. Numbers that stop being finite are an outcome, not an error.
