@@ -5,7 +5,7 @@
 
 mod curves;
 mod log;
-mod numbers;
+pub(crate) mod numbers;
 mod page;
 mod run;
 mod study;

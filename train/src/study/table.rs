@@ -1,7 +1,8 @@
 //! A study's table as Markdown: means over seeds with standard errors, differences from the baseline seed by seed, and the paper's figures beside.
 
 use super::State;
-use super::results::{Estimate, Results, Summary, VariantResult};
+use super::results::{Results, Summary, VariantResult};
+use crate::report::numbers::{plain, with_error};
 use std::fmt::Write;
 
 impl Results {
@@ -24,7 +25,7 @@ impl Results {
         for v in &self.variants {
             let own = self.columns.iter().map(|c| cell(v.summary.get(&c.key)));
             let row = self.paper.as_ref().and_then(|p| p.rows.get(&v.of));
-            let theirs = (0..papers.len()).map(|i| row.and_then(|r| r.get(i)).map_or(String::new(), |x| figure(*x)));
+            let theirs = (0..papers.len()).map(|i| row.and_then(|r| r.get(i)).map_or(String::new(), |x| plain(*x)));
             let name = if v.name == v.baseline { format!("**{}**", v.name) } else { v.name.clone() };
             let cells: Vec<String> = own.chain(theirs).collect();
             let _ = writeln!(out, "| {name} | {:+} | {} | {} |", v.added_parameters, ended(v), cells.join(" | "));
@@ -69,19 +70,6 @@ fn ended(v: &VariantResult) -> String {
 
 fn cell(s: Option<&Summary>) -> String {
     let Some(s) = s else { return "—".into() };
-    let own = with_error(&s.own, "");
-    s.difference.as_ref().map_or(own.clone(), |d| format!("{own} ({})", with_error(d, "+")))
-}
-
-fn with_error(e: &Estimate, sign: &str) -> String {
-    let mean = figure(e.mean);
-    let mean = if sign == "+" && e.mean >= 0.0 { format!("+{mean}") } else { mean };
-    e.stderr.map_or(mean.clone(), |s| format!("{mean} ± {}", figure(s)))
-}
-
-/// Four digits, or as many as stand before the point.
-fn figure(x: f64) -> String {
-    let size = x.abs();
-    let digits = if size == 0.0 || size >= 1000.0 { 0 } else { (3 - size.log10().floor() as i32).clamp(0, 5) as usize };
-    if size > 0.0 && size < 1e-4 { format!("{x:.1e}") } else { format!("{x:.digits$}") }
+    let own = with_error(s.own.mean, s.own.stderr, false);
+    s.difference.as_ref().map_or(own.clone(), |d| format!("{own} ({})", with_error(d.mean, d.stderr, true)))
 }
