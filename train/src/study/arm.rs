@@ -155,6 +155,9 @@ pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, plac
     }
     let command: Vec<String> = std::env::args().collect();
     run.write_config(&arm.resolved, &command, &model.net().config_json()?)?;
+    if let Some(note) = crate::composed::note(config, place)? {
+        say(&note);
+    }
     match trainer::train(&mut model, corpus, config, &run, from) {
         Err(Error::NonFinite(m)) => {
             say(&format!("{} diverged: {m}", plan.variant(arm).name));
