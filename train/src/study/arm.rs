@@ -120,6 +120,26 @@ fn last_line(path: &Path) -> Result<Option<Value>> {
     Ok(text.split_inclusive('\n').rev().filter(|l| l.ends_with('\n')).find_map(|l| serde_json::from_str(l).ok()))
 }
 
+/// An error if an arm's folder was begun with another configuration: its numbers, finished or not, would stand for what was not asked.
+pub(super) fn check(arm: &Arm, study: &Path) -> Result<()> {
+    let folder = study.join(&arm.folder);
+    if !folder.join("run.json").is_file() {
+        return Ok(());
+    }
+    let was = checkpoint::read_info(&folder)?;
+    // what computes is chosen when an arm begins
+    let changes = arm.resolved.changes(&was.config)?;
+    match changes.iter().find(|c| !matches!(c.key.as_str(), "train.dtype" | "train.log_every" | "data.eot")) {
+        None => Ok(()),
+        Some(c) => {
+            let f = folder.display();
+            Err(Error::Usage(format!(
+                "{f} was begun with another configuration: {c}; give the variant another name, or the study another folder by --out, or remove {f}"
+            )))
+        }
+    }
+}
+
 /// Trains and measures what is left of an arm. Numbers that stop being finite are an outcome, not an error.
 pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, place: &nn::Placement) -> Result<Outcome> {
     let folder = study.join(&arm.folder);
@@ -128,17 +148,6 @@ pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, plac
         return Ok(before);
     }
     let config = &arm.resolved.config;
-    if folder.join("run.json").is_file() {
-        let was = checkpoint::read_info(&folder)?;
-        // what computes is chosen when an arm begins
-        let changes = arm.resolved.changes(&was.config)?;
-        if let Some(c) = changes.iter().find(|c| !matches!(c.key.as_str(), "train.dtype" | "train.log_every" | "data.eot")) {
-            let f = folder.display();
-            return Err(Error::Usage(format!(
-                "{f} was begun with another configuration: {c}; give the variant another name, or the study another folder by --out, or remove {f}"
-            )));
-        }
-    }
     let mut model = Hybrid::create(&config.model, config.seed, place)?;
     let run = RunDir::open(&folder, true)?;
     let found: Vec<_> = checkpoint::checkpoints(&folder)?.into_iter().rev().map(|c| c.1).collect();

@@ -60,6 +60,7 @@ impl Texts {
 /// Trains and measures what `plan` names and `path` does not hold yet; the results, which are written to `path` after each arm, of all that there is.
 /// `whole` is the plan before arms were chosen of it.
 pub fn run(plan: &Plan, whole: &Plan, path: &Path, place: impl Fn(&Arm) -> Result<nn::Placement>) -> Result<Results> {
+    whole.arms.iter().try_for_each(|arm| arm::check(arm, path))?;
     let folder = Folder::open(path, plan)?;
     let mut texts = Texts::default();
     // what is wrong with the text is wrong before the first arm

@@ -92,10 +92,12 @@ fn a_study_runs_once() {
 
     // the same again is the same; another configuration of an arm that stands is refused, by name
     assert!(go(&whole, &whole, tmp.path()).unwrap() == all);
-    std::fs::remove_file(run.join(crate::measure::FILE)).unwrap();
     let other = plan(TINY, &["optim.lr=0.001"]).unwrap();
     let m = message(go(&other, &other, tmp.path()));
     assert!(m.contains("begun with another configuration: optim.lr: 0.004 -> 0.001") && m.contains("seed-1"), "{m}");
+    // also where those arms are not among the ones to train now: the table would hold both
+    let part = other.clone().only(&["gate".into()], &[2]).unwrap();
+    assert!(message(go(&part, &other, tmp.path())).contains("another configuration"));
     let renamed = Plan { name: "other".into(), ..whole };
     assert!(message(go(&renamed, &renamed, tmp.path())).contains("holds the study `tiny`"));
 }
