@@ -35,7 +35,7 @@ impl Attention {
     pub fn new(b: &mut Builder, c: &ModelConfig, kind: LayerType) -> crate::Result<Self> {
         let (h, d) = (c.hidden_size, c.head_dim);
         let (q, kv) = (c.num_attention_heads * (d + c.gate_dim()), c.num_key_value_heads * d);
-        let q_proj = b.normal("self_attn.q_proj.weight", &[q, h])?;
+        let q_proj = b.normal_of_parts("self_attn.q_proj.weight", c.num_attention_heads, &[("query", d), ("gate", c.gate_dim())], h)?;
         let k_proj = b.normal("self_attn.k_proj.weight", &[kv, h])?;
         let v_proj = b.normal("self_attn.v_proj.weight", &[kv, h])?;
         let o_proj = b.normal("self_attn.o_proj.weight", &[h, c.num_attention_heads * d])?;

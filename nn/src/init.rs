@@ -1,4 +1,4 @@
-//! Initial values: functions of (seed, the parameter's place) alone.
+//! Initial values: functions of (seed, the parameter's name) alone, so that two models begin alike wherever they have the same parts.
 
 use crate::{Param, Placement};
 use engine::{DType, Device, Result, Tensor, rng};
@@ -22,13 +22,18 @@ pub(crate) struct Builder<'a> {
     pub prefix: String,
 }
 
+/// A name's stream of numbers: its 64-bit FNV-1a hash.
+fn stream(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+}
+
 impl Builder<'_> {
-    /// A parameter; `initial` makes f64 values from the seed and the parameter's place.
+    /// A parameter; `initial` makes f64 values from the seed and the stream of numbers that belongs to the parameter's name.
     fn add(&mut self, name: &str, shape: &[usize], initial: impl FnOnce(u64, u64) -> Result<Tensor>) -> crate::Result<Tensor> {
         let name = format!("{}{name}", self.prefix);
         let Placement { device, params: dtype, .. } = &self.place;
         let t = match &self.source {
-            Source::Seed(seed) => initial(*seed, self.params.len() as u64)?.cast(*dtype)?.to_device(device)?,
+            Source::Seed(seed) => initial(*seed, stream(&name))?.cast(*dtype)?.to_device(device)?,
             Source::Shapes => Tensor::full(0.0, &vec![1; shape.len()], *dtype, &Device::cpu())?.expand(shape)?,
             Source::File(fill) => {
                 let t = Tensor::full(0.0, shape, *dtype, device)?;
@@ -44,6 +49,15 @@ impl Builder<'_> {
     pub fn normal(&mut self, name: &str, shape: &[usize]) -> crate::Result<Tensor> {
         let std = self.std;
         self.add(name, shape, |seed, at| Tensor::randn(shape, DType::F64, &Device::cpu(), seed, at)?.affine(std, 0.0))
+    }
+    /// The same for a projection to `heads` heads, each of several parts of so many rows. Every part has numbers of its own: the others keep theirs where one is left out.
+    pub fn normal_of_parts(&mut self, name: &str, heads: usize, parts: &[(&str, usize)], h: usize) -> crate::Result<Tensor> {
+        let (std, rows) = (self.std, parts.iter().map(|(_, n)| n).sum::<usize>());
+        self.add(name, &[heads * rows, h], |seed, at| {
+            let draw = |(part, n): &(&str, usize)| Tensor::randn(&[heads, *n, h], DType::F64, &Device::cpu(), seed, at ^ stream(part));
+            let parts = parts.iter().filter(|(_, n)| *n > 0).map(draw).collect::<Result<Vec<_>>>()?;
+            Tensor::cat(&parts.iter().collect::<Vec<_>>(), 1)?.reshape(&[heads * rows, h])?.affine(std, 0.0)
+        })
     }
     /// All one value.
     pub fn constant(&mut self, name: &str, shape: &[usize], value: f64) -> crate::Result<Tensor> {

@@ -59,11 +59,12 @@ pub(crate) struct GatedDeltaNet {
 
 impl GatedDeltaNet {
     pub fn new(b: &mut Builder, c: &ModelConfig) -> crate::Result<Self> {
-        let (h, nv) = (c.hidden_size, c.linear_num_value_heads);
-        let (k, v) = (c.linear_num_key_heads * c.linear_key_head_dim, nv * c.linear_value_head_dim);
+        let (h, nk, nv) = (c.hidden_size, c.linear_num_key_heads, c.linear_num_value_heads);
+        let (dk, dv, r) = (c.linear_key_head_dim, c.linear_value_head_dim, nv / nk);
+        let (k, v) = (nk * dk, nv * dv);
         Ok(GatedDeltaNet {
-            in_proj_qkvz: b.normal("linear_attn.in_proj_qkvz.weight", &[2 * k + 2 * v, h])?,
-            in_proj_ba: b.normal("linear_attn.in_proj_ba.weight", &[if c.linear_decay { 2 * nv } else { nv }, h])?,
+            in_proj_qkvz: b.normal_of_parts("linear_attn.in_proj_qkvz.weight", nk, &[("q", dk), ("k", dk), ("v", r * dv), ("z", r * dv)], h)?,
+            in_proj_ba: b.normal_of_parts("linear_attn.in_proj_ba.weight", nk, &[("b", r), ("a", if c.linear_decay { r } else { 0 })], h)?,
             conv1d: b.conv("linear_attn.conv1d.weight", 2 * k + v, c.linear_conv_kernel_dim)?,
             decay: if c.linear_decay { Some([b.dt_bias("linear_attn.dt_bias", nv)?, b.a_log("linear_attn.A_log", nv)?]) } else { None },
             norm: b.constant("linear_attn.norm.weight", &[c.linear_value_head_dim], 1.0)?,
@@ -133,7 +134,7 @@ pub(crate) struct Dense {
 impl Dense {
     pub fn new(b: &mut Builder, name: &str, h: usize, i: usize) -> crate::Result<Self> {
         Ok(Dense {
-            gate_up: b.normal(&format!("{name}.gate_up_proj.weight"), &[2 * i, h])?,
+            gate_up: b.normal_of_parts(&format!("{name}.gate_up_proj.weight"), 1, &[("gate", i), ("up", i)], h)?,
             down: b.normal(&format!("{name}.down_proj.weight"), &[h, i])?,
         })
     }

@@ -132,6 +132,39 @@ fn close(what: &str, a: &[f64], b: &[f64], tolerance: f64) {
 }
 
 #[test]
+fn models_of_one_seed_begin_alike_where_they_have_the_same_parts() {
+    let plain = Decoder::new(&base(), 5, DType::F64).unwrap();
+    let gates = ModelConfig {
+        attention_gate: AttentionGate::default(),
+        value_gate: AttentionGate { granularity: GateGranularity::Headwise, ..AttentionGate::default() },
+        ..base()
+    };
+    let gated = Decoder::new(&gates, 5, DType::F64).unwrap();
+    let (mut same, d) = (0, base().head_dim);
+    for p in plain.params() {
+        let theirs = &gated.params().iter().find(|q| q.name == p.name).unwrap().tensor;
+        let theirs = if p.name.ends_with("q_proj.weight") {
+            // the rows of the queries, without those of their gates
+            let heads = theirs.reshape(&[4, 2 * d, 6]).unwrap();
+            heads.narrow(1, 0, d).unwrap().reshape(&[4 * d, 6]).unwrap()
+        } else {
+            theirs.clone()
+        };
+        assert_eq!(p.tensor.to_vec::<f64>().unwrap(), theirs.to_vec::<f64>().unwrap(), "{}", p.name);
+        same += 1;
+    }
+    assert!(same > 10 && gated.params().len() > same);
+    // and no two parameters, nor two parts of one, the same numbers
+    let of = |m: &Decoder| m.params().iter().filter(|p| p.tensor.rank() > 1).map(|p| p.tensor.to_vec::<f64>().unwrap()[0]).collect::<Vec<_>>();
+    let mut first = of(&gated);
+    first.sort_by(f64::total_cmp);
+    first.dedup();
+    assert_eq!(first.len(), of(&gated).len());
+    let other = Decoder::new(&base(), 6, DType::F64).unwrap();
+    assert_ne!(of(&plain), of(&other));
+}
+
+#[test]
 fn every_gradient_is_that_of_central_differences() {
     for (name, c) in variants() {
         for c in [ModelConfig { num_experts: 0, ..c.clone() }, c] {
