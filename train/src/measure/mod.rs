@@ -11,6 +11,7 @@ mod more_types;
 mod names;
 mod numbers;
 mod pass;
+mod passage;
 mod ranks;
 mod router;
 mod scalars;
@@ -23,6 +24,7 @@ mod watch;
 
 pub use names::{NAMES, check_names, had_by};
 pub use pass::measure;
+pub use passage::{Passage, PassageLayer, passage};
 pub use spikes::{Found, Spikes, Trial, losses, max_stable_lr, series, spikes};
 pub use types::*;
 

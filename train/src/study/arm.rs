@@ -175,8 +175,13 @@ pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, plac
         done => done?,
     };
     let done = outcome(&folder)?;
-    take_measures(plan, arm, &folder, corpus, &model, done.step)?;
-    outcome(&folder)
+    match take_measures(plan, arm, &folder, corpus, &model, done.step) {
+        Err(Error::NonFinite(m)) => {
+            say(&format!("{} diverged: {m}", plan.variant(arm).name));
+            Ok(Outcome { state: State::Diverged, ..done })
+        }
+        done => done.and_then(|()| outcome(&folder)),
+    }
 }
 
 fn take_measures(plan: &Plan, arm: &Arm, folder: &Path, corpus: &Corpus, model: &Trained<Hybrid>, step: u64) -> Result<()> {
