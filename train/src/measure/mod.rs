@@ -34,6 +34,8 @@ use std::path::Path;
 
 /// The measures' file name in a run folder.
 pub const FILE: &str = "measures.json";
+/// The file name of what became of a needle.
+pub const PASSAGE: &str = "passage.json";
 /// The version of the format.
 pub const FORMAT: u32 = 1;
 

@@ -8,12 +8,13 @@ pub const MARK: &str = "<meta name=\"generator\" content=\"tidegate report\">";
 
 const TEMPLATE: &str = include_str!("page.html");
 const STYLE: &str = include_str!("page.css");
-const SCRIPTS: [&str; 6] = [
+const SCRIPTS: [&str; 7] = [
     include_str!("js/base.js"),
     include_str!("js/chart.js"),
     include_str!("js/plots.js"),
     include_str!("js/training.js"),
     include_str!("js/measures.js"),
+    include_str!("js/needle.js"),
     include_str!("js/page.js"),
 ];
 

@@ -4,7 +4,7 @@ use super::log::{Log, last_step};
 use super::numbers::{count, duration, plain};
 use super::table::{Cell, Column, Row, Table};
 use crate::checkpoint::{self, RunInfo};
-use crate::measure::{self, Measures};
+use crate::measure::{self, Measures, Passage};
 use crate::text::tokenizer;
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 pub const METRICS: &str = "metrics.jsonl";
 /// The configuration's file name.
 pub const INFO: &str = "run.json";
+/// The tasks' file name.
+const TASKS: &str = "eval.json";
 
 /// A run.
 pub struct Run {
@@ -28,6 +30,10 @@ pub struct Run {
     pub log: Option<Log>,
     /// Its last checkpoint's measures.
     pub measures: Option<Measures>,
+    /// What became of a needle.
+    pub passage: Option<Passage>,
+    /// Answers to generated tasks.
+    pub tasks: Option<Value>,
     /// What is missing, and what would add it.
     pub notes: Vec<String>,
 }
@@ -60,7 +66,7 @@ impl Run {
         let (info, metrics, measures) = (path.join(INFO), path.join(METRICS), path.join(measure::FILE));
         let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
         let name = whole.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
-        let mut run = Run { name, path: path.to_path_buf(), info: None, log: None, measures: None, notes: vec![] };
+        let mut run = Run { name, path: path.to_path_buf(), info: None, log: None, measures: None, passage: None, tasks: None, notes: vec![] };
         let p = path.display();
         match info.is_file() {
             true => run.info = Some(checkpoint::read_info(path)?),
@@ -77,6 +83,7 @@ impl Run {
                 crate::cli::quoted(&p.to_string())
             )),
         }
+        (run.passage, run.tasks) = (json_at(&path.join(measure::PASSAGE))?, json_at(&path.join(TASKS))?);
         if run.log.as_ref().is_some_and(|l| l.cut_off) {
             run.notes.push(format!("The last line of {} is cut off and was left out: the run was killed, or is still writing.", metrics.display()));
         }
@@ -152,6 +159,8 @@ impl Run {
         if let Some(i) = &self.info {
             v["about"] = json!({ "version": i.version, "command": i.command.join(" "), "machine": i.machine, "data": i.config.data.path.display().to_string() });
         }
+        v["seq_len"] = json!(self.info.as_ref().map(|i| i.config.data.seq_len));
+        v["tasks"] = self.tasks.as_ref().map_or(Value::Null, |t| t["tasks"].clone());
         if let Some(log) = &self.log {
             v["fine"] = curves(&log.fine, |name| matches!(name, "loss" | "grad_norm"));
             v["trend"] = curves(&log.trend, |_| false);
@@ -163,6 +172,7 @@ impl Run {
             }
         }
         if shown {
+            v["passage"] = json!(self.passage);
             v["measures"] = self.measures.as_ref().map_or(Value::Null, |m| measures(m, numbers));
             v["config"] = self.info.as_ref().map_or(Value::Null, |i| {
                 let flat = flattened(i);
@@ -172,6 +182,18 @@ impl Run {
         }
         v
     }
+}
+
+/// What a file holds, if it is there.
+fn json_at<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let text = std::fs::read(path).map_err(Error::io("reading", path))?;
+    serde_json::from_slice(&text).map(Some).map_err(|e| {
+        let p = path.display();
+        Error::Usage(format!("{p} is not what `tidegate eval` writes: {e}; remove it, or write it anew"))
+    })
 }
 
 /// Measures that are key figures: name, label, unit.

@@ -67,7 +67,7 @@ function configuration(parent) {
 }
 
 function navigation(watch) {
-  const shown = DATA.runs.map((r, i) => [String(i), r.name, r.shown && (r.coarse || r.measures)]).filter((r) => r[2]);
+  const shown = DATA.runs.map((r, i) => [String(i), r.name, r.shown && (r.coarse || r.measures || r.passage)]).filter((r) => r[2]);
   const choose = shown.length > 1 ? select("single run", shown.map(([i, n]) => [i, n]), String(state.run), (v) => { state.run = Number(v); watch.forEach((f) => f()); }) : null;
   document.getElementById("nav").append(h("div", {}, LINKS.map(([id, title]) => h("a", { href: `#${id}` }, title)), choose));
 }
@@ -89,6 +89,7 @@ head();
 results(MAIN);
 training(MAIN);
 byLayer(MAIN, WATCH);
+tasks(MAIN, WATCH);
 if (measured().length) for (const part of [attention, gates, activations, recurrence, experts, depth, texts]) part(MAIN, WATCH);
 configuration(MAIN);
 navigation(WATCH);

@@ -80,7 +80,7 @@ function lines(parent, spec) {
 }
 
 /** Heat maps side by side on one colour scale. A panel: { label, rows: [{ label, values }], cells(row, column) → text }. */
-function drawHeat(svg, width, { panels, domain, rowName, columnName, format = fmt, unit }) {
+function drawHeat(svg, width, { panels, domain, rowName, columnName, format = fmt, unit, columnText = String }) {
   const [lo, hi] = domain ?? extent(panels.flatMap((p) => p.rows.flatMap((r) => r.values)));
   const most = Math.max(...panels.map((p) => Math.max(...p.rows.map((r) => r.values.length))));
   const gutter = 34, roomy = most <= 8 && panels.length < 4, cell = Math.min(roomy ? 54 : 30, (Math.min(width, most > 48 ? 1100 : 520) - gutter) / most), gap = cell > 5 ? 1 : 0, tall = Math.max(...panels.map((p) => p.rows.length)) > 16 ? 11 : roomy ? 28 : 22;
@@ -102,11 +102,11 @@ function drawHeat(svg, width, { panels, domain, rowName, columnName, format = fm
           const part = isNumber(v) ? (hi > lo ? Math.max(0, Math.min(1, (v - lo) / (hi - lo))) : 0.5) : null, x = left + gutter + j * cell, y = y0 + i * tall;
           svg.append(s("rect", { x: x + gap / 2, y: y + 0.5, width: cell - gap, height: tall - 1, rx: gap * 2, fill: part === null ? "none" : "var(--heat)", stroke: part === null ? "var(--line)" : "none", "fill-opacity": part === null ? 0 : 0.04 + 0.96 * part }));
           if (cell >= 44 && part !== null) svg.append(s("text", { x: x + cell / 2, y: y + tall / 2 + 4, "text-anchor": "middle", class: "small", style: `fill:var(${part > 0.5 ? "--bg" : "--ink"})` }, format(v, 2)));
-          items.push({ x, y, w: cell, h: tall, head: titled ? p.label : `${rowName} ${r.label}, ${columnName} ${j}`, lines: [[titled ? `${rowName} ${r.label}, ${columnName} ${j}` : unit ?? "value", format(v)]] });
+          items.push({ x, y, w: cell, h: tall, head: titled ? p.label : `${rowName} ${r.label}, ${columnName} ${columnText(j)}`, lines: [[titled ? `${rowName} ${r.label}, ${columnName} ${columnText(j)}` : unit ?? "value", format(v)]] });
         });
       });
       const y1 = y0 + p.rows.length * tall, n = Math.max(...p.rows.map((r) => r.values.length));
-      wholeTicks(range(n), n * cell).forEach(([j, t]) => svg.append(s("text", { x: left + gutter + (j + 0.5) * cell, y: y1 + 13, "text-anchor": "middle", class: "small" }, t)));
+      wholeTicks(range(n), n * cell, columnText).forEach(([j, t]) => svg.append(s("text", { x: left + gutter + (j + 0.5) * cell, y: y1 + 13, "text-anchor": "middle", class: "small" }, t)));
       svg.append(s("text", { x: left + gutter, y: y1 + 28, class: "small" }, `${columnName} (rows: ${rowName})`));
     });
     top += rows * tall + (titled ? 18 : 0) + 46;
