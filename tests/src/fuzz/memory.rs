@@ -39,6 +39,11 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
+/// Bytes that are allocated.
+pub fn live() -> usize {
+    LIVE.load(Relaxed)
+}
+
 /// Runs `f`, and says how many bytes more than before were allocated at any moment of it, by all threads.
 pub fn most<T>(f: impl FnOnce() -> T) -> (T, usize) {
     let before = LIVE.load(Relaxed);
