@@ -60,7 +60,8 @@ pub struct Decoder {
 pub struct Placement {
     /// The device of parameters and computation.
     pub device: Device,
-    /// The parameters': f32, or f64 for checks.
+    /// The parameters': f32, or f64 for checks. To read with, not to train: bf16, which matrices are then kept in; norms, routers, decays and convolutions stay
+    /// in f32. It takes half the memory, and computes what bf16 over parameters in f32 computes, bit for bit.
     pub params: DType,
     /// The activations' and products': the parameters' dtype, or bf16 or f16. Norms, softmax, router, decay, states and losses are computed in f32 all the same.
     pub compute: DType,
@@ -72,8 +73,8 @@ impl Placement {
         Placement { device: Device::cpu(), params: dtype, compute: dtype }
     }
     pub(crate) fn validate(&self) -> Result<()> {
-        if !matches!(self.params, DType::F32 | DType::F64) {
-            return Err(Error::Config(format!("parameters are kept in f32 (or f64 for checks), found {}", self.params)));
+        if !matches!(self.params, DType::F32 | DType::F64 | DType::BF16) {
+            return Err(Error::Config(format!("parameters are kept in f32 (f64 for checks, bf16 to read with), found {}", self.params)));
         }
         if self.compute != self.params && !(self.params == DType::F32 && matches!(self.compute, DType::BF16 | DType::F16)) {
             return Err(Error::Config(format!(

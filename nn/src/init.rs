@@ -29,14 +29,14 @@ fn stream(name: &str) -> u64 {
 
 impl Builder<'_> {
     /// A parameter; `initial` makes f64 values from the seed and the stream of numbers that belongs to the parameter's name.
-    fn add(&mut self, name: &str, shape: &[usize], initial: impl FnOnce(u64, u64) -> Result<Tensor>) -> crate::Result<Tensor> {
+    fn add(&mut self, name: &str, shape: &[usize], dtype: DType, initial: impl FnOnce(u64, u64) -> Result<Tensor>) -> crate::Result<Tensor> {
         let name = format!("{}{name}", self.prefix);
-        let Placement { device, params: dtype, .. } = &self.place;
+        let device = &self.place.device;
         let t = match &self.source {
-            Source::Seed(seed) => initial(*seed, stream(&name))?.cast(*dtype)?.to_device(device)?,
-            Source::Shapes => Tensor::full(0.0, &vec![1; shape.len()], *dtype, &Device::cpu())?.expand(shape)?,
+            Source::Seed(seed) => initial(*seed, stream(&name))?.cast(dtype)?.to_device(device)?,
+            Source::Shapes => Tensor::full(0.0, &vec![1; shape.len()], dtype, &Device::cpu())?.expand(shape)?,
             Source::File(fill) => {
-                let t = Tensor::full(0.0, shape, *dtype, device)?;
+                let t = Tensor::full(0.0, shape, dtype, device)?;
                 fill(&name, &t)?;
                 t
             }
@@ -47,13 +47,24 @@ impl Builder<'_> {
     }
     /// Normal with the configured deviation.
     pub fn normal(&mut self, name: &str, shape: &[usize]) -> crate::Result<Tensor> {
+        self.normal_in(self.place.params, name, shape)
+    }
+    /// The same of a router: in f32 where other weights are in bf16.
+    pub fn normal_wide(&mut self, name: &str, shape: &[usize]) -> crate::Result<Tensor> {
+        self.normal_in(self.wide(), name, shape)
+    }
+    fn normal_in(&mut self, dtype: DType, name: &str, shape: &[usize]) -> crate::Result<Tensor> {
         let std = self.std;
-        self.add(name, shape, |seed, at| Tensor::randn(shape, DType::F64, &Device::cpu(), seed, at)?.affine(std, 0.0))
+        self.add(name, shape, dtype, |seed, at| Tensor::randn(shape, DType::F64, &Device::cpu(), seed, at)?.affine(std, 0.0))
+    }
+    /// The dtype of what is never kept in bf16.
+    fn wide(&self) -> DType {
+        if self.place.params == DType::F64 { DType::F64 } else { DType::F32 }
     }
     /// The same for a projection to `heads` heads, each of several parts of so many rows. Every part has numbers of its own: the others keep theirs where one is left out.
     pub fn normal_of_parts(&mut self, name: &str, heads: usize, parts: &[(&str, usize)], h: usize) -> crate::Result<Tensor> {
         let (std, rows) = (self.std, parts.iter().map(|(_, n)| n).sum::<usize>());
-        self.add(name, &[heads * rows, h], |seed, at| {
+        self.add(name, &[heads * rows, h], self.place.params, |seed, at| {
             let draw = |(part, n): &(&str, usize)| Tensor::randn(&[heads, *n, h], DType::F64, &Device::cpu(), seed, at ^ stream(part));
             let parts = parts.iter().filter(|(_, n)| *n > 0).map(draw).collect::<Result<Vec<_>>>()?;
             Tensor::cat(&parts.iter().collect::<Vec<_>>(), 1)?.reshape(&[heads * rows, h])?.affine(std, 0.0)
@@ -61,11 +72,11 @@ impl Builder<'_> {
     }
     /// All one value.
     pub fn constant(&mut self, name: &str, shape: &[usize], value: f64) -> crate::Result<Tensor> {
-        self.add(name, shape, |_, _| Tensor::full(value, shape, DType::F64, &Device::cpu()))
+        self.add(name, shape, self.wide(), |_, _| Tensor::full(value, shape, DType::F64, &Device::cpu()))
     }
     fn map_uniform(&mut self, name: &str, shape: &[usize], f: impl Fn(f64) -> f64) -> crate::Result<Tensor> {
         let n = shape.iter().product();
-        self.add(name, shape, |seed, at| Tensor::from_vec(rng::uniform(seed, at, n).into_iter().map(f).collect::<Vec<f64>>(), shape))
+        self.add(name, shape, self.wide(), |seed, at| Tensor::from_vec(rng::uniform(seed, at, n).into_iter().map(f).collect::<Vec<f64>>(), shape))
     }
     /// ln A for A uniform in [0.01, 16].
     pub fn a_log(&mut self, name: &str, n: usize) -> crate::Result<Tensor> {

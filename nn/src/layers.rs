@@ -166,10 +166,14 @@ impl Sparse {
         let (h, e, i) = (c.hidden_size, c.num_experts, c.moe_intermediate_size);
         let s = c.shared_expert_intermediate_size;
         Ok(Sparse {
-            gate: b.normal("mlp.gate.weight", &[e, h])?,
+            gate: b.normal_wide("mlp.gate.weight", &[e, h])?,
             gate_up: b.normal("mlp.experts.gate_up_proj", &[e, 2 * i, h])?,
             down: b.normal("mlp.experts.down_proj", &[e, h, i])?,
-            shared: if s > 0 { Some((Dense::new(b, "mlp.shared_expert", h, s)?, b.normal("mlp.shared_expert_gate.weight", &[1, h])?)) } else { None },
+            shared: if s > 0 {
+                Some((Dense::new(b, "mlp.shared_expert", h, s)?, b.normal_wide("mlp.shared_expert_gate.weight", &[1, h])?))
+            } else {
+                None
+            },
         })
     }
     /// The output, and the router's logits `[N, E]`.

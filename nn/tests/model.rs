@@ -296,9 +296,39 @@ fn halves_compute_what_f32_does_within_their_digits() {
     }
     // f16 keeps three bits more: if rounding is all that there is, its error is an eighth
     assert!(errors[1] < 0.01 && (4.0..16.0).contains(&(errors[0] / errors[1])), "{errors:?}");
-    for (params, compute) in [(DType::BF16, DType::BF16), (DType::F64, DType::F32), (DType::F32, DType::F64)] {
+    for (params, compute) in [(DType::F16, DType::F16), (DType::F64, DType::F32), (DType::F32, DType::F64), (DType::BF16, DType::F32)] {
         let e = Decoder::on(&c, 3, &Placement { params, compute, ..Placement::cpu(DType::F32) }).err().unwrap().to_string();
-        assert!(e.contains(&format!("found {}", if params == DType::BF16 { params } else { compute })), "{e}");
+        assert!(e.contains(&format!("found {}", if params == DType::F16 { params } else { compute })), "{e}");
+    }
+}
+
+/// On the CPU, and on a GPU or its emulator; a prompt of more rows than are multiplied without packing, and tokens decoded behind it.
+#[test]
+fn matrices_kept_in_bf16_compute_what_f32_ones_do() {
+    let gpu = cuda::device(0).or_else(|_| cuda::emulator()).inspect_err(|e| eprintln!("SKIPPED but on the CPU: {e}"));
+    let tied = ModelConfig { tie_word_embeddings: true, ..tiny() };
+    for device in [engine::Device::cpu()].into_iter().chain(gpu) {
+        for c in [tiny(), otherwise(), tied.clone()] {
+            let c = ModelConfig { head_dim: 32, num_attention_heads: 2, num_key_value_heads: 1, hidden_size: 16, initializer_range: 0.2, ..c };
+            let logits = |params| {
+                let m = Decoder::on(&c, 3, &Placement { device: device.clone(), params, compute: DType::BF16 }).unwrap();
+                let (mut g, mut all) = (Generator::new(&m), vec![]);
+                let x = tokens(1, 14).to_vec::<u32>().unwrap();
+                no_grad(|| {
+                    all.extend(g.feed(&x[..12]).unwrap());
+                    x[12..].iter().for_each(|t| all.extend(g.feed(&[*t]).unwrap()));
+                });
+                let kept: usize = m.params().iter().map(|p| p.tensor.numel() * p.tensor.dtype().size()).sum();
+                assert!(
+                    m.params().iter().all(|p| p.tensor.dtype() == DType::F32 || params == DType::BF16 && p.tensor.rank() > 1),
+                    "vectors stay in f32"
+                );
+                (all.into_iter().map(f64::to_bits).collect::<Vec<_>>(), kept as f64 / m.config().parameters().0 as f64)
+            };
+            let ((wide, four), (narrow, two)) = (logits(DType::F32), logits(DType::BF16));
+            assert_eq!(wide, narrow, "{}", device.name());
+            assert!(four == 4.0 && two < 2.5, "{four} and {two} bytes a parameter");
+        }
     }
 }
 

@@ -38,7 +38,7 @@ vectorized! {
 /// `y = x` in another type: to floats rounded once, to nearest; from floats to integers truncated and saturated.
 ///
 /// Panics when the lengths differ.
-pub(crate) fn convert<S: Element, D: Element>(x: &[S], y: &mut [D]) {
+pub fn convert<S: Element, D: Element>(x: &[S], y: &mut [D]) {
     use DType::{BF16, F16, F32};
     assert_eq!(x.len(), y.len(), "a conversion between slices of one length");
     match (S::DTYPE, D::DTYPE) {

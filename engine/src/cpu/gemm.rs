@@ -2,6 +2,7 @@
 
 use super::simd::Real;
 use super::thin;
+use half::bf16;
 use rayon::prelude::*;
 use std::any::TypeId;
 
@@ -92,6 +93,23 @@ pub fn gemm_few<F: Real>(
     thin::thin(m, n, k, alpha, a, sa.0, b, sb.1, beta, c, rsc);
 }
 
+/// Rows of a product up to which [`gemm_narrow`] takes it.
+pub const NARROW_ROWS: usize = thin::ROWS;
+
+/// `C = A·Bᵀ` of at most [`NARROW_ROWS`] rows `A [m, k]`, `lda` apart, with `B [n, k]` in bf16, `ldb` apart: B is widened as it is read. The same bits as
+/// [`gemm_few`] with B widened before.
+///
+/// Panics when a slice is too short for its shape, or with more rows.
+pub fn gemm_narrow<F: Real>(m: usize, n: usize, k: usize, a: &[F], lda: usize, b: &[bf16], ldb: usize, c: &mut [F], rsc: usize) {
+    if m * n == 0 {
+        return;
+    }
+    assert!(m <= NARROW_ROWS && k > 0, "{m} rows of {k}");
+    assert!(rsc >= n && c.len() >= (m - 1) * rsc + n, "C is too short");
+    assert!(a.len() >= (m - 1) * lda + k && b.len() >= (n - 1) * ldb + k, "A or B is too short");
+    thin::thin(m, n, k, F::ONE, a, lda, b, ldb, F::ZERO, c, rsc);
+}
+
 #[derive(Clone, Copy)]
 pub(super) struct C<F>(*mut F);
 // SAFETY: tasks write blocks that are apart.
@@ -156,6 +174,21 @@ mod tests {
                     assert!(beta == 0.0 || c[i * rsc + n..(i + 1) * rsc] == old[i * rsc + n..(i + 1) * rsc]);
                 }
             }
+        }
+    }
+
+    /// As of the same numbers in f32, bit for bit.
+    #[test]
+    fn narrow_matrices() {
+        for (m, n, k) in [(1, 1, 1), (1, 301, 700), (3, 7, 33), (8, 515, 129)] {
+            let (lda, ldb, rsc) = (k + 3, k + 1, n + 2);
+            let a: Vec<f32> = rng::normal(1, 0, m * lda).into_iter().map(|x| x as f32).collect();
+            let b: Vec<bf16> = rng::normal(1, 1, n * ldb).into_iter().map(bf16::from_f64).collect();
+            let wide: Vec<f32> = b.iter().map(|x| x.to_f32()).collect();
+            let (mut c, mut want) = (vec![0.5; m * rsc], vec![0.5; m * rsc]);
+            gemm_narrow(m, n, k, &a, lda, &b, ldb, &mut c, rsc);
+            gemm_few(m, n, k, 1.0, &a, (lda, 1), &wide, (1, ldb), 0.0, &mut want, rsc);
+            assert_eq!(c, want, "{m} {n} {k}");
         }
     }
 

@@ -6,6 +6,8 @@ pub mod simd;
 mod thin;
 pub mod tile;
 
+pub use convert::convert;
+
 use crate::cpu::convert::convert_all;
 use crate::cpu::simd::Real;
 use crate::{Backend, Buffer, DType, Device, Element, Error, Layout, Op, Result, View};

@@ -1,6 +1,7 @@
 //! The matrix product, batched, every transpose by strides.
 
 use super::{float, same_dtype};
+use crate::cpu::gemm::{NARROW_ROWS, gemm_narrow};
 use crate::cpu::simd::Real;
 use crate::cpu::{Inputs, Outputs};
 use crate::{DType, Error, Layout, Meta, Op, Result, Saved, Tensor, Want, broadcast_shape, cpu_kernel, dispatch_real, run1};
@@ -104,8 +105,25 @@ fn kernel<F: Real>(x: &Inputs, y: &mut Outputs) -> Result<()> {
     product::<F>(x, [0, 1], [x.layout(0).clone(), x.layout(1).clone()], y)
 }
 
+/// A few rows with a weight in bf16 that lies as `[out, in]`, as when tokens are decoded: the weight is widened as it is read. Whether that was done.
+fn narrow(x: &Inputs, of: [usize; 2], [la, lb]: &[Layout; 2], y: &mut Outputs) -> Result<bool> {
+    if la.shape.len() != 2 || x.dtype(of[1]) != DType::BF16 {
+        return Ok(false);
+    }
+    let (m, k, n) = (la.shape[0], la.shape[1], lb.shape[1]);
+    if !(1..=NARROW_ROWS).contains(&m) || n * k == 0 || la.strides[1] != 1 || lb.strides[0] != 1 || lb.strides[1] < 0 {
+        return Ok(false);
+    }
+    let (a, b, mut c) = (x.real::<f32>(of[0])?, x.slice::<half::bf16>(of[1])?, y.real::<f32>(0)?);
+    gemm_narrow(m, n, k, &a, la.strides[0] as usize, b, lb.strides[1] as usize, &mut c, n);
+    Ok(true)
+}
+
 /// Of two inputs as these layouts show them.
 fn product<F: Real>(x: &Inputs, of: [usize; 2], layouts: [Layout; 2], y: &mut Outputs) -> Result<()> {
+    if narrow(x, of, &layouts, y)? {
+        return Ok(());
+    }
     let (a, la, b, lb, mut c) = (x.real::<F>(of[0])?, &layouts[0], x.real::<F>(of[1])?, &layouts[1], y.real::<F>(0)?);
     let r = la.shape.len();
     let (m, k, n) = (la.shape[r - 2], la.shape[r - 1], lb.shape[r - 1]);

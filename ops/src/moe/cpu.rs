@@ -1,11 +1,13 @@
 //! Kernels: experts in parallel, each on its contiguous run of the sorted tokens.
 
 use super::{Moe, MoeBackward, sizes};
-use engine::cpu::gemm::{gemm, gemm_few};
+use engine::cpu::gemm::{NARROW_ROWS, gemm, gemm_few, gemm_narrow};
 use engine::cpu::simd::{Real, dot};
-use engine::cpu::{Inputs, Outputs, Scratch, scratch};
-use engine::{Result, cpu_kernel, dispatch_real, vectorized};
+use engine::cpu::{Inputs, Outputs, Scratch, convert, scratch};
+use engine::half::bf16;
+use engine::{DType, Result, cpu_kernel, dispatch_real, vectorized};
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 cpu_kernel!(Moe => |op, x, y| dispatch_real!(x.dtype(0), |F| forward::<F>(op, x, y)));
 cpu_kernel!(MoeBackward => |op, x, y| dispatch_real!(x.dtype(0), |F| backward::<F>(op, x, y)));
@@ -142,9 +144,37 @@ fn gather<F: Real>(r: &Routing<F>, k: usize, h: usize, x: &[F], run: &std::ops::
 /// Tokens up to which, outside recording, experts multiply without packing.
 const FEW: usize = 64;
 
+/// All experts' weights `[E, out, in]`.
+enum Weights<'a, F: Real> {
+    Wide(Cow<'a, [F]>),
+    /// Those of an expert are widened when it is used: others cost nothing.
+    Narrow(&'a [bf16]),
+}
+
+impl<'a, F: Real> Weights<'a, F> {
+    fn of(x: &'a Inputs, i: usize) -> Result<Weights<'a, F>> {
+        Ok(if x.dtype(i) == DType::BF16 { Weights::Narrow(x.slice(i)?) } else { Weights::Wide(x.real(i)?) })
+    }
+    /// `y [n, out] = x [n, in] · W[expert]ᵀ`; `few` as it is decoded.
+    fn times(&self, expert: usize, few: bool, [n, out, inner]: [usize; 3], x: &[F], y: &mut [F]) {
+        let own = expert * out * inner..(expert + 1) * out * inner;
+        let product = if few { gemm_few::<F> } else { gemm::<F> };
+        let mut with = |w: &[F]| product(n, out, inner, F::ONE, x, (inner, 1), w, (1, inner), F::ZERO, y, out);
+        match self {
+            Weights::Wide(w) => with(&w[own]),
+            Weights::Narrow(w) if few && n <= NARROW_ROWS => gemm_narrow(n, out, inner, x, inner, &w[own], inner, y, out),
+            Weights::Narrow(w) => {
+                let mut wide = scratch(own.len());
+                convert(&w[own], &mut wide);
+                with(&wide);
+            }
+        }
+    }
+}
+
 fn forward<F: Real>(op: &Moe, x: &Inputs, y: &mut Outputs) -> Result<()> {
     let (_, h, e, i) = sizes(x.shape(0), x.shape(2));
-    let (v, w1, w2) = (x.real::<F>(0)?, x.real::<F>(4)?, x.real::<F>(5)?);
+    let (v, w1, w2) = (x.real::<F>(0)?, Weights::<F>::of(x, 4)?, Weights::<F>::of(x, 5)?);
     let r = route(op, &x.real::<F>(1)?, e);
     let (mut out, mut counts, mut hidden) = (y.real::<F>(0)?, y.slice::<i64>(1)?, y.slice::<F>(2)?);
     counts.iter_mut().zip(&r.runs).for_each(|(c, r)| *c = r.len() as i64);
@@ -155,7 +185,6 @@ fn forward<F: Real>(op: &Moe, x: &Inputs, y: &mut Outputs) -> Result<()> {
     let mut rows = scratch(r.order.len() * h);
     // where a few tokens are decoded, speed; else a token's bits are the same whatever others its experts have
     let few = r.total.len() <= FEW && !engine::grad_enabled();
-    let product = if few { gemm_few::<F> } else { gemm::<F> };
     let gus = by_expert(&mut hidden, &r.runs, 2 * i);
     let ys = by_expert(&mut rows, &r.runs, h);
     gus.into_par_iter().zip(ys).enumerate().for_each(|(ex, (gu, ye))| {
@@ -164,10 +193,10 @@ fn forward<F: Real>(op: &Moe, x: &Inputs, y: &mut Outputs) -> Result<()> {
             return;
         }
         let xe = gather(&r, op.top_k, h, &v, &r.runs[ex]);
-        product(n, 2 * i, h, F::ONE, &xe, (h, 1), &w1[ex * 2 * i * h..][..2 * i * h], (1, h), F::ZERO, gu, 2 * i);
+        w1.times(ex, few, [n, 2 * i, h], &xe, gu);
         let mut act = scratch(n * i);
         swiglu(gu, i, &mut act);
-        product(n, h, i, F::ONE, &act, (i, 1), &w2[ex * h * i..][..h * i], (1, i), F::ZERO, ye, h);
+        w2.times(ex, few, [n, h, i], &act, ye);
     });
     combine(&r, op.top_k, h, &rows, |s| r.weight[s], &mut out);
     Ok(())

@@ -56,7 +56,7 @@ pub(super) struct DeviceArg {
 pub(super) struct PlaceArgs {
     #[command(flatten)]
     at: DeviceArg,
-    /// Precision of activations and products, f32 or bf16; parameters are f32 always [default: f32 on the CPU, bf16 on a GPU]
+    /// Precision of activations and products, f32 or bf16; what is trained is kept in f32 always [default: f32 on the CPU, bf16 on a GPU]
     #[arg(long, value_name = "DTYPE", value_parser = dtype)]
     pub dtype: Option<Precision>,
 }

@@ -1,6 +1,9 @@
 //! Strided reads of any float dtype.
 
-use engine::{DType, cpu::simd::Real};
+use engine::{
+    DType,
+    cpu::{convert, simd::Real},
+};
 
 /// The elements of an input, starting at its view's offset.
 #[derive(Clone, Copy, Debug)]
@@ -47,7 +50,13 @@ impl<'a> View<'a> {
             return (x, self.strides[1]);
         }
         for (i, row) in buf.chunks_exact_mut(d).take(n).enumerate() {
-            self.row([b, t + i, h], F::ONE, row);
+            let at = b * self.strides[0] + (t + i) * self.strides[1] + h * self.strides[2];
+            match self.data {
+                Data::F32(x) => convert(&x[at..at + d], row),
+                Data::F64(x) => convert(&x[at..at + d], row),
+                Data::Bf16(x) => convert(&x[at..at + d], row),
+                Data::F16(x) => convert(&x[at..at + d], row),
+            }
         }
         (buf, d)
     }
