@@ -1,6 +1,6 @@
 """Sets tidegate's benches against PyTorch and transformers on this machine and prints the ratios as Markdown.
 
-    python3 benches/compare.py --peer /tmp/peers/bin/python [--rounds 3]
+    python3 benches/compare.py --peer /tmp/peers/bin/python [--rounds 3] [--decode [--dtype bf16]]
 
 `--peer` is a Python that has the peers (see benches/peers/README.md). Both sides run in turn, round by round, with the same number of threads. A cell is
 the median over the rounds of each side's median; the ratio is taken within each round, and its median and its range over the rounds are given.
@@ -57,15 +57,15 @@ def peer_step(python):
     return float(ms), float(gb)
 
 
-def decode(python):
+def decode(python, dtype="f32"):
     """Tokens per second of the two, by what was done: reading a prompt, and decoding on top of it."""
     theirs = {}
-    for context, prompt, written in re.findall(r"^context (\d+): prompt ([\d.]+) tokens/s, decode ([\d.]+)", run(python, HERE / "peers" / "decode.py"), re.M):
+    for context, prompt, written in re.findall(r"^context (\d+): prompt ([\d.]+) tokens/s, decode ([\d.]+)", run(python, HERE / "peers" / "decode.py", "--dtype", dtype), re.M):
         theirs |= {f"prompt of {context}": float(prompt), f"decode after {context}": float(written)}
     run("cargo", "build", "--release", "-p", "tidegate-train")
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "decode.json"
-        run("target/release/tidegate", "bench", "decode", HERE / "configs" / "decode-small.toml", "--device", "cpu", "--json", path)
+        run("target/release/tidegate", "bench", "decode", HERE / "configs" / "decode-small.toml", "--device", "cpu", "--dtype", dtype, "--json", path)
         ours = {}
         for r in json.loads(path.read_text())["results"]:
             ours |= {f"prompt of {r['context']}": r["prompt_tokens_per_s"], f"decode after {r['context']}": r["decode_tokens_per_s"]}
@@ -83,7 +83,7 @@ def table(options, pairs):
     cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[1] if os.path.exists("/proc/cpuinfo") else platform.processor()
     peers = run(options.peer, "-c", "import torch, transformers as t; print(f'torch {torch.__version__}, transformers {t.__version__}')").strip()
     print(f"\nCommit {commit}; {len(os.sched_getaffinity(0))} cores of {cpu}; {peers}; {options.rounds} rounds.\n")
-    print("| f32 | tidegate | peer | peer / tidegate (range) |\n|---|---:|---:|---:|")
+    print(f"| {options.dtype} | tidegate | peer | peer / tidegate (range) |\n|---|---:|---:|---:|")
     for (name, unit), p in pairs.items():
         row(name, unit, p)
 
@@ -93,12 +93,15 @@ def main():
     options.add_argument("--peer", required=True, help="a Python with torch and transformers")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--decode", action="store_true", help="decoding alone")
+    options.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="of --decode")
     options = options.parse_args()
+    if options.dtype != "f32" and not options.decode:
+        sys.exit("--dtype bf16 is for --decode: the other benches compute in f32")
     pairs = {}
     if options.decode:
         for n in range(options.rounds):
             print(f"round {n + 1} of {options.rounds}", file=sys.stderr, flush=True)
-            for name, both in decode(options.peer).items():
+            for name, both in decode(options.peer, options.dtype).items():
                 pairs.setdefault((name + ", per token", "ms"), []).append(both)
         return table(options, pairs)
     bench = executables()

@@ -1,6 +1,6 @@
-"""Greedy decoding of a small Qwen3-Next in transformers on the CPU: the model of ../configs/decode-small.toml with random weights, in f32.
+"""Greedy decoding of a small Qwen3-Next in transformers on the CPU: the model of ../configs/decode-small.toml with random weights.
 
-    python benches/peers/decode.py [--batch 1] [--tokens 64] [--context 1 1024 16384]
+    python benches/peers/decode.py [--batch 1] [--tokens 64] [--context 1 1024 16384] [--dtype f32]
 
 Prints, per length of context, tokens per second of reading the prompt (the best of two, with the logits of its last token alone) and of decoding.
 """
@@ -20,10 +20,12 @@ def main():
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--tokens", type=int, default=64)
     options.add_argument("--context", type=int, nargs="+", default=[1, 1024, 16384])
+    options.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
     options = options.parse_args()
     torch.manual_seed(0)
     config = tomllib.loads(CONFIG.read_text())["model"]
     model = Qwen3NextForCausalLM(Qwen3NextConfig(**config, pad_token_id=None, bos_token_id=None, eos_token_id=None)).eval()
+    model = model.to({"f32": torch.float32, "bf16": torch.bfloat16}[options.dtype])
     with torch.inference_mode():
         for context in options.context:
             ids = torch.randint(0, config["vocab_size"], (options.batch, context))

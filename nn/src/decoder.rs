@@ -72,6 +72,10 @@ impl Placement {
     pub fn cpu(dtype: DType) -> Self {
         Placement { device: Device::cpu(), params: dtype, compute: dtype }
     }
+    /// For a model that is read and not trained: what is computed with in bf16 is kept in it, where it would be rounded each time.
+    pub fn to_read(self) -> Self {
+        if self.compute == DType::BF16 { Placement { params: DType::BF16, ..self } } else { self }
+    }
     pub(crate) fn validate(&self) -> Result<()> {
         if !matches!(self.params, DType::F32 | DType::F64 | DType::BF16) {
             return Err(Error::Config(format!("parameters are kept in f32 (f64 for checks, bf16 to read with), found {}", self.params)));

@@ -26,7 +26,6 @@ use crate::trainer::evaluate;
 use crate::{Error, Result, checkpoint, presets};
 use clap::{Parser, Subcommand};
 use device::PlaceArgs;
-use engine::DType;
 use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -160,10 +159,7 @@ fn skip(path: &Path, e: &Error) {
 /// The newest whole checkpoint that `path` means, and where it is.
 fn open(path: &Path, place: &PlaceArgs) -> Result<(PathBuf, Trained<Hybrid>)> {
     let trained_in = checkpoint::read_info(&run_of(path)).ok().and_then(|info| info.config.train.dtype);
-    let mut place = place.open(trained_in)?;
-    if place.compute == DType::BF16 {
-        place.params = DType::BF16; // nothing is trained, and they would be rounded each time
-    }
+    let place = place.open(trained_in)?.to_read();
     checkpoint::first_whole(&checkpoint::candidates(path)?, skip, |dir| {
         checkpoint::verify(dir, &[checkpoint::MODEL])?;
         Hybrid::open(dir, &place)

@@ -103,7 +103,7 @@ fn measure(model: &Decoder, context: usize, args: &Args) -> Result<Measured> {
 pub(super) fn run(args: &Args) -> Result<()> {
     let config = layers(&args.what, &args.set)?.resolve()?.config;
     args.common.check()?;
-    let place = args.common.place.open(config.train.dtype)?;
+    let place = args.common.place.open(config.train.dtype)?.to_read();
     let (total, active) = config.model.parameters();
     let model = Decoder::on(&config.model, config.seed, &place).map_err(Error::from)?;
     out(&format!("{}: {total} parameters, {active} of them active for a token", config.name))?;
