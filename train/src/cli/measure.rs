@@ -34,6 +34,9 @@ pub(super) struct Args {
     /// Tokens in a window [default: as the run was trained, else 1024]
     #[arg(long, value_name = "T")]
     seq_len: Option<usize>,
+    /// Tokens of the windows that the loss by position is taken in [default: 8 times the window, as far as the text reaches]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
     /// Take only these measures, and the loss; more than one with commas [default: all that the model has something of]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
@@ -89,6 +92,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Err(Error::Usage("nothing was held out in this run; name a text with --data".into()));
     }
     let options = Options {
+        context: args.context,
         tokens: args.tokens,
         seq_len: args.seq_len.or_else(|| config.as_ref().map(|c| c.data.seq_len)).unwrap_or(SEQ_LEN),
         only: args.only.clone(),

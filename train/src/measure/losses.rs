@@ -56,11 +56,12 @@ impl Reader for Lens<'_> {
     }
 }
 
-/// Bounds of the buckets of positions in windows of `time = multiple · seq_len` tokens: the training length in four, each twice as long as the one before, then 2×, 4×
-/// and 8× of it: `0, L/8, L/4, L/2, L, 2L, 4L, 8L`.
+/// Bounds of the buckets of positions in windows of `time` tokens: the training length in four, each twice as long as the one before, then 2×, 4×, 8× and so on
+/// of it, and what is left: `0, L/8, L/4, L/2, L, 2L, 4L, 8L`.
 pub(super) fn bounds(seq_len: usize, time: usize) -> Vec<usize> {
-    let all = [8, 4, 2].iter().map(|part| seq_len / part).chain((0..4).map(|i| seq_len << i));
-    let mut bounds: Vec<usize> = [0].into_iter().chain(all.filter(|b| *b > 0 && *b <= time)).collect();
+    let doubled = std::iter::successors(Some(seq_len), |x| x.checked_mul(2)).take_while(|x| *x < time);
+    let all = [8, 4, 2].iter().map(|part| seq_len / part).chain(doubled).filter(|b| *b > 0 && *b < time);
+    let mut bounds: Vec<usize> = [0].into_iter().chain(all).chain([time]).collect();
     bounds.dedup();
     bounds
 }
@@ -90,6 +91,7 @@ mod tests {
         assert_eq!(bounds(256, 256), [0, 32, 64, 128, 256]);
         assert_eq!(bounds(4, 16), [0, 1, 2, 4, 8, 16]);
         assert_eq!(bounds(1, 2), [0, 1, 2]);
+        assert_eq!(bounds(512, 20480)[3..], [256, 512, 1024, 2048, 4096, 8192, 16384, 20480]);
         // the loss is the position, and 10 more in the second window
         let losses: Vec<f64> = (0..32).map(|i| f64::from(i % 16 + i / 16 * 10)).collect();
         let p = by_position(&losses, 8, 16);

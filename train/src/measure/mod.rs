@@ -46,6 +46,8 @@ pub struct Options {
     pub tokens: usize,
     /// Tokens in a window: the training length.
     pub seq_len: usize,
+    /// Tokens of the windows that the loss by position is taken in, if the text has as many; none: 8 times the training length.
+    pub context: Option<usize>,
     /// Names of [`NAMES`]; none for all that the model has something of.
     pub only: Vec<String>,
     /// The text that gates are traced along; none for the first 200 tokens of what is measured on.
@@ -57,7 +59,7 @@ pub struct Options {
 impl Options {
     /// All measures over 32768 tokens, in windows of `seq_len`.
     pub fn new(seq_len: usize) -> Options {
-        Options { tokens: 1 << 15, seq_len, only: vec![], trace_text: None, codec: None }
+        Options { tokens: 1 << 15, seq_len, context: None, only: vec![], trace_text: None, codec: None }
     }
 }
 

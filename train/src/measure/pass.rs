@@ -92,6 +92,11 @@ pub fn measure(model: &Decoder, corpus: &Corpus, range: Range<usize>, options: &
     if time < 2 {
         return Err(Error::Usage(format!("windows of {time} tokens: expected at least 2")));
     }
+    if let Some(c) = options.context.filter(|c| *c < time) {
+        return Err(Error::Usage(format!(
+            "a context of {c} tokens is shorter than a window of {time}; the loss by position needs at least one window"
+        )));
+    }
     let first = range.start.max(1) - 1;
     let there = range.end.saturating_sub(first + 1);
     let count = (options.tokens / time).max(1).min(there / time);
@@ -176,7 +181,7 @@ pub fn measure(model: &Decoder, corpus: &Corpus, range: Range<usize>, options: &
         m.value_output_rank = ranks::value_output(model)?;
     }
     if takes("loss_by_position") {
-        m.loss_by_position = positions(&pass, first, there, time, options.tokens)?;
+        m.loss_by_position = positions(&pass, first, there, time, options)?;
     }
     if takes("trace") {
         m.trace = Some(trace(&pass, first, there, options, codec)?);
@@ -213,10 +218,11 @@ fn sinks<'a>(pass: &'a Pass, range: Range<usize>) -> Result<Heads<'a>> {
     Ok(heads)
 }
 
-/// The loss by position in windows of 8, 4, 2 or 1 times the training length, the longest that the text has one of.
-fn positions(pass: &Pass, first: usize, there: usize, seq_len: usize, most: usize) -> Result<Vec<super::Position>> {
-    let time = [8, 4, 2].iter().map(|n| n * seq_len).find(|t| *t <= there).unwrap_or(seq_len);
-    let count = (most / time).max(1).min(there / time);
+/// The loss by position in windows as long as was asked for, else 8, 4, 2 or 1 times the training length, the longest that the text has one of.
+fn positions(pass: &Pass, first: usize, there: usize, seq_len: usize, options: &Options) -> Result<Vec<super::Position>> {
+    let most = options.context.unwrap_or(8 * seq_len);
+    let time = [most].into_iter().chain([8, 4, 2].map(|n| n * seq_len)).find(|t| *t <= there.min(most)).unwrap_or(seq_len);
+    let count = (options.tokens / time).max(1).min(there / time);
     let starts: Vec<usize> = (0..count).map(|i| first + i * time).collect();
     let mut losses = vec![];
     for starts in batches(&starts, time) {

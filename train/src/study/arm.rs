@@ -190,6 +190,7 @@ fn take_measures(plan: &Plan, arm: &Arm, folder: &Path, corpus: &Corpus, model: 
     let range = if held_out.is_empty() { 0..corpus.len() } else { held_out };
     let options = Options {
         tokens: plan.file.measure.tokens,
+        context: plan.file.measure.context,
         only: measure::had_by(&config.model, &plan.file.measure.only),
         codec: corpus.codec().cloned(),
         ..Options::new(config.data.seq_len)

@@ -73,11 +73,14 @@ pub struct Measure {
     pub only: Vec<String>,
     /// Held-out tokens that each pass reads.
     pub tokens: usize,
+    /// Tokens of the windows that the loss by position is taken in; not set: 8 times the training length.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context: Option<usize>,
 }
 
 impl Default for Measure {
     fn default() -> Self {
-        Measure { only: vec![], tokens: 1 << 15 }
+        Measure { only: vec![], tokens: 1 << 15, context: None }
     }
 }
 

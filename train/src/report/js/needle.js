@@ -1,23 +1,32 @@
 // Generated tasks: how often they were answered, and what became of a needle in the states on its way.
 
-const TASKS = () => [...new Set(DATA.runs.flatMap((r) => (r.tasks ?? []).map((t) => t.task)))];
+/** What is told apart: tasks, and difficulties of one. */
+const TASKS = () => {
+  const found = new Map();
+  for (const t of DATA.runs.flatMap((r) => r.tasks ?? [])) {
+    const levels = [...new Set(t.cells.map((c) => c.difficulty))].sort();
+    for (const difficulty of levels) found.set(`${t.task}-${difficulty ?? ""}`, { task: t.task, difficulty, name: levels.length > 1 ? `${t.task}, difficulty ${difficulty}` : t.task, id: levels.length > 1 ? `${t.task}-${difficulty}` : t.task });
+  }
+  return [...found.values()];
+};
+const cellsIn = (r, of) => r.tasks?.find((t) => t.task === of.task)?.cells.filter((c) => c.difficulty === of.difficulty);
 const short = (n) => (n >= 1024 && n % 1024 === 0 ? `${n / 1024}k` : String(n));
 
 /** Cells of a task by variant: with the mean and the standard error over seeds of those that agree in `keys`. */
-function cellsOf(task, keys) {
+function cellsOf(of, keys) {
   return DATA.variants.map((v, i) => {
-    const runs = DATA.runs.filter((r) => r.variant === i).map((r) => r.tasks?.find((t) => t.task === task)?.cells).filter(Boolean), found = new Map();
+    const runs = DATA.runs.filter((r) => r.variant === i).map((r) => cellsIn(r, of)).filter((cells) => cells?.length), found = new Map();
     for (const cells of runs) {
       const own = new Map();
       for (const c of cells) {
         const key = JSON.stringify(keys.map((k) => c[k]));
-        if (!own.has(key)) own.set(key, { ...c, samples: 0, correct: 0 });
-        own.get(key).samples += c.samples;
+        if (!own.has(key)) own.set(key, { ...c, answers: 0, correct: 0 });
+        own.get(key).answers += c.answers;
         own.get(key).correct += c.correct;
       }
       for (const [key, c] of own) {
         if (!found.has(key)) found.set(key, { ...c, each: [] });
-        if (c.samples) found.get(key).each.push(c.correct / c.samples);
+        if (c.answers) found.get(key).each.push(c.correct / c.answers);
       }
     }
     const all = [...found.values()].map((c) => {
@@ -28,17 +37,17 @@ function cellsOf(task, keys) {
   }).filter((v) => v.cells.length);
 }
 
-function answers(box, task) {
-  const all = DATA.runs.flatMap((r) => (r.tasks ?? []).filter((t) => t.task === task).flatMap((t) => t.cells));
+function answers(box, of) {
+  const all = DATA.runs.flatMap((r) => cellsIn(r, of) ?? []), task = of.name;
   const values = (key) => [...new Set(all.map((c) => c[key]).filter(isNumber))].sort((a, b) => a - b);
   const by = values("pairs").length > 1 ? "pairs" : "length", xs = values(by), ticks = xs.map((x) => [x, short(x)]);
   const trained = [...new Set(DATA.runs.map((r) => r.seq_len).filter(isNumber))];
   lines(box, {
-    id: `accuracy-${task}`, title: `${task}: right answers by ${by === "pairs" ? "pairs to recall" : "length"}`,
+    id: `accuracy-${of.id}`, title: `${task}: right answers by ${by === "pairs" ? "pairs to recall" : "length"}`,
     note: `Mean over seeds with one standard error.${trained.length === 1 ? ` Trained on ${whole(trained[0])} tokens.` : ""}`,
     of: () => ({
       height: 270, x: { label: by === "pairs" ? "pairs" : "tokens", log: true, ticks, head: (x) => `${whole(x)} ${by === "pairs" ? "pairs" : "tokens"}` }, y: { label: "right answers", format: percent, domain: [0, 1] },
-      series: cellsOf(task, [by]).map((v) => {
+      series: cellsOf(of, [by]).map((v) => {
         const cells = v.cells.sort((a, b) => a[by] - b[by]), spread = cells.some((c) => isNumber(c.err));
         return { label: v.name, ...look(v.variant), dots: true, x: cells.map((c) => c[by]), y: cells.map((c) => c.mean), err: cells.map((c) => c.err), band: spread ? { lo: cells.map((c) => c.mean - (c.err ?? 0)), hi: cells.map((c) => c.mean + (c.err ?? 0)) } : null };
       }),
@@ -48,10 +57,10 @@ function answers(box, task) {
   if (!rowKey) return;
   const rows = values(rowKey), columns = values(columnKey), text = (x) => (columnKey === "depth" ? percent(x, 2).replace(" ", "") : String(x));
   figure(box, {
-    id: `map-${task}`, wide: true, title: `${task}: right answers by length and ${columnKey}`, note: columnKey === "depth" ? "Where the needle lies: 0 % is at the beginning, 100 % right before the question." : null,
+    id: `map-${of.id}`, wide: true, title: `${task}: right answers by length and ${columnKey}`, note: columnKey === "depth" ? "Where the needle lies: 0 % is at the beginning, 100 % right before the question." : null,
     draw: (svg, width) => drawHeat(svg, width, {
       domain: [0, 1], rowName: "length", columnName: columnKey, format: percent, unit: "right", columnText: (j) => text(columns[j]),
-      panels: cellsOf(task, [rowKey, columnKey]).map((v) => ({ label: v.name, rows: rows.map((r) => ({ label: short(r), values: columns.map((c) => v.cells.find((x) => x[rowKey] === r && x[columnKey] === c)?.mean ?? null) })) })),
+      panels: cellsOf(of, [rowKey, columnKey]).map((v) => ({ label: v.name, rows: rows.map((r) => ({ label: short(r), values: columns.map((c) => v.cells.find((x) => x[rowKey] === r && x[columnKey] === c)?.mean ?? null) })) })),
     }),
   });
 }
