@@ -24,7 +24,8 @@ pub use aside::Aside;
 pub use cache::Caches;
 pub use composed::composed_slowdown;
 pub use config::{
-    AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition, LayerType, ModelConfig, ModelType, OutputGate, QkNorm, nearest,
+    AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition, LayerType, ModelConfig, ModelType, OutputGate, QkNorm, RopeScaling,
+    RopeType, nearest,
 };
 pub use decoder::{Decoder, Losses, Placement};
 pub use error::{Error, Result};

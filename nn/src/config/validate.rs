@@ -97,6 +97,7 @@ impl ModelConfig {
         if !(self.linear_norm_eps.is_finite() && self.linear_norm_eps >= 0.0) {
             return fail(format!("`linear_norm_eps` must be positive, or 0 for `rms_norm_eps`, found {}", self.linear_norm_eps));
         }
+        self.validate_rope()?;
         self.validate_gates()?;
         self.saved_type().map(drop)
     }
