@@ -131,7 +131,7 @@ impl Attention {
             // each over its own past
             Some(cache) => {
                 let one = |x: &Tensor, i: usize| x.narrow(0, i, 1);
-                let each = cache.key_values(&k, &v)?.iter_mut().enumerate().map(|(i, past)| {
+                let each = cache.key_values(&k, &v, self.window)?.iter_mut().enumerate().map(|(i, past)| {
                     let (k, v) = past.push(&one(&k, i)?, &one(&v, i)?)?;
                     attend(&one(&q, i)?, &k, &v, logits.as_ref().map(|g| one(g, i)).transpose()?.as_ref())
                 });

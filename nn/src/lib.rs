@@ -17,6 +17,7 @@ mod norms;
 mod save;
 mod shards;
 mod spelling;
+mod state;
 mod taps;
 pub mod tensor_file;
 
@@ -32,4 +33,5 @@ pub use error::{Error, Result};
 pub use generate::{CHUNK, Generator, Sampler};
 pub use layers::Param;
 pub use save::SaveOptions;
+pub use state::State;
 pub use taps::{Access, Observer, Part, TAPS, Tap, on_request};
