@@ -3,13 +3,13 @@
 use crate::cache::Cache;
 use crate::config::{GatePosition, LayerType, ModelConfig, QkNorm};
 use crate::gates::{Gate, gated};
-use crate::init::Builder;
+use crate::init::{Builder, Source};
 use crate::layers::{Context, project};
 use crate::taps::{Taps, attention_scores};
 use engine::{Result, Tensor};
 use ops::gated_sdpa::{Attention as Sdpa, attention_pattern, gated_sdpa};
 use ops::rms_norm::rms_norm;
-use ops::rope::{Positions, rope};
+use ops::rope::{Positions, rope, rope_scaled};
 
 /// Softmax attention with its gates.
 pub(crate) struct Attention {
@@ -22,6 +22,8 @@ pub(crate) struct Attention {
     /// Weights of the queries' and the keys' norm.
     norms: Option<[Tensor; 2]>,
     window: Option<usize>,
+    /// Frequencies of the rotation and its factor, where it is stretched.
+    frequencies: Option<(Tensor, f64)>,
     output_gate: Option<Gate>,
     value_gate: Option<Gate>,
     key_gate: Option<Gate>,
@@ -49,10 +51,31 @@ impl Attention {
         let biases = if c.attention_bias { Some([bias("q", q)?, bias("k", kv)?, bias("v", kv)?, bias("o", h)?]) } else { None };
         let sdpa_norm = if c.sdpa_norm { Some(b.constant("self_attn.sdpa_norm.weight", &[d], c.norm_start())?) } else { None };
         let window = (kind == LayerType::SlidingAttention).then_some(c.sliding_window);
+        let frequencies = match c.scaled_frequencies() {
+            Some((f, factor)) if c.rotary_dim() > 0 && !matches!(b.source, Source::Shapes) => {
+                Some((Tensor::from_vec(&f, &[f.len()])?.to_device(&b.place.device)?, factor))
+            }
+            _ => None,
+        };
         let mut gate = |at| Gate::new(b, c, at);
         let (output_gate, value_gate) = (gate(GatePosition::Attention)?, gate(GatePosition::Value)?);
         let (key_gate, query_gate, dense_gate) = (gate(GatePosition::Key)?, gate(GatePosition::Query)?, gate(GatePosition::Dense)?);
-        Ok(Attention { q_proj, k_proj, v_proj, o_proj, biases, norms, window, output_gate, value_gate, key_gate, query_gate, dense_gate, sdpa_norm })
+        Ok(Attention {
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj,
+            biases,
+            norms,
+            window,
+            frequencies,
+            output_gate,
+            value_gate,
+            key_gate,
+            query_gate,
+            dense_gate,
+            sdpa_norm,
+        })
     }
 
     pub fn forward(&self, x: &Tensor, c: &ModelConfig, ctx: &Context, cache: Option<&mut Cache>, taps: &mut Taps) -> Result<Tensor> {
@@ -78,7 +101,11 @@ impl Attention {
             let ahead = t - x.dim(1);
             let given = ctx.positions.map(|p| p.narrow(1, ahead, x.dim(1))).transpose()?;
             let at = given.as_ref().map_or(Positions::From(ctx.offset + ahead), Positions::Given);
-            if c.rotary_dim() == 0 { Ok(x) } else { rope(&x, c.rotary_dim(), c.rope_theta, at) }
+            match &self.frequencies {
+                _ if c.rotary_dim() == 0 => Ok(x),
+                Some((frequencies, factor)) => rope_scaled(&x, frequencies, *factor, at),
+                None => rope(&x, c.rotary_dim(), c.rope_theta, at),
+            }
         };
         let qg = qg.split(3, &[d, c.gate_dim()])?;
         let (q, k) = (taps.tap("attn.hook_q", qg[0].clone())?, taps.tap("attn.hook_k", k)?);
@@ -104,7 +131,7 @@ impl Attention {
             // each over its own past
             Some(cache) => {
                 let one = |x: &Tensor, i: usize| x.narrow(0, i, 1);
-                let each = cache.key_values(&k, &v)?.iter_mut().enumerate().map(|(i, past)| {
+                let each = cache.key_values(&k, &v, self.window)?.iter_mut().enumerate().map(|(i, past)| {
                     let (k, v) = past.push(&one(&k, i)?, &one(&v, i)?)?;
                     attend(&one(&q, i)?, &k, &v, logits.as_ref().map(|g| one(g, i)).transpose()?.as_ref())
                 });

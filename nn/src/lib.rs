@@ -17,6 +17,7 @@ mod norms;
 mod save;
 mod shards;
 mod spelling;
+mod state;
 mod taps;
 pub mod tensor_file;
 
@@ -24,11 +25,13 @@ pub use aside::Aside;
 pub use cache::Caches;
 pub use composed::composed_slowdown;
 pub use config::{
-    AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition, LayerType, ModelConfig, ModelType, OutputGate, QkNorm, nearest,
+    AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition, LayerType, ModelConfig, ModelType, OutputGate, QkNorm, RopeScaling,
+    RopeType, nearest,
 };
 pub use decoder::{Decoder, Losses, Placement};
 pub use error::{Error, Result};
 pub use generate::{CHUNK, Generator, Sampler};
 pub use layers::Param;
 pub use save::SaveOptions;
+pub use state::State;
 pub use taps::{Access, Observer, Part, TAPS, Tap, on_request};

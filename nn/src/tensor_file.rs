@@ -8,17 +8,18 @@ use engine::{DType, Device, Element, Tensor};
 use header::Info;
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, TensorView};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::Path;
 
 pub use write::write;
-pub(crate) use write::{Entry, Raw, write_entries};
+pub(crate) use write::{Entry, Raw, write_entries, write_with};
 
 /// A safetensors file in mapped memory.
 pub struct TensorFile {
     map: Mmap,
     header: BTreeMap<String, Info>,
+    meta: HashMap<String, String>,
 }
 
 impl TensorFile {
@@ -33,12 +34,16 @@ impl TensorFile {
         let file = std::fs::File::open(path).map_err(Error::io(path))?;
         // SAFETY: the map is only read; a file that another process truncates meanwhile would fault, as with every reader of mapped checkpoints.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-        let header = header::read(&map).map_err(wrong)?;
-        Ok(TensorFile { map, header })
+        let (header, meta) = header::read(&map).map_err(wrong)?;
+        Ok(TensorFile { map, header, meta })
     }
     /// How many tensors there are.
     pub(crate) fn len(&self) -> usize {
         self.header.len()
+    }
+    /// What the file says of itself.
+    pub(crate) fn metadata(&self) -> &HashMap<String, String> {
+        &self.meta
     }
     /// All tensors by name; `path` is for messages.
     pub fn tensors(&self, path: &Path) -> Result<BTreeMap<String, TensorView<'_>>> {

@@ -12,7 +12,7 @@ const VALUES: f64 = 1e-5;
 const GRADIENTS: f64 = 1e-4;
 const TRAINING: f64 = 1e-4;
 
-const MODELS: [&str; 14] = [
+const MODELS: [&str; 19] = [
     "next_d32",
     "next_d64_old",
     "next_d128_shards",
@@ -25,6 +25,11 @@ const MODELS: [&str; 14] = [
     "qwen3_5_moe_images_d128",
     "olmo_hybrid_d32",
     "olmo_hybrid_d64",
+    "next_yarn_d32",
+    "qwen3_yarn",
+    "qwen3_yarn_factor",
+    "qwen3_llama3",
+    "qwen3_linear",
     "gated_head_d128",
     "gated_elements_d64",
 ];
@@ -266,8 +271,8 @@ fn what_was_read_is_saved_whole() {
         let model = Decoder::open(&folder(name)).unwrap();
         for (form, dtype, max_shard_bytes) in [
             ("f32", None, None),
-            ("shards", Some(DType::F32), Some(30_000)),
-            ("bf16", Some(DType::BF16), Some(20_000)),
+            ("shards", Some(DType::F32), Some(20_000)),
+            ("bf16", Some(DType::BF16), Some(10_000)),
             ("f16", Some(DType::F16), None),
         ] {
             let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("oracles").join(form).join(name);

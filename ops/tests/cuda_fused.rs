@@ -6,7 +6,7 @@ use ops::adamw::{AdamW, AdamWMany, GlobalNorm, adamw, adamw_many, global_norm};
 use ops::linear_cross_entropy::{IGNORE, linear_cross_entropy, linear_cross_entropy_per_token};
 use ops::moe::{Moe, add_shared, load_balancing_loss, moe, router_logits, router_z_loss};
 use ops::rms_norm::{NormGate, RmsNorm, rms_norm, rms_norm_gated, rms_norm_residual};
-use ops::rope::{Positions, norm_rope, rope};
+use ops::rope::{Positions, norm_rope, rope, rope_scaled};
 use ops::short_conv::short_conv;
 use ops::swiglu::swiglu;
 use std::sync::{Mutex, MutexGuard};
@@ -150,6 +150,14 @@ fn rope_of_parts_far_out_and_after_a_norm() {
             let p = p.to_device(v[0].device())?;
             Ok(vec![norm_rope(&v[0], &v[1], 1e-6, true, 8, 1e4, Positions::Given(&p))?])
         });
+        // frequencies that are given, with a factor, and a whole vector and none
+        for half in [4, 3] {
+            let f = Tensor::from_vec((0..half).map(|i| 0.9f64.powi(7 * i)).collect::<Vec<_>>(), &[half as usize]).unwrap();
+            agree("frequencies", &[randn(&[2, 4, 3, 16], 1)], &|v| {
+                let (f, p) = (f.to_device(v[0].device())?, p.to_device(v[0].device())?);
+                Ok(vec![rope_scaled(&v[0], &f, 1.3, Positions::Given(&p))?, rope_scaled(&v[0], &f, 1.3, Positions::From(70_000))?])
+            });
+        }
     }
 }
 

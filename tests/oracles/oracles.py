@@ -158,6 +158,57 @@ MODELS = {
             rope_parameters=dict(rope_type="default", rope_theta=None), layer_types=["linear_attention", "full_attention", "linear_attention"],
         ),
     ),
+    # YaRN as its paper has it, documents of up to four times the original context; the rotated part is half a head
+    "next_yarn_d32": dict(
+        seed=42, docs=[64, 1, 50],
+        config=dict(
+            model_type="qwen3_next", vocab_size=41, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=32, linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+            layer_types=["linear_attention", "full_attention"], max_position_embeddings=64,
+            rope_parameters=dict(rope_type="yarn", rope_theta=1e4, partial_rotary_factor=0.5, factor=4.0, original_max_position_embeddings=16),
+        ),
+    ),
+    # YaRN with all that can be said of it, in the older spelling
+    "qwen3_yarn": dict(
+        seed=45, docs=[96, 40], old=True,
+        config=dict(
+            model_type="qwen3", vocab_size=41, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=32, max_position_embeddings=96,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=1e3, factor=3.0, original_max_position_embeddings=32, beta_fast=6.0, beta_slow=0.5, mscale=1.3,
+                mscale_all_dim=0.4, truncate=False,
+            ),
+        ),
+    ),
+    # an attention factor that is said
+    "qwen3_yarn_factor": dict(
+        seed=46, docs=[70],
+        config=dict(
+            model_type="qwen3", vocab_size=41, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=32, max_position_embeddings=64,
+            rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=2.0, original_max_position_embeddings=32, attention_factor=1.25),
+        ),
+    ),
+    # as Llama 3.1 stretches, some wavelengths on each side of its ramp and on it
+    "qwen3_llama3": dict(
+        seed=47, docs=[64, 40],
+        config=dict(
+            model_type="qwen3", vocab_size=41, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=32, max_position_embeddings=64,
+            rope_parameters=dict(
+                rope_type="llama3", rope_theta=1e3, factor=4.0, original_max_position_embeddings=32, low_freq_factor=0.5, high_freq_factor=4.0,
+            ),
+        ),
+    ),
+    # positions divided
+    "qwen3_linear": dict(
+        seed=48, docs=[64, 40],
+        config=dict(
+            model_type="qwen3", vocab_size=41, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=32, max_position_embeddings=64, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0),
+        ),
+    ),
     # 2505.06708's own checkpoints: a gate for each head, tied
     "gated_head_d128": dict(
         seed=13, docs=[25, 1, 40],
@@ -217,9 +268,11 @@ def create(name, how, seed):
     path, spelled = out / "model.safetensors", json.loads((out / "config.json").read_text())
     if how.get("old"):
         rope = spelled.pop("rope_parameters")
-        spelled |= dict(rope_scaling=None, rope_theta=rope["rope_theta"])
+        spelled |= dict(rope_scaling=None, rope_theta=rope.pop("rope_theta"))
         if "partial_rotary_factor" in rope:
-            spelled |= dict(partial_rotary_factor=rope["partial_rotary_factor"], full_attention_interval=2)
+            spelled |= dict(partial_rotary_factor=rope.pop("partial_rotary_factor"), full_attention_interval=2)
+        if (kind := rope.pop("rope_type")) != "default":
+            spelled["rope_scaling"] = dict(type=kind) | rope
         del spelled["layer_types"]
         spelled["torch_dtype"] = spelled.pop("dtype")
         (out / "config.json").write_text(json.dumps(spelled, indent=2) + "\n")

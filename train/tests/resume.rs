@@ -177,3 +177,30 @@ fn a_damaged_run_json_can_be_mended_as_its_error_says() {
     assert_eq!((value(&tmp.path().join("r"), "/config/train/steps"), value(&tmp.path().join("r"), "/config/name")), (4.into(), "smoke".into()));
     says(tmp.path(), "train smoke --run-dir r --resume --set train.steps=5", 0);
 }
+
+/// What no parameter depends on may change: a run goes on with another base, a longer context, in its own folder or in another.
+#[test]
+fn positions_may_be_stretched_on_the_way() {
+    let tmp = tempfile::tempdir().unwrap();
+    says(tmp.path(), &format!("train smoke --run-dir a {QUICK}"), 0);
+    let stretched = "--set model.rope_theta=50000 --set train.steps=6";
+    let yarn = "--set model.rope_scaling.rope_type=yarn --set model.rope_scaling.factor=4";
+    let from = "--resume a/checkpoints/step-00000004";
+    // another folder keeps the first as it is; the same step with the old positions is another one
+    has(&says(tmp.path(), &format!("train smoke --run-dir b {from} {QUICK} {stretched}"), 0), &["resuming", "step-00000004"]);
+    has(&says(tmp.path(), &format!("train smoke --run-dir c {from} {QUICK} {stretched} {yarn}"), 0), &["resuming"]);
+    has(&says(tmp.path(), "train --run-dir a --resume --set train.steps=6", 0), &["train.steps: 4 -> 6"]);
+    let [a, b, c] = ["a", "b", "c"].map(|run| tmp.path().join(run));
+    assert!(weights(&a, 6) != weights(&b, 6) && weights(&b, 6) != weights(&c, 6));
+    let config = fs::read_to_string(checkpoint(&c, 6).join("config.json")).unwrap();
+    has(&config, &["\"rope_theta\": 50000.0", "\"rope_type\": \"yarn\"", "\"factor\": 4.0"]);
+    has(
+        &says(tmp.path(), &format!("train --run-dir a --resume --set model.rope_theta=50000 --set train.steps=7 {yarn}"), 0),
+        &[
+            "changed  model.rope_theta: 10000.0 -> 50000",
+            "changed  model.rope_scaling.rope_type: \"default\" -> \"yarn\"",
+            "changed  model.rope_scaling.factor: null -> 4",
+        ],
+    );
+    has(&says(tmp.path(), "train --run-dir a --resume --set model.rope_scaling.factor=0.5", 2), &["rope_scaling.factor", "at least 1"]);
+}

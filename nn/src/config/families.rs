@@ -173,9 +173,11 @@ fn qwen3_5(map: &mut Keys, kind: &str) -> Result<()> {
     for key in ["mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"] {
         map.remove(key);
     }
-    if let Some(Value::Object(rope)) = map.get_mut("rope_parameters") {
-        rope.remove("mrope_section");
-        rope.remove("mrope_interleaved");
+    for key in ["rope_parameters", "rope_scaling"] {
+        if let Some(Value::Object(rope)) = map.get_mut(key) {
+            rope.remove("mrope_section");
+            rope.remove("mrope_interleaved");
+        }
     }
     let experts = [("norm_topk_prob", json!(true)), ("decoder_sparse_step", 1.into()), ("mlp_only_layers", json!([]))];
     let dense = [("num_experts", 0.into())];

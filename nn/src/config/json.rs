@@ -1,7 +1,7 @@
 //! `config.json`, read and written.
 
 use super::families::translate;
-use super::{ModelConfig, ModelType};
+use super::{ModelConfig, ModelType, rope};
 use crate::{Error, Result};
 use serde_json::Value;
 use strsim::osa_distance;
@@ -19,8 +19,6 @@ const BOOKKEEPING: &[&str] = &[
     "output_router_logits",
     "attention_dropout",
     "hidden_act",
-    "rope_scaling",
-    "rope_parameters",
     "layer_norm_eps",
     "is_encoder_decoder",
     "return_dict",
@@ -43,6 +41,7 @@ impl ModelConfig {
         // transformers writes null for what it derives or does not need
         map.retain(|key, x| !(x.is_null() && ["layer_types", "mlp_only_layers", "sliding_window"].contains(&key.as_str())));
         translate(map)?;
+        rope::read(map)?;
         let known = serde_json::to_value(ModelConfig::default()).map_err(|e| Error::Config(e.to_string()))?;
         let names: Vec<&str> = known.as_object().into_iter().flat_map(|m| m.keys().map(String::as_str)).collect();
         for key in map.keys() {
@@ -57,24 +56,7 @@ impl ModelConfig {
         };
         refuse(map, "use_sliding_window", &[Value::Bool(false)])?;
         refuse(map, "hidden_act", &["silu".into()])?;
-        refuse(map, "rope_scaling", &[Value::Null])?;
         refuse(map, "attention_dropout", &[0.into(), 0.0.into()])?;
-        match map.remove("rope_parameters") {
-            None | Some(Value::Null) => {}
-            Some(Value::Object(rope)) => {
-                refuse(&rope, "rope_type", &["default".into()])?;
-                for (key, x) in rope.into_iter().filter(|(k, _)| k != "rope_type") {
-                    if !["rope_theta", "partial_rotary_factor"].contains(&key.as_str()) {
-                        return Err(Error::Config(format!("`rope_parameters.{key}` = {x} is not supported; remove it if the model can do without")));
-                    }
-                    if let Some(other) = map.get(&key).filter(|y| **y != x) {
-                        return Err(Error::Config(format!("`{key}` = {other} and `rope_parameters.{key}` = {x} contradict each other; keep one")));
-                    }
-                    map.insert(key, x);
-                }
-            }
-            Some(x) => return Err(Error::Config(format!("`rope_parameters` must be an object, found {x}"))),
-        }
         let c: ModelConfig = serde_json::from_value(v).map_err(|e| Error::Config(e.to_string()))?;
         c.validate()?;
         Ok(c)
@@ -86,6 +68,7 @@ impl ModelConfig {
         let model_type = self.saved_type()?;
         let resolved = ModelConfig { model_type, layer_types: (0..self.num_hidden_layers).map(|i| self.layer_type(i)).collect(), ..self.clone() };
         let mut json = serde_json::to_value(resolved).map_err(|e| Error::Config(e.to_string()))?;
+        rope::write(&mut json);
         json["architectures"] = serde_json::json!([if model_type == ModelType::Qwen3Next { "Qwen3NextForCausalLM" } else { "TidegateForCausalLM" }]);
         Ok(json)
     }

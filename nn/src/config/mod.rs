@@ -6,12 +6,14 @@ mod families;
 mod gate;
 mod json;
 mod kind;
+mod rope;
 mod validate;
 
 pub(crate) use families::grouped_queries;
 pub use gate::{AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition};
 pub use json::nearest;
 pub use kind::ModelType;
+pub use rope::{RopeScaling, RopeType};
 
 use serde::{Deserialize, Serialize};
 
@@ -85,6 +87,8 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     /// The part of `head_dim` that is rotated; 0: nothing is.
     pub partial_rotary_factor: f64,
+    /// How rotation is stretched over a longer context than `rope_theta` alone makes for. Transformers' `rope_parameters` is read as well.
+    pub rope_scaling: RopeScaling,
     /// Without `layer_types`, every so-many-th layer is full attention.
     pub full_attention_interval: usize,
     /// The mixer of each layer. Empty: every `full_attention_interval`-th layer is full attention, the others are linear.
@@ -171,6 +175,7 @@ impl Default for ModelConfig {
             attention_bias: false,
             rope_theta: 10_000.0,
             partial_rotary_factor: 0.25,
+            rope_scaling: RopeScaling::default(),
             full_attention_interval: 4,
             layer_types: vec![],
             sliding_window: 4096,

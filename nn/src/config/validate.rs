@@ -1,6 +1,6 @@
 //! Whether numbers describe a model.
 
-use super::ModelConfig;
+use super::{LayerType, ModelConfig};
 use crate::{Error, Result};
 
 /// No size is larger; products of four fit 128 bits.
@@ -83,6 +83,14 @@ impl ModelConfig {
         if !self.layer_types.is_empty() && self.layer_types.len() != self.num_hidden_layers {
             return fail(format!("`layer_types` has {} entries for `num_hidden_layers` = {}", self.layer_types.len(), self.num_hidden_layers));
         }
+        let sliding = (0..self.num_hidden_layers).find(|i| self.layer_type(*i) == LayerType::SlidingAttention);
+        if let Some(i) = sliding.filter(|_| self.sliding_window > self.max_position_embeddings) {
+            return fail(format!(
+                "`sliding_window` = {} of layer {i} is longer than the context, `max_position_embeddings` = {}: make the window smaller, or the layer \
+                 full_attention, which it would be",
+                self.sliding_window, self.max_position_embeddings
+            ));
+        }
         if self.layer_types.is_empty() && self.full_attention_interval == 0 {
             return fail("`full_attention_interval` must be at least 1".into());
         }
@@ -97,6 +105,7 @@ impl ModelConfig {
         if !(self.linear_norm_eps.is_finite() && self.linear_norm_eps >= 0.0) {
             return fail(format!("`linear_norm_eps` must be positive, or 0 for `rms_norm_eps`, found {}", self.linear_norm_eps));
         }
+        self.validate_rope()?;
         self.validate_gates()?;
         self.saved_type().map(drop)
     }

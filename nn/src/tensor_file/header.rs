@@ -24,7 +24,10 @@ struct Told {
     data_offsets: (u64, u64),
 }
 
-struct Header(Vec<(String, Told)>);
+struct Header(Vec<(String, Told)>, Meta);
+
+/// What a file says of itself.
+pub(super) type Meta = HashMap<String, String>;
 
 impl<'de> Deserialize<'de> for Header {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
@@ -35,23 +38,23 @@ impl<'de> Deserialize<'de> for Header {
                 f.write_str("an object with a tensor's dtype, shape and data_offsets for each name")
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-                let mut all = vec![];
+                let (mut all, mut meta) = (vec![], Meta::new());
                 while let Some(name) = map.next_key::<String>()? {
                     if name == "__metadata__" {
-                        map.next_value::<Option<HashMap<String, String>>>()?;
+                        meta = map.next_value::<Option<Meta>>()?.unwrap_or_default();
                     } else {
                         all.push((name, map.next_value()?));
                     }
                 }
-                Ok(Header(all))
+                Ok(Header(all, meta))
             }
         }
         d.deserialize_map(Entries)
     }
 }
 
-/// The tensors of a file: each in its own bytes, and all bytes some tensor's. The error says what is wrong, for a message that names the file.
-pub(super) fn read(file: &[u8]) -> Result<BTreeMap<String, Info>, String> {
+/// The tensors of a file, and its metadata: each in its own bytes, and all bytes some tensor's. The error says what is wrong, for a message that names the file.
+pub(super) fn read(file: &[u8]) -> Result<(BTreeMap<String, Info>, Meta), String> {
     let len = file.len() as u64;
     let Some((length, rest)) = file.split_first_chunk::<8>() else {
         return Err(format!("it has {len} bytes, and a safetensors file begins with 8 that hold the length of its header"));
@@ -64,7 +67,7 @@ pub(super) fn read(file: &[u8]) -> Result<BTreeMap<String, Info>, String> {
         return Err(format!("its header is to have {n} bytes, and there are {} left", rest.len()));
     }
     let (header, data) = rest.split_at(n as usize);
-    let Header(mut all) = crate::json::parse(header).map_err(|e| format!("its header: {e}"))?;
+    let Header(mut all, meta) = crate::json::parse(header).map_err(|e| format!("its header: {e}"))?;
     all.sort_by_key(|(_, told)| told.data_offsets);
     let (mut end, mut out) = (0, BTreeMap::new());
     for (name, told) in all {
@@ -90,7 +93,7 @@ pub(super) fn read(file: &[u8]) -> Result<BTreeMap<String, Info>, String> {
     if end != data.len() as u64 {
         return Err(format!("its tensors end at byte {end} of {} after the header", data.len()));
     }
-    Ok(out)
+    Ok((out, meta))
 }
 
 #[cfg(test)]
@@ -105,11 +108,12 @@ mod tests {
     fn headers_that_hold() {
         let two = r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[2,1],"data_offsets":[3,11]},"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},
             "none":{"dtype":"I64","shape":[0,5],"data_offsets":[3,3]},"one":{"dtype":"BF16","shape":[],"data_offsets":[11,13]}}   "#;
-        let found = read(&file(two, 13)).unwrap();
+        let (found, meta) = read(&file(two, 13)).unwrap();
+        assert_eq!(meta, Meta::from([("format".into(), "pt".into())]));
         let start = 8 + two.len();
         assert_eq!(found["b"], Info { dtype: Dtype::F32, shape: vec![2, 1], at: start + 3..start + 11 });
         assert_eq!((found["none"].at.len(), found["one"].at.len(), found.len()), (0, 2, 4));
-        assert_eq!(read(&file("{}", 0)).unwrap().len(), 0);
+        assert_eq!(read(&file("{}", 0)).unwrap().0.len(), 0);
         // as the library that writes such files reads them
         assert_eq!(safetensors::SafeTensors::deserialize(&file(two, 13)).unwrap().len(), 4);
     }

@@ -10,8 +10,8 @@ cuda_source!(static SOURCE = "rope.cu", kernels: kernels, headers: ["../ops.cuh"
 
 params! {
     struct RopeParams {
-        x: Ptr, positions: Ptr, y: Ptr, rows: Rows, steps: u64, time: FastDiv, heads: FastDiv, items: FastDiv, half_items: FastDiv, d: u32, half: u32,
-        per_block: u32, kind: u32, inverse: u32, unused: u32, offset: i64, exponent: f64,
+        x: Ptr, positions: Ptr, frequencies: Ptr, y: Ptr, rows: Rows, steps: u64, time: FastDiv, heads: FastDiv, items: FastDiv, half_items: FastDiv, d: u32, half: u32,
+        per_block: u32, kind: u32, inverse: u32, unused: u32, offset: i64, exponent: f64, factor: f64,
     }
 }
 
@@ -50,7 +50,8 @@ fn launch(op: &Rope, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
     };
     let p = RopeParams {
         x: Ptr::of(&x[0])?,
-        positions: Ptr::of_option(x.get(1))?,
+        positions: Ptr::of_option(x.get(1).filter(|_| op.positions))?,
+        frequencies: Ptr::of_option(x.last().filter(|_| op.frequencies))?,
         y: Ptr::of(&y[0])?,
         rows: Rows::new("rope", x[0].layout)?,
         steps: (b * t) as u64,
@@ -66,6 +67,7 @@ fn launch(op: &Rope, cuda: &Cuda, x: &[View], y: &[View]) -> Result<()> {
         unused: 0,
         offset: op.offset as i64,
         exponent: if half == 0 { 0.0 } else { -op.theta.log2() / half as f64 },
+        factor: op.factor,
     };
     cuda.launch(&kernel(dtype, wide), [blocks("rope", b * t, per_block)?, 1, 1], (8 * per_block * half) as u32, &p)
 }

@@ -1,6 +1,7 @@
 //! Rotary position embedding (Su et al., 2104.09864) on the first `rotary_dim` entries of a head, in the rotate-half form.
 //!
 //! With `θ_i = base^(−2i/rotary_dim)` and position p: `y_i = x_i cos pθ_i − x_{i+r/2} sin pθ_i`, `y_{i+r/2} = x_{i+r/2} cos pθ_i + x_i sin pθ_i`.
+//! Ways to stretch a context (YaRN, 2309.00071, and others) have other θ_i, and multiply what is rotated by a factor.
 
 mod cuda;
 pub mod reference;
@@ -20,12 +21,16 @@ use std::ops::RangeInclusive;
 pub struct Rope {
     /// Leading entries of a head that are rotated; even.
     pub rotary_dim: usize,
-    /// Base of the frequencies.
+    /// Base of the frequencies, where they are not given.
     pub theta: f64,
+    /// What is rotated is multiplied by it.
+    pub factor: f64,
     /// Position of the first step, where no positions are given.
     pub offset: usize,
     /// A second input: positions `[B, T]` (i32 or i64).
     pub positions: bool,
+    /// The last input: θ_i, f64 `[rotary_dim / 2]`.
+    pub frequencies: bool,
     /// Rotate backwards: the gradient.
     pub inverse: bool,
 }
@@ -35,7 +40,7 @@ impl Op for Rope {
         "rope"
     }
     fn arity(&self) -> RangeInclusive<usize> {
-        let n = 1 + self.positions as usize;
+        let n = 1 + self.positions as usize + self.frequencies as usize;
         n..=n
     }
     fn infer(&self, x: &[Meta]) -> Result<Vec<Meta>> {
@@ -49,6 +54,13 @@ impl Op for Rope {
         if self.theta.is_nan() || self.theta <= 0.0 || self.theta.is_infinite() {
             return Err(Error::invalid("rope", format!("theta must be a positive number, found {}", self.theta)));
         }
+        if !self.factor.is_finite() {
+            return Err(Error::invalid("rope", format!("factor must be finite, found {}", self.factor)));
+        }
+        let half = self.rotary_dim / 2;
+        if let Some(f) = x.last().filter(|f| self.frequencies && (f.shape != [half] || f.dtype != DType::F64)) {
+            return Err(Error::invalid("rope", format!("frequencies must be f64[{half}], found {f}")));
+        }
         if self.positions && (x[1].shape != [b, t] || !matches!(x[1].dtype, DType::I32 | DType::I64)) {
             return Err(Error::invalid("rope", format!("positions must be i32 or i64[{b}, {t}], found {}", x[1])));
         }
@@ -58,15 +70,15 @@ impl Op for Rope {
         if i == 0 { Want::LastDimDense } else { Want::Contiguous }
     }
     fn saves(&self) -> (Vec<usize>, Vec<usize>) {
-        (if self.positions { vec![1] } else { vec![] }, vec![])
+        ((1..*self.arity().end()).collect(), vec![])
     }
     fn backward(&self, s: &Saved, dy: &[Option<Tensor>], need: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let Some(dy) = &dy[0] else { return Ok(vec![None; need.len()]) };
         // the transpose of a rotation is the rotation back
         let op = Rope { inverse: !self.inverse, ..*self };
-        let dx = if self.positions { run1(op, &[dy, s.input(1)?])? } else { run1(op, &[dy])? };
+        let given = (1..need.len()).map(|i| s.input(i)).collect::<Result<Vec<_>>>()?;
         let mut out = vec![None; need.len()];
-        out[0] = Some(dx);
+        out[0] = Some(run1(op, &[&[dy], &given[..]].concat())?);
         Ok(out)
     }
 }
@@ -94,21 +106,24 @@ fn kernel<F: Real>(op: &Rope, x: &Inputs, y: &mut Outputs) -> Result<()> {
     }
     let rows = Rows::new(x.layout(0));
     let half = op.rotary_dim / 2;
-    let positions: Vec<i64> = match (op.positions, x.len()) {
-        (true, 2) if x.dtype(1) == DType::I32 => x.slice::<i32>(1)?.iter().map(|p| *p as i64).collect(),
-        (true, 2) => x.slice::<i64>(1)?.to_vec(),
-        _ => (0..t as i64).map(|p| p + op.offset as i64).collect(),
+    let positions: Vec<i64> = match op.positions {
+        true if x.dtype(1) == DType::I32 => x.slice::<i32>(1)?.iter().map(|p| *p as i64).collect(),
+        true => x.slice::<i64>(1)?.to_vec(),
+        false => (0..t as i64).map(|p| p + op.offset as i64).collect(),
     };
     // angles in f64: at position 10⁶ an f32 angle is off by a twentieth of a radian
     let sign = if op.inverse { -1.0 } else { 1.0 };
     let mut table = vec![F::ZERO; positions.len() * 2 * half];
     if half > 0 {
-        let freq: Vec<f64> = (0..half).map(|i| op.theta.powf(-2.0 * i as f64 / op.rotary_dim as f64)).collect();
+        let freq: Vec<f64> = match op.frequencies {
+            true => x.slice::<f64>(x.len() - 1)?.to_vec(),
+            false => (0..half).map(|i| op.theta.powf(-2.0 * i as f64 / op.rotary_dim as f64)).collect(),
+        };
         table.par_chunks_mut(2 * half).zip(&positions).for_each(|(row, p)| {
             let (cos, sin) = row.split_at_mut(half);
             for i in 0..half {
                 let a = *p as f64 * freq[i];
-                (cos[i], sin[i]) = (F::from_f64(a.cos()), F::from_f64(sign * a.sin()));
+                (cos[i], sin[i]) = (F::from_f64(op.factor * a.cos()), F::from_f64(op.factor * sign * a.sin()));
             }
         });
     }
@@ -134,10 +149,20 @@ pub enum Positions<'a> {
 
 /// Rotates the first `rotary_dim` entries of each head of x `[B, T, H, D]` (a strided view is fine if its last axis is dense).
 pub fn rope(x: &Tensor, rotary_dim: usize, theta: f64, positions: Positions) -> Result<Tensor> {
-    let op = |offset, given| Rope { rotary_dim, theta, offset, positions: given, inverse: false };
+    let op = |offset, given| Rope { rotary_dim, theta, factor: 1.0, offset, positions: given, frequencies: false, inverse: false };
     match positions {
         Positions::From(n) => run1(op(n, false), &[x]),
         Positions::Given(p) => run1(op(0, true), &[x, p]),
+    }
+}
+
+/// [`rope`] with frequencies of your own: θ_i in `frequencies`, f64 `[rotary_dim / 2]` on x's device. What is rotated is multiplied by `factor`.
+pub fn rope_scaled(x: &Tensor, frequencies: &Tensor, factor: f64, positions: Positions) -> Result<Tensor> {
+    let rotary_dim = 2 * frequencies.numel();
+    let op = |offset, given| Rope { rotary_dim, theta: 1.0, factor, offset, positions: given, frequencies: true, inverse: false };
+    match positions {
+        Positions::From(n) => run1(op(n, false), &[x, frequencies]),
+        Positions::Given(p) => run1(op(0, true), &[x, p, frequencies]),
     }
 }
 

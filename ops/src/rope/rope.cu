@@ -1,13 +1,15 @@
 // Rotary embedding of the first 2·half entries of each head, rotate-half form: y[i] = x[i] cos − x[i + half] sin, y[i + half] = x[i + half] cos + x[i] sin;
 // the gradient is the rotation back. Bound by memory (4 bytes an element in bf16).
 //
-// A block has a few steps of time with all their heads. Angles first, once for each step and frequency: position · theta^(−i / half) in f64, reduced there
+// A block has a few steps of time with all their heads. Angles first, once for each step and frequency: position · θ_i in f64, where θ_i is theta^(−i / half)
+// or what is given, reduced there
 // to an eighth of a turn around a multiple of a quarter, then polynomials in f32 (an f32 angle would be off by a twentieth of a radian at position 10⁶).
 // The table is in shared memory. Then each thread takes N entries of the first half with their partners, or N of what is only copied.
 #include "ops.cuh"
 
 struct RopeParams {
     const void *x, *positions;
+    const double* frequencies; // θ_i, or null: powers of theta
     void* y;
     Rows rows; // of x, a head each
     u64 steps; // B·T
@@ -16,6 +18,7 @@ struct RopeParams {
     u32 inverse, unused;
     i64 offset;
     double exponent; // −log2(theta) / half
+    double factor; // what is rotated is multiplied by it
 };
 
 // Sine and cosine of an angle in f64, to f32's precision.
@@ -42,9 +45,10 @@ template <class T, int N> TG_DEVICE void rope(const RopeParams& p) {
         u64 step = first + s;
         i64 at = p.kind == 0 ? (i64)(step % p.time.divisor) + p.offset : p.kind == 1 ? (i64)((const i32*)p.positions)[step] : ((const i64*)p.positions)[step];
         float sine, cosine;
-        sine_cosine((double)at * exp2(p.exponent * (double)i), sine, cosine);
-        table[2 * s * p.half + i] = cosine;
-        table[(2 * s + 1) * p.half + i] = p.inverse ? -sine : sine;
+        sine_cosine((double)at * (p.frequencies ? p.frequencies[i] : exp2(p.exponent * (double)i)), sine, cosine);
+        float factor = (float)p.factor;
+        table[2 * s * p.half + i] = factor * cosine;
+        table[(2 * s + 1) * p.half + i] = factor * (p.inverse ? -sine : sine);
     }
     sync();
     for (u32 j = thread(); j < steps * p.heads.divisor * p.items.divisor; j += threads()) {

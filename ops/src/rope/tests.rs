@@ -38,6 +38,30 @@ fn gradients() {
 }
 
 #[test]
+fn frequencies_and_a_factor_of_ones_own() {
+    let (x, f) = (randn(&[2, 3, 2, 6], 1), [0.7, 0.01]);
+    let given = Tensor::from_vec(f, &[2]).unwrap();
+    let p = Tensor::from_vec([5i64, 6, 7, 5, 6, 7], &[2, 3]).unwrap();
+    for positions in [Positions::From(5), Positions::Given(&p)] {
+        let y = rope_scaled(&strided(&x), &given, 1.3, positions).unwrap();
+        close(&y, &reference::rope_scaled(&x, &f, 1.3, &[5, 6, 7]).unwrap(), 1e-13);
+        check(|v| Ok(vec![rope_scaled(&v[0], &given, 1.3, positions)?]), std::slice::from_ref(&x));
+    }
+    // those that theta stands for are the same numbers
+    let own = Tensor::from_vec([1.0, 1e4f64.powf(-0.5)], &[2]).unwrap();
+    let same = rope_scaled(&x, &own, 1.0, Positions::From(3)).unwrap();
+    assert_eq!(same.to_vec::<f64>().unwrap(), rope(&x, 4, 1e4, Positions::From(3)).unwrap().to_vec::<f64>().unwrap());
+    narrow(
+        "rope of given frequencies",
+        |v| Ok(vec![rope_scaled(&v[0], &given, 1.3, Positions::From(5))?]),
+        |v| Ok(vec![reference::rope_scaled(&v[0], &f, 1.3, &[5, 6, 7])?]),
+        &[x],
+        &[],
+        &[0.005, 0.008],
+    );
+}
+
+#[test]
 fn narrow_types_stay_within_bounds() {
     let x = [randn(&[2, 37, 3, 40], 1)];
     let positions: Vec<usize> = (5..42).collect();
@@ -59,6 +83,10 @@ fn bad_arguments_are_named() {
     for theta in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         fails(rope(&x, 4, theta, first), &format!("rope: theta must be a positive number, found {theta}"));
     }
+    let frequencies = |n: usize, dtype| Tensor::ones(&[n], dtype, x.device()).unwrap();
+    fails(rope_scaled(&x, &frequencies(4, DType::F64), 1.0, first), "rope: rotary_dim must be even and at most head_dim 6, found 8");
+    fails(rope_scaled(&x, &frequencies(2, DType::F32), 1.0, first), "rope: frequencies must be f64[2], found f32[2]");
+    fails(rope_scaled(&x, &frequencies(2, DType::F64), f64::NAN, first), "rope: factor must be finite, found NaN");
     let p = Tensor::from_vec([0i64, 1, 2], &[1, 3]).unwrap();
     fails(at(&x, 4, Positions::Given(&p)), "rope: positions must be i32 or i64[2, 3], found i64[1, 3]");
     fails(at(&x, 4, Positions::Given(&randn(&[2, 3], 1))), "rope: positions must be i32 or i64[2, 3], found f64[2, 3]");

@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 
 /// Keys that decide which text a step sees.
 const ORDER: [&str; 6] = ["seed", "data.path", "data.held_out", "data.seq_len", "data.batch", "train.accumulate"];
+/// Keys of the model, or beginnings of keys, that no parameter depends on: how positions are told apart, and how many there are.
+const POSITIONS: [&str; 4] = ["model.rope_theta", "model.rope_scaling.", "model.max_position_embeddings", "model.sliding_window"];
 
 const EXAMPLES: &str = "\
 Examples:
@@ -212,7 +214,7 @@ fn size(config: &RunConfig) -> String {
 /// Everything that can be wrong is found before the run folder is touched.
 fn go(plan: &Plan, corpus: &Corpus, place: &nn::Placement, replays: bool) -> Result<()> {
     let (config, dir) = (&plan.resolved.config, plan.dir.display());
-    if let Some(c) = plan.changes.iter().find(|c| c.key.starts_with("model.")) {
+    if let Some(c) = plan.changes.iter().find(|c| c.key.starts_with("model.") && !POSITIONS.iter().any(|p| c.key.starts_with(p))) {
         return Err(Error::Usage(format!("{c}: a run keeps its model; begin another in a folder of its own by --run-dir, without --resume")));
     }
     let (vocab, least) = (config.model.vocab_size, corpus.vocab_size());

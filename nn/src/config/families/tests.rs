@@ -55,7 +55,7 @@ fn qwen3_5_is_a_qwen3_next() {
     for (e, says) in [
         (inner("attn_output_gate", json!(false)), "`attn_output_gate` = false"),
         (inner("num_experts", json!(4)), "`num_experts` = 4 is nothing that a model of type qwen3_5_text can have: there it is 0"),
-        (inner("rope_parameters", json!({"rope_type": "yarn"})), "`rope_type` = \"yarn\" is not supported; it can be \"default\""),
+        (inner("rope_parameters", json!({"rope_type": "longrope"})), "`rope_type` = \"longrope\" is not supported; it can be \"default\""),
         (inner("hidden_act", json!("gelu")), "`hidden_act` = \"gelu\" is not supported; it can be \"silu\""),
         (inner("model_type", json!("qwen3")), "`text_config.model_type` of a model of type qwen3_5 is \"qwen3_5_text\", found \"qwen3\""),
         (inner("heads", json!(3)), "unknown key `heads`"),
@@ -107,7 +107,7 @@ fn olmo_hybrid_reads_as_ours() {
     let e = ModelConfig::from_json(json!({"model_type": "olmo_hybrid"})).unwrap_err().to_string();
     assert!(e.contains("must say whether it rotates") && e.contains("rope_theta") && e.contains("found none"), "{e}");
     for (e, says) in [
-        (rotated(json!({"rope_type": "yarn", "rope_theta": 5e5})).unwrap_err().to_string(), "`rope_type` = \"yarn\""),
+        (rotated(json!({"rope_type": "yarn", "rope_theta": 5e5})).unwrap_err().to_string(), "`rope_type` = \"yarn\" needs"),
         (rotated(json!({"rope_theta": 5e5, "partial_rotary_factor": 0.5})).unwrap_err().to_string(), "`partial_rotary_factor`"),
         (rotated(json!(3)).unwrap_err().to_string(), "`rope_parameters` must be an object, found 3"),
         (error(&published, "num_experts", json!(4)), "`num_experts` = 4"),
