@@ -13,7 +13,7 @@ fn step(c: &mut Criterion) {
     let rows = || tokens.chunks_exact(513);
     let batch = Batch {
         tokens: rows().flat_map(|r| &r[..512]).copied().collect(),
-        targets: rows().flat_map(|r| &r[1..]).copied().collect(),
+        targets: rows().flat_map(|r| &r[1..]).map(|t| i64::from(*t)).collect(),
         rows: 4,
         time: 512,
         cu_seqlens: None,

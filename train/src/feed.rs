@@ -26,7 +26,7 @@ impl Feed {
         };
         Ok(Feed {
             tokens: Tensor::from_slice(&batch.tokens, &[batch.rows, batch.time], device)?,
-            targets: Tensor::from_slice(&wide(&batch.targets), &[batch.targets.len()], device)?,
+            targets: Tensor::from_slice(&batch.targets, &[batch.targets.len()], device)?,
             cu_seqlens: batch.cu_seqlens.as_ref().map(bounds).transpose()?,
         })
     }

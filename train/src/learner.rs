@@ -1,6 +1,7 @@
 //! What training asks of a network, and the hybrid decoder as one.
 
 use crate::feed::Feed;
+use crate::tasks::{self, Answer};
 pub use crate::trained::Trained;
 use crate::trainer::Sampling;
 use crate::{Error, Result};
@@ -25,6 +26,10 @@ pub trait Network: Sync {
     fn params(&self) -> Vec<(&str, &Tensor)>;
     /// The loss over a batch; `observer` sees, and may replace, named tensors on the way.
     fn loss(&self, batch: &Feed, observer: Option<&mut dyn Observer>) -> Result<Loss>;
+    /// What is answered at a batch's labels, in order.
+    fn answers(&self, _batch: &Feed) -> Result<Vec<Answer>> {
+        Err(Error::Model("this network can not be evaluated by tasks".into()))
+    }
     /// Continues a prompt; returns the new tokens.
     fn generate(&self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>>;
     /// Writes `model.safetensors` and `config.json` into `dir`.
@@ -132,6 +137,10 @@ impl Network for Hybrid {
         let l = self.model.loss(&batch.tokens, &batch.targets, batch.cu_seqlens.as_ref(), observer)?;
         let auxiliary = [("loss_balancing", l.load_balancing), ("loss_z", l.router_z)];
         Ok(Loss { objective: l.objective, nll: l.nll, auxiliary: auxiliary.into_iter().filter_map(|(name, t)| Some((name, t?))).collect() })
+    }
+    fn answers(&self, batch: &Feed) -> Result<Vec<Answer>> {
+        let hidden = self.model.forward(&batch.tokens, batch.cu_seqlens.as_ref(), None, None)?.0;
+        tasks::answers(&self.model, &hidden, &batch.targets.to_vec::<i64>()?)
     }
     fn generate(&self, prompt: &[u32], how: &Sampling) -> Result<Vec<u32>> {
         let mut out = vec![];

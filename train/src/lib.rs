@@ -23,6 +23,7 @@ pub mod report;
 pub mod rng;
 pub mod schedule;
 pub mod study;
+pub mod tasks;
 pub mod tensorboard;
 pub mod text;
 pub mod trained;

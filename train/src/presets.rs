@@ -3,6 +3,7 @@
 use crate::config::{Checkpoint, Data, Eval, Optim, RunConfig, Sample, Train};
 use crate::data::{MOBY_DICK_PATH, Packing};
 use crate::schedule::Shape;
+use crate::tasks::Settings;
 use crate::{Error, Result};
 use nn::{AttentionGate, ModelConfig, nearest};
 
@@ -55,6 +56,7 @@ pub fn quickstart() -> RunConfig {
         seed: 1,
         model: model(128, 8),
         data: Data { path: MOBY_DICK_PATH.into(), held_out: 0.1, seq_len: 256, batch: 3, packing: Packing::Windows, eot: None },
+        tasks: Settings::default(),
         train: Train {
             minutes: Some(5.0),
             tokens: None,

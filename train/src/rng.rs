@@ -6,6 +6,12 @@ pub mod stream {
     pub const ORDER: u64 = 1;
     /// The offset of each epoch's windows.
     pub const OFFSET: u64 = 2;
+    /// Windows of generated tasks that are trained on, and the numbers of each.
+    pub const TASKS: u64 = 3;
+    /// Windows of generated tasks that a run is evaluated by.
+    pub const FRESH: u64 = 4;
+    /// Samples of generated tasks that a model is evaluated by.
+    pub const SAMPLES: u64 = 5;
 }
 
 /// 64 random bits for (seed, stream, counter).

@@ -9,6 +9,7 @@ use crate::metrics::Scalars;
 use crate::observe::{Seen, Summary};
 use crate::optim::{self, AdamW};
 use crate::progress::say;
+use crate::tasks::Answer;
 use crate::trainer::{Batches, Learner, Sampling, Step, Stepped};
 use crate::{Error, Result, checkpoint};
 use cuda::{Cuda, Graph};
@@ -304,7 +305,7 @@ impl<N: Network> Learner for Trained<N> {
     }
 
     fn nll(&mut self, batches: &[Batch]) -> Result<Vec<f64>> {
-        let tokens = |sum: f64, batch: &Batch| sum * batch.targets.len() as f64;
+        let tokens = |sum: f64, batch: &Batch| sum * batch.asked() as f64;
         let one = |batch: &Batch| engine::no_grad(|| Ok(self.net.loss(&self.feed(batch)?, None)?.nll));
         if self.device == Device::cpu() {
             return batches.par_iter().with_max_len(1).map(|b| Ok(tokens(scalar(&one(b)?)?, b))).collect();
@@ -312,6 +313,14 @@ impl<N: Network> Learner for Trained<N> {
         let sums = batches.iter().map(one).collect::<Result<Vec<Tensor>>>()?;
         let sums = if sums.is_empty() { vec![] } else { numbers(&sums)?.to_vec::<f64>()? };
         Ok(sums.into_iter().zip(batches).map(|(sum, b)| tokens(sum, b)).collect())
+    }
+
+    fn answers(&mut self, batches: &[Batch]) -> Result<Vec<Vec<Answer>>> {
+        let one = |batch: &Batch| engine::no_grad(|| self.net.answers(&self.feed(batch)?));
+        if self.device == Device::cpu() {
+            return batches.par_iter().with_max_len(1).map(one).collect();
+        }
+        batches.iter().map(one).collect()
     }
 
     fn gates(&mut self, batch: &Batch) -> Result<Vec<Distribution>> {

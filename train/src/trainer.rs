@@ -2,12 +2,15 @@
 
 use crate::checkpoint::{RunDir, State, read_state};
 use crate::config::{Budget, Optim, RunConfig};
-use crate::data::{Batch, Corpus, EvalWindows, Sampler};
+use crate::data::{Batch, Corpus, EvalWindows};
 use crate::histogram::Distribution;
 use crate::metrics::{Metrics, Scalars, memory};
 use crate::progress::{Line, Progress, say};
+use crate::tasks::held_out::{self, Score, held_out};
+use crate::tasks::{Answer, Source};
 use crate::text::harmless;
 use crate::{Error, Result, checkpoint};
+use serde_json::Value;
 use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
@@ -59,6 +62,10 @@ pub trait Learner {
     fn step(&mut self, work: &Step, batch: Batches, observed: Option<&mut Scalars>) -> Result<Stepped>;
     /// The sums of negative log-likelihoods over batches, in nats, without gradients.
     fn nll(&mut self, batches: &[Batch]) -> Result<Vec<f64>>;
+    /// What is answered at the labels of batches, in order, without gradients; an error where a learner knows no answers.
+    fn answers(&mut self, _batches: &[Batch]) -> Result<Vec<Vec<Answer>>> {
+        Err(Error::Model("this learner can not be evaluated by tasks".into()))
+    }
     /// How gates are distributed over a batch, without gradients; nothing where there are none.
     fn gates(&mut self, _batch: &Batch) -> Result<Vec<Distribution>> {
         Ok(vec![])
@@ -84,14 +91,16 @@ pub trait Learner {
 }
 
 /// How a run ended.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
     /// The loop's last state.
     pub state: State,
-    /// Held-out bits a token (a byte, for text); none when nothing was held out.
+    /// Held-out bits a token (a byte, for text; a label, for tasks alone); none when nothing was held out.
     pub held_out: Option<f64>,
     /// Held-out tokens scored.
     pub scored: usize,
+    /// The tasks' scores, where there are tasks.
+    pub tasks: Vec<Score>,
 }
 
 /// Batches that an evaluation hands over at once.
@@ -127,16 +136,11 @@ pub fn evaluate(
 }
 
 fn check_tokens(batch: &Batch, vocab: usize, corpus: &Corpus) -> Result<()> {
-    match batch.tokens.iter().chain(&batch.targets).find(|&&t| t as usize >= vocab) {
+    let targets = batch.targets.iter().filter(|t| **t >= 0).map(|t| *t as u64);
+    match batch.tokens.iter().map(|t| u64::from(*t)).chain(targets).find(|t| *t >= vocab as u64) {
         Some(t) => Err(Error::data(corpus.path(), format!("token {t} is outside the model's vocabulary of {vocab}; raise model.vocab_size"))),
         None => Ok(()),
     }
-}
-
-/// The training batches of a run; an error if the text is too short for one.
-pub fn sampler(corpus: &Corpus, config: &RunConfig) -> Result<Sampler> {
-    let d = &config.data;
-    Sampler::new(corpus, corpus.split(d.held_out).0, config.seed, d.batch, d.seq_len, config.train.accumulate, d.packing)
 }
 
 /// Reads a checkpoint into `learner`; the state is for [`train`] to go on from. Files that are not as they were written are an error.
@@ -149,7 +153,7 @@ pub fn load(learner: &mut dyn Learner, from: &Path) -> Result<State> {
 
 /// Trains `learner` on `corpus` until the budget is used, from the beginning or from a state that was [loaded](load).
 pub fn train(learner: &mut dyn Learner, corpus: &Corpus, config: &RunConfig, run: &RunDir, from: Option<State>) -> Result<Summary> {
-    let sampler = sampler(corpus, config)?;
+    let source = Source::new(corpus, config)?;
     let held_out = corpus.split(config.data.held_out).1;
     let state = State { version: 1, corpus: Some(corpus.fingerprint()), ..from.unwrap_or_default() };
     for aside in run.set_aside(state.step)? {
@@ -161,22 +165,23 @@ pub fn train(learner: &mut dyn Learner, corpus: &Corpus, config: &RunConfig, run
     }
     let progress = Progress::new(config.train.log_every);
     let (first, budget) = (state, config.budget()?);
-    let mut work = Loop { learner, corpus, config, run, sampler, held_out, budget, first, began: Instant::now(), state, metrics, progress };
+    let mut work = Loop { learner, corpus, config, run, source, held_out, budget, first, began: Instant::now(), state, metrics, progress };
     let held_out_end = work.held_out.end;
     let result = work.run();
     work.progress.finish();
     result?;
-    let last = evaluate(work.learner, corpus, work.held_out.clone(), config, 0);
-    let last = work.stopping(last)?;
+    let last = work.score(0);
+    let (last, tasks) = work.stopping(last)?;
     if let Some((bits, count)) = last {
         let mut fields = vec![("final", true.into()), ("held_out_bits", bits.into()), ("held_out_tokens", count.into())];
-        let bytes = corpus.text_bytes(held_out_end - count..held_out_end).filter(|&b| b > 0);
+        let of_text = held_out_end.checked_sub(count).filter(|_| config.tasks.share < 1.0);
+        let bytes = of_text.and_then(|start| corpus.text_bytes(start..held_out_end)).filter(|&b| b > 0);
         fields.extend(bytes.map(|b| ("held_out_bits_per_byte", (bits * count as f64 / b as f64).into())));
-        work.metrics.write(work.state.step, &fields, &Scalars::new())?;
+        work.metrics.write(work.state.step, &fields, &held_out::scalars(&tasks))?;
         work.histograms()?;
     }
     work.metrics.sync()?;
-    Ok(Summary { state: work.state, held_out: last.map(|l| l.0), scored: last.map_or(0, |l| l.1) })
+    Ok(Summary { state: work.state, held_out: last.map(|l| l.0), scored: last.map_or(0, |l| l.1), tasks })
 }
 
 struct Loop<'a> {
@@ -184,7 +189,7 @@ struct Loop<'a> {
     corpus: &'a Corpus,
     config: &'a RunConfig,
     run: &'a RunDir,
-    sampler: Sampler,
+    source: Source<'a>,
     held_out: Range<usize>,
     budget: Budget,
     /// Where this process began.
@@ -240,15 +245,15 @@ impl Loop<'_> {
     }
 
     fn step(&mut self) -> Result<()> {
-        let (t, began, step, tokens) = (&self.config.train, Instant::now(), self.state.step + 1, self.sampler.tokens_per_step());
+        let (t, began, step, tokens) = (&self.config.train, Instant::now(), self.state.step + 1, self.source.tokens_per_step());
         // Steps are counted to their end, so that the first has a rate and the last has the final one; of time, only the past is known.
         let part = self.budget.progress(step, self.state.tokens + tokens, self.state.seconds);
         let lr = self.config.optim.lr * self.config.schedule().factor(part);
         let mut scalars = Scalars::new();
         let observe = t.observe_every > 0 && step.is_multiple_of(t.observe_every);
-        let (corpus, vocab, sampler, done) = (self.corpus, self.learner.vocab_size(), &self.sampler, self.state.step);
+        let (corpus, vocab, source, done) = (self.corpus, self.learner.vocab_size(), &self.source, self.state.step);
         let batch = |micro: usize| {
-            let batch = sampler.batch(corpus, done, micro as u64);
+            let batch = source.batch(done, micro as u64)?;
             check_tokens(&batch, vocab, corpus)?;
             Ok(batch)
         };
@@ -313,21 +318,49 @@ impl Loop<'_> {
         Ok(())
     }
 
+    /// Bits a held-out token (of text, at most `max_tokens` of it; a label, where there are tasks alone), how many were scored, and the tasks' scores.
+    fn score(&mut self, max_tokens: usize) -> Result<(Option<(f64, usize)>, Vec<Score>)> {
+        let tasks = held_out(self.learner, &self.source)?;
+        if self.config.tasks.share >= 1.0 {
+            return Ok((held_out::bits(&tasks), tasks));
+        }
+        Ok((evaluate(self.learner, self.corpus, self.held_out.clone(), self.config, max_tokens)?, tasks))
+    }
+
     fn evaluate(&mut self) -> Result<()> {
-        let (step, range) = (self.state.step, self.held_out.clone());
-        let Some((bits, count)) = evaluate(self.learner, self.corpus, range, self.config, self.config.eval.tokens)? else { return Ok(()) };
-        self.metrics.write(step, &[("held_out_bits", bits.into()), ("held_out_tokens", count.into())], &Scalars::new())?;
+        let step = self.state.step;
+        let (text, tasks) = self.score(self.config.eval.tokens)?;
+        let fields = text.iter().flat_map(|(bits, count)| [("held_out_bits", (*bits).into()), ("held_out_tokens", (*count).into())]);
+        let fields: Vec<(&str, Value)> = fields.collect();
+        if fields.is_empty() && tasks.is_empty() {
+            return Ok(());
+        }
+        self.metrics.write(step, &fields, &held_out::scalars(&tasks))?;
         self.histograms()?;
-        let unit = if self.corpus.is_bytes() { "bits per byte" } else { "bits per token" };
-        self.progress.say(&format!("step {step:>6}  held out: {bits:.3} {unit} ({count} tokens)"));
+        let unit = match self.config.tasks.share {
+            1.0 => ("bits per label", "labels"),
+            _ if self.corpus.is_bytes() => ("bits per byte", "tokens"),
+            _ => ("bits per token", "tokens"),
+        };
+        let text = text.map(|(bits, count)| format!("{bits:.3} {} ({count} {})", unit.0, unit.1));
+        let tasks = Some(held_out::said(&tasks)).filter(|t| !t.is_empty());
+        let said: Vec<String> = text.into_iter().chain(tasks).collect();
+        self.progress.say(&format!("step {step:>6}  held out: {}", said.join("; ")));
         Ok(())
     }
 
     /// The gates over the first held-out batch, for TensorBoard. An evaluation reads many: one more is cheap, and no step waits for counts.
     fn histograms(&mut self) -> Result<()> {
+        if !self.metrics.has_events() {
+            return Ok(());
+        }
         let d = &self.config.data;
-        let first = EvalWindows::new(self.held_out.clone(), d.batch, d.seq_len, d.batch * d.seq_len, d.packing).next_batch(self.corpus);
-        match first.filter(|_| self.metrics.has_events()) {
+        let text = EvalWindows::new(self.held_out.clone(), d.batch, d.seq_len, d.batch * d.seq_len, d.packing).next_batch(self.corpus);
+        let first = match text {
+            None => self.source.fresh().next().transpose()?.map(|f| f.1),
+            text => text,
+        };
+        match first {
             Some(batch) => self.metrics.histograms(self.state.step, &self.learner.gates(&batch)?),
             None => Ok(()),
         }

@@ -8,6 +8,7 @@ use crate::config::{Change, Layers, Precision, Resolved, RunConfig};
 use crate::data::Corpus;
 use crate::learner::{Hybrid, Trained};
 use crate::progress::say;
+use crate::tasks::{Source, held_out};
 use crate::text::Codec;
 use crate::text::tokenizer;
 use crate::{Error, Result, composed, presets, trainer};
@@ -15,7 +16,7 @@ use engine::DType;
 use std::path::{Path, PathBuf};
 
 /// Keys that decide which text a step sees.
-const ORDER: [&str; 6] = ["seed", "data.path", "data.held_out", "data.seq_len", "data.batch", "train.accumulate"];
+const ORDER: [&str; 7] = ["seed", "data.path", "data.held_out", "data.seq_len", "data.batch", "train.accumulate", "tasks.share"];
 /// Keys of the model, or beginnings of keys, that no parameter depends on: how positions are told apart, and how many there are.
 const POSITIONS: [&str; 4] = ["model.rope_theta", "model.rope_scaling.", "model.max_position_embeddings", "model.sliding_window"];
 
@@ -188,7 +189,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if args.dry_run {
         return out(&dry_run::report(&plan.resolved.config));
     }
-    let corpus = Corpus::open(&plan.resolved.config.data.path, plan.resolved.config.data.eot)?;
+    let corpus = Corpus::of_run(&plan.resolved.config)?;
     if !corpus.is_bytes() {
         plan.resolved.config.data.eot = corpus.end();
     }
@@ -227,7 +228,7 @@ fn go(plan: &Plan, corpus: &Corpus, place: &nn::Placement, replays: bool) -> Res
     if plan.resuming {
         same_tokens(&plan.dir, corpus)?;
     }
-    trainer::sampler(corpus, config)?;
+    Source::new(corpus, config)?;
     let mut model = Hybrid::create(&config.model, config.seed, place)?.replays(replays);
     let run = RunDir::open(&plan.dir, plan.resuming)?;
     let from = restore(plan, &mut model, corpus)?;
@@ -239,9 +240,13 @@ fn go(plan: &Plan, corpus: &Corpus, place: &nn::Placement, replays: bool) -> Res
 
     let (n, unit) = (corpus.len(), if corpus.is_bytes() { "bytes" } else { "tokens" });
     say(&format!("{}: {}", config.name, size(config)));
-    let (path, held_out) = (corpus.path().display(), corpus.split(config.data.held_out).1.len());
-    let held_out = if held_out > 0 { format!("the last {held_out} held out") } else { "nothing held out".into() };
-    say(&format!("data {path}: {n} {unit}, {held_out}; run folder {dir}"));
+    let (path, last) = (corpus.path().display(), corpus.split(config.data.held_out).1.len());
+    let last = if last > 0 { format!("the last {last} held out") } else { "nothing held out".into() };
+    let share = config.tasks.share;
+    let tasks: Vec<String> = config.tasks.weights().iter().map(|w| w.0.to_string()).collect();
+    let mut data: Vec<String> = if corpus.is_empty() { vec![] } else { vec![format!("data {path}: {n} {unit}, {last}")] };
+    data.extend((share > 0.0).then(|| format!("tasks in {:.0}% of the windows: {}", 100.0 * share, tasks.join(", "))));
+    say(&format!("{}; run folder {dir}", data.join("; ")));
     if let Some(note) = composed::note(config, place)? {
         say(&note);
     }
@@ -257,7 +262,11 @@ fn go(plan: &Plan, corpus: &Corpus, place: &nn::Placement, replays: bool) -> Res
     let giga = per_s * config.model.flops_per_token(config.data.seq_len) / 1e9;
     let rate = format!("{per_s:.0} tokens/s ({giga:.0} GFLOP/s)");
     out(&format!("trained {} steps, {} tokens, {:.1} s, {rate}: {dir}", s.step, s.tokens, s.seconds))?;
-    if let Some(bits) = done.held_out {
+    if !done.tasks.is_empty() {
+        let (bits, labels) = held_out::bits(&done.tasks).unwrap_or_default();
+        out(&format!("held-out tasks: {}; {bits:.4} bits per label over {labels} labels", held_out::said(&done.tasks)))?;
+    }
+    if let Some(bits) = done.held_out.filter(|_| share < 1.0) {
         out(&result_line("held out", corpus, corpus.split(config.data.held_out).1, bits, done.scored))?;
     }
     if corpus.codec().is_some() {

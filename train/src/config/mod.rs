@@ -8,6 +8,7 @@ pub use overlay::{Change, Layers, Origins, Resolved};
 
 use crate::data::Packing;
 use crate::schedule::{Schedule, Shape};
+use crate::tasks::Settings;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -27,6 +28,9 @@ pub struct RunConfig {
     pub model: nn::ModelConfig,
     /// The text.
     pub data: Data,
+    /// Generated tasks among the text.
+    #[serde(default)]
+    pub tasks: Settings,
     /// Budget and step.
     pub train: Train,
     /// The optimizer.
@@ -43,7 +47,7 @@ pub struct RunConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Data {
-    /// A UTF-8 text file, `.jsonl`, a folder of them, or a `.bin` token shard.
+    /// A UTF-8 text file, `.jsonl`, a folder of them, or a `.bin` token shard. It may be empty where a run reads tasks alone.
     pub path: PathBuf,
     /// The part at the end that is never trained on.
     pub held_out: f64,
@@ -219,6 +223,7 @@ impl RunConfig {
         }
         self.model.validate().map_err(|e| Error::Usage(format!("model: {e}")))?;
         let (d, o) = (&self.data, &self.optim);
+        self.tasks.validate(self.model.vocab_size, d.seq_len)?;
         for (key, v) in [
             ("data.seq_len", d.seq_len),
             ("data.batch", d.batch),

@@ -10,10 +10,12 @@ mod text;
 
 pub(crate) use load::{bytes, files, is_jsonl, line, utf8};
 pub use manifest::{Finished, Input, MANIFEST, Manifest, Position};
+pub(crate) use sampler::Part;
 pub use sampler::{Batch, EvalWindows, Packing, Sampler};
 pub(crate) use shard::ShardWriter;
 pub use shard::{HEADER_BYTES, MAGIC_U16, MAGIC_U32, write_shard};
 
+use crate::config::RunConfig;
 use crate::text::Codec;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -34,6 +36,8 @@ enum Store {
     Text(Text),
     /// Token shards, one after the other.
     Shards(Vec<Shard>),
+    /// Generated tokens, and one past the largest that there may be.
+    Tokens(Vec<u32>, usize),
 }
 
 /// A stream of tokens with document boundaries.
@@ -76,6 +80,9 @@ impl Corpus {
         if path == Path::new(MOBY_DICK_PATH) && !path.exists() {
             return Ok(Corpus::of_documents([Bytes::Static(MOBY_DICK)], path));
         }
+        if path.as_os_str().is_empty() {
+            return Err(Error::Usage("data.path is empty: name a text; only a run of tasks alone (tasks.share = 1) reads none".into()));
+        }
         let corpus = match path.extension().and_then(|e| e.to_str()) {
             Some("bin") if path.is_file() => shard::open(path, eot)?,
             _ if manifest::is_here(path) => manifest::open(path)?,
@@ -88,6 +95,18 @@ impl Corpus {
         Ok(corpus)
     }
 
+    /// What a run reads: its text, or nothing where it reads tasks alone.
+    pub fn of_run(config: &RunConfig) -> Result<Corpus> {
+        if config.tasks.alone() {
+            return Ok(Corpus::of_tokens(vec![], 0));
+        }
+        Corpus::open(&config.data.path, config.data.eot)
+    }
+
+    /// A corpus from tokens in memory, below `vocab_size`.
+    pub(crate) fn of_tokens(tokens: Vec<u32>, vocab_size: usize) -> Corpus {
+        Corpus { len: tokens.len(), store: Store::Tokens(tokens, vocab_size), eot: None, path: "generated tasks".into(), codec: None }
+    }
     /// A corpus from text in memory, one document an element.
     pub fn from_documents<S: AsRef<str>>(documents: &[S]) -> Corpus {
         Corpus::of_documents(documents.iter().map(|d| Bytes::Owned(d.as_ref().into())), Path::new("memory"))
@@ -123,6 +142,7 @@ impl Corpus {
         match &self.store {
             Store::Text(_) => 256,
             Store::Shards(shards) => shards.iter().map(|s| s.vocab_size).max().unwrap_or(0),
+            Store::Tokens(_, vocab_size) => *vocab_size,
         }
     }
     /// Bytes of text that the tokens of `range` are, where that is known; documents' ends are none.
@@ -172,6 +192,7 @@ impl Corpus {
     pub fn read(&self, range: Range<usize>, out: &mut Vec<u32>) {
         match &self.store {
             Store::Text(text) => text.read(range).for_each(|part| out.extend(part.iter().map(|&b| u32::from(b)))),
+            Store::Tokens(tokens, _) => out.extend_from_slice(&tokens[range]),
             Store::Shards(shards) => {
                 let first = shards.partition_point(|s| s.at + s.len <= range.start);
                 for s in shards[first..].iter().take_while(|s| s.at < range.end) {
@@ -189,8 +210,8 @@ impl Corpus {
                 let first = starts.partition_point(|&s| s <= range.start);
                 starts[first..].iter().copied().take_while(|&s| s < range.end).collect()
             }
-            (Store::Shards(_), None) => vec![],
-            (Store::Shards(_), Some(eot)) => {
+            (_, None) => vec![],
+            (_, Some(eot)) => {
                 let inside = tokens.len().saturating_sub(1);
                 tokens[..inside].iter().enumerate().filter(|&(_, &t)| t == eot).map(|(i, _)| range.start + i + 1).collect()
             }

@@ -22,8 +22,8 @@ pub enum Packing {
 pub struct Batch {
     /// Inputs, `rows * time`, row by row.
     pub tokens: Vec<u32>,
-    /// The token after each input. At a document's end that is the next document's first token.
-    pub targets: Vec<u32>,
+    /// What should follow each input, -100 where nothing is asked. Of text that is the next token; at a document's end, the next document's first.
+    pub targets: Vec<i64>,
     /// Number of rows.
     pub rows: usize,
     /// Length of a row.
@@ -32,28 +32,54 @@ pub struct Batch {
     pub cu_seqlens: Option<Vec<u32>>,
 }
 
+impl Batch {
+    /// Windows behind one another in one row, apart from each other.
+    pub(crate) fn packed(parts: impl IntoIterator<Item = Part>) -> Batch {
+        let (mut tokens, mut targets, mut cu) = (vec![], vec![], vec![]);
+        for p in parts {
+            cu.extend(p.starts.iter().map(|s| (tokens.len() + s) as u32));
+            tokens.extend(p.tokens);
+            targets.extend(p.targets);
+        }
+        cu.push(tokens.len() as u32);
+        Batch { rows: 1, time: tokens.len(), tokens, targets, cu_seqlens: Some(cu) }
+    }
+    /// How many positions ask for something.
+    pub fn asked(&self) -> usize {
+        self.targets.iter().filter(|t| **t >= 0).count()
+    }
+}
+
+/// A window of a packed row.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    pub tokens: Vec<u32>,
+    pub targets: Vec<i64>,
+    /// Where sequences begin in it: at 0, and further on.
+    pub starts: Vec<usize>,
+}
+
+impl Part {
+    /// A window of a corpus.
+    pub fn of(corpus: &Corpus, w: &Range<usize>, packing: Packing) -> Part {
+        let mut tokens = Vec::with_capacity(w.len() + 1);
+        corpus.read(w.start..w.end + 1, &mut tokens);
+        let targets = tokens[1..].iter().map(|t| i64::from(*t)).collect();
+        tokens.truncate(w.len());
+        let mut starts = vec![0];
+        if packing == Packing::Documents {
+            starts.extend(corpus.document_starts(w.clone(), &tokens).iter().map(|s| s - w.start));
+        }
+        Part { tokens, targets, starts }
+    }
+}
+
 fn batch(corpus: &Corpus, windows: &[Range<usize>], packing: Packing) -> Batch {
     let time = windows.first().map_or(0, |w| w.len());
-    let n = windows.len() * time;
-    let (mut tokens, mut targets, mut cu) = (Vec::with_capacity(n), Vec::with_capacity(n), Vec::new());
-    let mut buffer = Vec::with_capacity(time + 1);
-    for w in windows {
-        buffer.clear();
-        corpus.read(w.start..w.end + 1, &mut buffer);
-        if packing == Packing::Documents {
-            cu.push(tokens.len() as u32);
-            let starts = corpus.document_starts(w.clone(), &buffer[..w.len()]);
-            cu.extend(starts.iter().map(|s| (tokens.len() + s - w.start) as u32));
-        }
-        tokens.extend_from_slice(&buffer[..w.len()]);
-        targets.extend_from_slice(&buffer[1..]);
-    }
+    let packed = Batch::packed(windows.iter().map(|w| Part::of(corpus, w, packing)));
     match packing {
-        Packing::Windows => Batch { tokens, targets, rows: windows.len(), time, cu_seqlens: None },
-        Packing::Documents => {
-            cu.push(tokens.len() as u32);
-            Batch { rows: 1, time: tokens.len(), tokens, targets, cu_seqlens: Some(cu) }
-        }
+        Packing::Windows => Batch { rows: windows.len(), time, cu_seqlens: None, ..packed },
+        Packing::Documents => packed,
     }
 }
 
@@ -97,8 +123,11 @@ impl Sampler {
     }
     /// The window of row `row` of micro-batch `micro` of step `step`; its targets are one token further.
     pub fn window(&self, step: u64, micro: u64, row: u64) -> Range<usize> {
+        self.at((step * self.micro + micro) * self.rows as u64 + row)
+    }
+    /// Window `i` since the beginning.
+    pub(crate) fn at(&self, i: u64) -> Range<usize> {
         let n = self.windows_per_epoch();
-        let i = (step * self.micro + micro) * self.rows as u64 + row;
         let (epoch, i) = (i / n, i % n);
         let offset = rng::below(self.seed, rng::stream::OFFSET, epoch, self.offsets());
         let start = self.range.start + offset as usize + rng::permute(self.seed, epoch, n, i) as usize * self.time;

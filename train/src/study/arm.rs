@@ -6,6 +6,7 @@ use crate::data::Corpus;
 use crate::learner::{Hybrid, Trained};
 use crate::measure::{self, Measures, Options};
 use crate::progress::say;
+use crate::tasks::Source;
 use crate::text::{Codec, tokenizer};
 use crate::{Error, Result, trainer};
 use serde::{Deserialize, Serialize};
@@ -87,6 +88,8 @@ pub(super) fn outcome(run: &Path) -> Result<Outcome> {
     if let Some(l) = last.as_ref().filter(|l| l["final"] == true) {
         put("held_out_bits", l["held_out_bits"].as_f64());
         put("held_out_bits_per_byte", l["held_out_bits_per_byte"].as_f64());
+        let tasks = l.as_object().into_iter().flatten().filter(|(k, _)| k.starts_with("tasks."));
+        tasks.for_each(|(k, x)| put(k, x.as_f64()));
         put("held_out_loss", l["held_out_bits"].as_f64().map(|b| b * std::f64::consts::LN_2));
         // a file of measures that was cut off is written again
         if let Ok(m) = Measures::read(&run.join(measure::FILE))
@@ -186,6 +189,9 @@ pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, plac
 
 fn take_measures(plan: &Plan, arm: &Arm, folder: &Path, corpus: &Corpus, model: &Trained<Hybrid>, step: u64) -> Result<()> {
     let config = &arm.resolved.config;
+    // where nothing but tasks is trained on, they are what there is to look at
+    let tasks = if corpus.is_empty() { Some(Source::new(corpus, config)?.tokens()?) } else { None };
+    let corpus = tasks.as_ref().unwrap_or(corpus);
     let held_out = corpus.split(config.data.held_out).1;
     let range = if held_out.is_empty() { 0..corpus.len() } else { held_out };
     let options = Options {

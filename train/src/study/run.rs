@@ -5,7 +5,8 @@ use super::plan::{Arm, Plan};
 use super::results::{FILE, Results};
 use crate::data::Corpus;
 use crate::progress::say;
-use crate::{Error, Result, checkpoint, trainer};
+use crate::tasks::Source;
+use crate::{Error, Result, checkpoint};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -49,11 +50,12 @@ struct Texts(BTreeMap<PathBuf, Corpus>);
 
 impl Texts {
     fn of(&mut self, arm: &Arm) -> Result<&Corpus> {
-        let data = &arm.resolved.config.data;
-        if !self.0.contains_key(&data.path) {
-            self.0.insert(data.path.clone(), Corpus::open(&data.path, data.eot)?);
+        let config = &arm.resolved.config;
+        let path = if config.tasks.alone() { PathBuf::new() } else { config.data.path.clone() };
+        if !self.0.contains_key(&path) {
+            self.0.insert(path.clone(), Corpus::of_run(config)?);
         }
-        Ok(&self.0[&data.path])
+        Ok(&self.0[&path])
     }
 }
 
@@ -75,7 +77,7 @@ pub fn run(plan: &Plan, whole: &Plan, path: &Path, place: impl Fn(&Arm) -> Resul
                 c.data.path.display()
             )));
         }
-        trainer::sampler(corpus, c)?;
+        Source::new(corpus, c)?;
     }
     for (i, arm) in plan.arms.iter().enumerate() {
         let (v, before) = (plan.variant(arm), arm::outcome(&folder.path.join(&arm.folder))?);

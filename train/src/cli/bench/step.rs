@@ -45,7 +45,7 @@ fn batches(config: &RunConfig) -> Vec<Batch> {
         let draws = engine::rng::uniform(config.seed, i as u64, b * (t + 1));
         let ids: Vec<u32> = draws.iter().map(|x| (x * config.model.vocab_size as f64) as u32).collect();
         let part = |from: usize| ids.chunks(t + 1).flat_map(|row| row[from..from + t].iter().copied()).collect::<Vec<u32>>();
-        Batch { tokens: part(0), targets: part(1), rows: b, time: t, cu_seqlens: None }
+        Batch { tokens: part(0), targets: part(1).into_iter().map(i64::from).collect(), rows: b, time: t, cu_seqlens: None }
     };
     (0..config.train.accumulate).map(batch).collect()
 }
