@@ -7,6 +7,7 @@ mod checkpoint;
 mod composed;
 mod config;
 mod decoder;
+mod delta_net;
 mod error;
 mod gates;
 mod generate;
