@@ -14,6 +14,8 @@ mod generate;
 mod init;
 mod json;
 mod layers;
+mod mamba2;
+mod mixer;
 mod norms;
 mod save;
 mod shards;
@@ -25,7 +27,8 @@ pub use aside::Aside;
 pub use cache::Caches;
 pub use composed::composed_slowdown;
 pub use config::{
-    AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition, LayerType, ModelConfig, ModelType, OutputGate, QkNorm, nearest,
+    AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition, LayerType, LinearActivation, LinearQkNorm, ModelConfig, ModelType,
+    OutputGate, QkNorm, Recurrence, nearest,
 };
 pub use decoder::{Decoder, Losses, Placement};
 pub use error::{Error, Result};
