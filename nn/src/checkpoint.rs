@@ -5,7 +5,7 @@ use crate::aside::Aside;
 use crate::config::grouped_queries;
 use crate::init::Source;
 use crate::save::was_cut_off;
-use crate::spelling::{Piece, found};
+use crate::spelling::{Piece, found, from_mamba2};
 use crate::tensor_file::{Part, Raw, TensorFile, fill_parts, readable};
 use crate::{Decoder, Error, ModelConfig, Param, Placement, Result, json, shards};
 use engine::{DType, Tensor};
@@ -26,7 +26,7 @@ const TEXT: &str = "model.language_model.";
 
 /// What we call the tensor that a file calls `name`.
 fn ours(name: &str) -> String {
-    name.strip_prefix(TEXT).map_or_else(|| name.to_string(), |rest| format!("model.{rest}"))
+    name.strip_prefix(TEXT).map(|rest| format!("model.{rest}")).or_else(|| from_mamba2(name)).unwrap_or_else(|| name.to_string())
 }
 
 /// The files that hold a folder's tensors: one, or the shards that an index names.
@@ -173,5 +173,5 @@ fn read_config(dir: &Path) -> Result<Value> {
         return Err(Error::checkpoint(&path, "is no file; expected a model's configuration in JSON"));
     }
     let text = std::fs::read(&path).map_err(Error::io(&path))?;
-    json::parse(&text).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))
+    json::parse(&json::from_python(&text)).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))
 }

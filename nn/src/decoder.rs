@@ -1,11 +1,11 @@
 //! The decoder: embedding, residual blocks, final norm, output projection.
 
 use crate::aside::Aside;
-use crate::attention::Attention;
 use crate::cache::{self, Caches};
-use crate::config::{LayerType, ModelConfig};
+use crate::config::ModelConfig;
 use crate::init::{Builder, Source};
-use crate::layers::{Context, Dense, GatedDeltaNet, Param, Sparse, project};
+use crate::layers::{Context, Param, project};
+use crate::mixer::{FeedForward, Mixer};
 use crate::norms::{Norms, add_norm, tapped_norm};
 use crate::taps::{Observer, Taps};
 use crate::{Error, Result};
@@ -14,21 +14,12 @@ use engine::{DType, Device, Tensor};
 use ops::linear_cross_entropy::{linear_cross_entropy, linear_cross_entropy_per_token};
 use ops::moe::{load_balancing_loss, router_z_loss};
 
-enum Mixer {
-    Softmax(Box<Attention>),
-    Delta(GatedDeltaNet),
-}
-
-enum FeedForward {
-    Dense(Dense),
-    Sparse(Sparse),
-}
-
 struct Block {
     mixer_norms: Norms,
     mixer: Mixer,
     feed_forward_norms: Norms,
-    feed_forward: FeedForward,
+    /// None: the block is its mixer alone.
+    feed_forward: Option<FeedForward>,
 }
 
 /// The losses of a batch, scalars.
@@ -114,16 +105,9 @@ impl Decoder {
             b.prefix = format!("model.layers.{i}.");
             let [of_mixer, of_feed_forward] = c.norm_names(i);
             let mixer_norms = Norms::new(&mut b, &c, of_mixer)?;
-            let mixer = match c.layer_type(i) {
-                LayerType::LinearAttention => Mixer::Delta(GatedDeltaNet::new(&mut b, &c)?),
-                kind => Mixer::Softmax(Box::new(Attention::new(&mut b, &c, kind)?)),
-            };
+            let mixer = Mixer::new(&mut b, &c, c.layer_type(i))?;
             let feed_forward_norms = Norms::new(&mut b, &c, of_feed_forward)?;
-            let feed_forward = if c.is_sparse(i) {
-                FeedForward::Sparse(Sparse::new(&mut b, &c)?)
-            } else {
-                FeedForward::Dense(Dense::new(&mut b, "mlp", h, c.intermediate_size)?)
-            };
+            let feed_forward = FeedForward::new(&mut b, &c, i)?;
             blocks.push(Block { mixer_norms, mixer, feed_forward_norms, feed_forward });
         }
         b.prefix = "model.".into();
@@ -215,25 +199,21 @@ impl Decoder {
             ctx.tail = last && i + 1 == c.num_hidden_layers;
             let (x, h) = tapped_norm(delta.take(), stream, block.mixer_norms.before.as_ref(), c, taps, ["hook_resid_pre", "ln1.hook_out"])?;
             let cache = caches.as_mut().map(|k| &mut k.layers[i]);
-            let y = match &block.mixer {
-                Mixer::Softmax(m) => m.forward(&x, c, &ctx, cache, taps)?,
-                Mixer::Delta(m) => m.forward(&x, c, &ctx, cache, taps)?,
-            };
+            let y = block.mixer.forward(&x, c, &ctx, cache, taps)?;
             let h = if ctx.tail { h.narrow(1, h.dim(1) - 1, 1)? } else { h };
             let y = block.mixer_norms.behind(y, "attn.hook_out", c, taps)?;
             let y = taps.tap("hook_attn_out", y)?;
-            taps.part("mlp");
-            let (x, h) = tapped_norm(Some(y), h, block.feed_forward_norms.before.as_ref(), c, taps, ["hook_resid_mid", "ln2.hook_out"])?;
-            let y = match &block.feed_forward {
-                FeedForward::Dense(f) => f.forward(&x, taps, ["mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"])?,
-                FeedForward::Sparse(f) => {
-                    let (y, logits) = f.forward(&x, c, taps)?;
-                    routers.push(logits);
-                    y
+            let (h, y) = match &block.feed_forward {
+                None => (h, y),
+                Some(feed_forward) => {
+                    taps.part("mlp");
+                    let (x, h) = tapped_norm(Some(y), h, block.feed_forward_norms.before.as_ref(), c, taps, ["hook_resid_mid", "ln2.hook_out"])?;
+                    let (y, logits) = feed_forward.forward(&x, c, taps)?;
+                    routers.extend(logits);
+                    let y = block.feed_forward_norms.behind(y, "mlp.hook_out", c, taps)?;
+                    (h, taps.tap("hook_mlp_out", y)?)
                 }
             };
-            let y = block.feed_forward_norms.behind(y, "mlp.hook_out", c, taps)?;
-            let y = taps.tap("hook_mlp_out", y)?;
             // the sum is otherwise formed inside the next norm
             (stream, delta) = match taps.offer("hook_resid_post", || h.add(&y))? {
                 Some(replaced) => (replaced, None),

@@ -78,14 +78,15 @@ impl Builder<'_> {
         let n = shape.iter().product();
         self.add(name, shape, self.wide(), |seed, at| Tensor::from_vec(rng::uniform(seed, at, n).into_iter().map(f).collect::<Vec<f64>>(), shape))
     }
-    /// ln A for A uniform in [0.01, 16].
-    pub fn a_log(&mut self, name: &str, n: usize) -> crate::Result<Tensor> {
-        self.map_uniform(name, &[n], |u| (0.01 + u * (16.0 - 0.01)).ln())
+    /// ln A for A uniform between two ends.
+    pub fn a_log(&mut self, name: &str, n: usize, [least, most]: [f64; 2]) -> crate::Result<Tensor> {
+        self.map_uniform(name, &[n], |u| (least + u * (most - least)).ln())
     }
-    /// The inverse softplus of a step that is log-uniform in [1e-3, 1e-1], as Mamba2 and Gated DeltaNet start: ones would forget almost all at once.
-    pub fn dt_bias(&mut self, name: &str, n: usize) -> crate::Result<Tensor> {
+    /// The inverse softplus of a step that is log-uniform between two ends, and at least the third number, as Mamba2 and Gated DeltaNet start (in
+    /// [1e-3, 1e-1]): ones would forget almost all at once.
+    pub fn dt_bias(&mut self, name: &str, n: usize, [least, most, floor]: [f64; 3]) -> crate::Result<Tensor> {
         self.map_uniform(name, &[n], |u| {
-            let dt = (1e-3f64.ln() + u * (1e-1f64.ln() - 1e-3f64.ln())).exp().max(1e-4);
+            let dt = (least.ln() + u * (most.ln() - least.ln())).exp().max(floor);
             dt + (-(-dt).exp_m1()).ln()
         })
     }
@@ -93,5 +94,10 @@ impl Builder<'_> {
     pub fn conv(&mut self, name: &str, c: usize, k: usize) -> crate::Result<Tensor> {
         let bound = 1.0 / (k as f64).sqrt();
         self.map_uniform(name, &[c, 1, k], |u| (2.0 * u - 1.0) * bound)
+    }
+    /// Its bias, likewise.
+    pub fn conv_bias(&mut self, name: &str, c: usize, k: usize) -> crate::Result<Tensor> {
+        let bound = 1.0 / (k as f64).sqrt();
+        self.map_uniform(name, &[c], |u| (2.0 * u - 1.0) * bound)
     }
 }

@@ -11,6 +11,31 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> 
     serde_json::from_slice(bytes)
 }
 
+/// JSON as Python writes it: an `Infinity` that stands for a number becomes `{"__float__": "Infinity"}`, which transformers writes today.
+pub(crate) fn from_python(bytes: &[u8]) -> Vec<u8> {
+    const WORD: &[u8] = b"Infinity";
+    let (mut out, mut i, mut quoted) = (vec![], 0, false);
+    while let Some(b) = bytes.get(i) {
+        match b {
+            b'"' => quoted = !quoted,
+            // what is escaped goes along
+            b'\\' if quoted => {
+                out.push(*b);
+                i += 1;
+            }
+            b'I' if !quoted && bytes[i..].starts_with(WORD) && out.last() != Some(&b'-') => {
+                out.extend_from_slice(br#"{"__float__": "Infinity"}"#);
+                i += WORD.len();
+                continue;
+            }
+            _ => {}
+        }
+        out.extend(bytes.get(i));
+        i += 1;
+    }
+    out
+}
+
 /// Anything, kept nowhere.
 struct Unique;
 
@@ -64,6 +89,15 @@ impl<'de> Visitor<'de> for Unique {
 mod tests {
     use super::*;
     use serde_json::Value;
+
+    #[test]
+    fn infinity_is_read_as_python_writes_it() {
+        let read = |text: &str| String::from_utf8(from_python(text.as_bytes())).unwrap();
+        assert_eq!(read("{\"x\": [0.0, Infinity]}"), "{\"x\": [0.0, {\"__float__\": \"Infinity\"}]}");
+        for same in ["{\"Infinity\": \"a \\\" Infinity\"}", "[-Infinity, NaN]", "\"\\", "", "I"] {
+            assert_eq!(read(same), same);
+        }
+    }
 
     #[test]
     fn keys_stand_once() {

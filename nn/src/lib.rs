@@ -7,12 +7,15 @@ mod checkpoint;
 mod composed;
 mod config;
 mod decoder;
+mod delta_net;
 mod error;
 mod gates;
 mod generate;
 mod init;
 mod json;
 mod layers;
+mod mamba2;
+mod mixer;
 mod norms;
 mod save;
 mod shards;
@@ -25,8 +28,8 @@ pub use aside::Aside;
 pub use cache::Caches;
 pub use composed::composed_slowdown;
 pub use config::{
-    AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition, LayerType, ModelConfig, ModelType, OutputGate, QkNorm, RopeScaling,
-    RopeType, nearest,
+    AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition, LayerType, LinearActivation, LinearQkNorm, ModelConfig, ModelType,
+    OutputGate, QkNorm, Recurrence, RopeScaling, RopeType, nearest,
 };
 pub use decoder::{Decoder, Losses, Placement};
 pub use error::{Error, Result};

@@ -6,9 +6,9 @@
 
 use crate::aside;
 use crate::checkpoint::{CONFIG, INDEX, MODEL};
-use crate::spelling::parts;
+use crate::spelling::{in_mamba2, parts};
 use crate::tensor_file::{Entry, write_entries};
-use crate::{Decoder, Error, Result};
+use crate::{Decoder, Error, ModelType, Result};
 use engine::DType;
 use serde_json::{Map, Value, json};
 use std::cell::Cell;
@@ -69,8 +69,10 @@ impl Decoder {
     /// Writes all files under names of their own; what is left to do puts them into their places.
     fn stage(&self, dir: &Path, how: &SaveOptions) -> Result<Vec<Step>> {
         let mut entries = vec![];
+        let mamba2 = self.config().saved_type()? == ModelType::Mamba2;
+        let named = |name: String| if mamba2 { in_mamba2(&name) } else { name };
         for p in self.params() {
-            entries.extend(parts(&p.name, &p.tensor.detach())?.into_iter().map(|(name, t)| (name, Entry::made(t, how.dtype))));
+            entries.extend(parts(&p.name, &p.tensor.detach())?.into_iter().map(|(name, t)| (named(name), Entry::made(t, how.dtype))));
         }
         entries.extend(self.aside.tensors.iter().map(|t| (t.name.clone(), Entry::Kept(t))));
         let total: u64 = entries.iter().map(|(_, e)| e.bytes()).sum();

@@ -46,6 +46,34 @@ const RENAMED: [(&str, &str); 4] = [
     (".post_attention_layernorm.weight", ".feedforward_layer_norm.weight"),
 ];
 
+/// Whole names, and ends of a layer's, in transformers' Mamba2, and ours.
+const MAMBA2: [(&str, &str); 2] = [("backbone.embeddings.weight", "model.embed_tokens.weight"), ("backbone.norm_f.weight", "model.norm.weight")];
+const MAMBA2_LAYER: [(&str, &str); 2] = [("norm.weight", "input_layernorm.weight"), ("mixer.", "mamba.")];
+/// Its authors' name for the embedding.
+const MAMBA2_EMBED: &str = "backbone.embedding.weight";
+
+/// What we call a tensor that a Mamba2's file calls `name`; none where the name is of no such file.
+pub(crate) fn from_mamba2(name: &str) -> Option<String> {
+    let name = if name == MAMBA2_EMBED { MAMBA2[0].0 } else { name };
+    if let Some((_, ours)) = MAMBA2.iter().find(|(theirs, _)| *theirs == name) {
+        return Some((*ours).into());
+    }
+    let (layer, rest) = name.strip_prefix("backbone.layers.")?.split_once('.')?;
+    MAMBA2_LAYER.iter().find_map(|(theirs, ours)| Some(format!("model.layers.{layer}.{ours}{}", rest.strip_prefix(theirs)?)))
+}
+
+/// What a Mamba2's file calls a parameter of ours.
+pub(crate) fn in_mamba2(name: &str) -> String {
+    if let Some((theirs, _)) = MAMBA2.iter().find(|(_, ours)| *ours == name) {
+        return (*theirs).into();
+    }
+    let layer = name.strip_prefix("model.layers.").and_then(|n| n.split_once('.'));
+    let of_layer = |(layer, rest): (&str, &str)| {
+        MAMBA2_LAYER.iter().find_map(|(theirs, ours)| Some(format!("backbone.layers.{layer}.{theirs}{}", rest.strip_prefix(ours)?)))
+    };
+    layer.and_then(of_layer).unwrap_or_else(|| name.into())
+}
+
 /// How we write a parameter: as transformers writes a Qwen3-Next, gate and up projections apart and each expert for itself.
 fn written(name: &str, shape: &[usize]) -> Vec<Piece> {
     let (rows, tail) = (shape[0], &shape[1..]);
@@ -87,18 +115,24 @@ fn others(name: &str, shape: &[usize], c: &ModelConfig, grouped: bool) -> Vec<Ve
         return vec![vec![part(name.into(), 0..rows)]];
     }
     if let Some(base) = name.strip_suffix("in_proj_qkvz.weight") {
+        if !c.linear_output_gate {
+            return vec![];
+        }
         let [q, k, v, z] = [(0, dk), (dk, 2 * dk), (2 * dk, 2 * dk + r * dv), (2 * dk + r * dv, 2 * dk + 2 * r * dv)];
         let qwen3_5 = vec![of_heads(format!("{base}in_proj_qkv.weight"), &[q, k, v]), of_heads(format!("{base}in_proj_z.weight"), &[z])];
         let olmo = [("q", q), ("k", k), ("v", v), ("g", z)].map(|(kind, part)| of_heads(format!("{base}{kind}_proj.weight"), &[part]));
         return vec![qwen3_5, olmo.into()];
     }
     if let Some(base) = name.strip_suffix("in_proj_ba.weight")
-        && c.linear_decay
+        && rows == 2 * c.linear_num_value_heads
     {
         let two = |b: &str, a: &str| vec![of_heads(format!("{base}{b}.weight"), &[(0, r)]), of_heads(format!("{base}{a}.weight"), &[(r, 2 * r)])];
         return vec![two("in_proj_b", "in_proj_a"), two("b_proj", "a_proj")];
     }
-    if let Some(base) = name.strip_suffix("conv1d.weight") {
+    if let Some(base) = name.strip_suffix("in_proj_ba.weight") {
+        return vec![vec![of_heads(format!("{base}b_proj.weight"), &[(0, r)])]];
+    }
+    if let Some(base) = name.strip_suffix("linear_attn.conv1d.weight").map(|base| format!("{base}linear_attn.")) {
         // OLMo-Hybrid's is split as its projections are; transformers 5.23 writes three of (almost) the same size instead, whatever is in them
         let split = |at: [usize; 2]| {
             let rows = [("q", 0..at[0]), ("k", at[0]..at[1]), ("v", at[1]..rows)];

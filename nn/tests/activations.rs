@@ -1,7 +1,7 @@
 //! The estimate of what a forward keeps against what it keeps: alone in its file, since memory is counted for the whole process.
 
 use engine::{DType, Tensor};
-use nn::{AttentionGate, Decoder, GateGranularity, LayerType, ModelConfig};
+use nn::{AttentionGate, Decoder, GateGranularity, LayerType, LinearActivation, LinearQkNorm, ModelConfig};
 
 #[test]
 fn the_estimate_is_what_a_forward_keeps() {
@@ -24,6 +24,9 @@ fn the_estimate_is_what_a_forward_keeps() {
         shared_expert_intermediate_size: 96,
         num_experts_per_tok: 2,
         attention_gate: AttentionGate::none(),
+        mamba_num_heads: 8,
+        mamba_head_dim: 32,
+        mamba_state_size: 16,
         ..Default::default()
     };
     let cases = [
@@ -37,6 +40,16 @@ fn the_estimate_is_what_a_forward_keeps() {
         ("post", ModelConfig { post_norm: vec![LayerType::FullAttention], ..base.clone() }),
         ("experts", ModelConfig { num_experts: 8, ..base.clone() }),
         ("experts alone", ModelConfig { num_experts: 8, shared_expert_intermediate_size: 0, ..base.clone() }),
+        ("mamba2", ModelConfig { layer_pattern: vec![LayerType::Mamba2], ..base.clone() }),
+        ("mamba2 in groups, alone", ModelConfig { layer_pattern: vec![LayerType::Mamba2], mamba_n_groups: 2, intermediate_size: 0, ..base.clone() }),
+        ("delta_net", ModelConfig { layer_pattern: vec![LayerType::DeltaNet], ..base.clone() }),
+        ("gated delta net", ModelConfig { layer_pattern: vec![LayerType::LinearAttention], ..base.clone() }),
+        ("l1", ModelConfig { layer_pattern: vec![LayerType::LinearAttention], linear_qk_norm: LinearQkNorm::L1, ..base.clone() }),
+        ("relu", ModelConfig { layer_pattern: vec![LayerType::LinearAttention], linear_qk_activation: LinearActivation::Relu, ..base.clone() }),
+        ("1 + elu", ModelConfig { layer_pattern: vec![LayerType::LinearAttention], linear_qk_activation: LinearActivation::Elu1, ..base.clone() }),
+        ("no convolution", ModelConfig { layer_pattern: vec![LayerType::LinearAttention], linear_short_conv: false, ..base.clone() }),
+        ("no gate", ModelConfig { layer_pattern: vec![LayerType::LinearAttention], linear_output_gate: false, ..base.clone() }),
+        ("no norm", ModelConfig { layer_pattern: vec![LayerType::LinearAttention], linear_output_norm: false, ..base.clone() }),
         ("hybrid", ModelConfig { full_attention_interval: 4, num_experts: 8, attention_gate: gate, ..base }),
     ];
     let mut wrong = vec![];

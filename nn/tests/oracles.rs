@@ -1,4 +1,4 @@
-//! Against the golden folders that `tests/oracles/oracles.py` made with transformers: checkpoints in all spellings, values, gradients, training, decoding.
+//! Against the golden folders that `tests/oracles/oracles.py` made with transformers (and, for DeltaNet, with fla-core's naive recurrence): checkpoints in all spellings, values, gradients, training, decoding.
 
 use engine::{DType, Tensor, no_grad};
 use nn::tensor_file::TensorFile;
@@ -12,7 +12,7 @@ const VALUES: f64 = 1e-5;
 const GRADIENTS: f64 = 1e-4;
 const TRAINING: f64 = 1e-4;
 
-const MODELS: [&str; 19] = [
+const MODELS: [&str; 23] = [
     "next_d32",
     "next_d64_old",
     "next_d128_shards",
@@ -32,6 +32,10 @@ const MODELS: [&str; 19] = [
     "qwen3_linear",
     "gated_head_d128",
     "gated_elements_d64",
+    "mamba2_groups",
+    "mamba2_limits",
+    "delta_net_d16",
+    "delta_net_beta2",
 ];
 /// Those of them that are a Qwen3-Next, and saved as one.
 const NEXT: [&str; 2] = ["next", "qwen3_5"];
@@ -291,7 +295,13 @@ fn what_was_read_is_saved_whole() {
             assert_eq!(model.aside().tensors().collect::<Vec<_>>(), back.aside().tensors().collect::<Vec<_>>());
             assert_eq!(model.aside().files().collect::<Vec<_>>(), back.aside().files().collect::<Vec<_>>());
             let json = std::fs::read_to_string(dir.join("config.json")).unwrap();
-            let kind = if NEXT.iter().any(|n| name.starts_with(n)) { "\"model_type\": \"qwen3_next\"" } else { "\"model_type\": \"tidegate\"" };
+            let kind = if name.starts_with("mamba2") {
+                "\"model_type\": \"mamba2\""
+            } else if NEXT.iter().any(|n| name.starts_with(n)) {
+                "\"model_type\": \"qwen3_next\""
+            } else {
+                "\"model_type\": \"tidegate\""
+            };
             let spelled = dtype.map_or("float32", |d| {
                 if d == DType::BF16 {
                     "bfloat16"

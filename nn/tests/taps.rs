@@ -83,9 +83,11 @@ fn close(a: &Tensor, b: &Tensor, tolerance: f64) {
     assert!((d / n).sqrt() <= tolerance, "off by {:.1e}", (d / n).sqrt());
 }
 
-/// What the table says of a shape, in numbers.
-fn shape(tap: &Tap, c: &ModelConfig) -> Vec<usize> {
-    let r = c.linear_num_value_heads / c.linear_num_key_heads;
+/// What the table says of a tap's shape in a layer, in numbers.
+fn shape(name: &str, tap: &Tap, c: &ModelConfig) -> Vec<usize> {
+    let layer = name.strip_prefix("blocks.").and_then(|n| n.split_once('.')).map_or(0, |n| n.0.parse().unwrap());
+    let sizes = || c.recurrence(layer).unwrap();
+    let r = || sizes().value_heads / sizes().key_heads;
     let gate = GatePosition::ALL.into_iter().find(|at| {
         let name = at.key().strip_prefix("attention_").unwrap_or(at.key());
         tap.part == Part::Softmax && [format!("attn.hook_{name}"), format!("attn.hook_{name}_logits")].contains(&tap.name.to_string())
@@ -121,12 +123,12 @@ fn shape(tap: &Tap, c: &ModelConfig) -> Vec<usize> {
         "H" => c.num_attention_heads,
         "Hkv" => c.num_key_value_heads,
         "D" => c.head_dim,
-        "Hk" => c.linear_num_key_heads,
-        "Hv" => c.linear_num_value_heads,
-        "Dk" => c.linear_key_head_dim,
-        "Dv" => c.linear_value_head_dim,
-        "R" => r,
-        "R·Dv" => r * c.linear_value_head_dim,
+        "Hk" => sizes().key_heads,
+        "Hv" => sizes().value_heads,
+        "Dk" => sizes().key_dim,
+        "Dv" => sizes().value_dim,
+        "R" => r(),
+        "R·Dv" => r() * sizes().value_dim,
         "E" => c.num_experts,
         "K" => c.num_experts_per_tok,
         "V" => c.vocab_size,
@@ -160,8 +162,40 @@ fn the_table_is_what_models_show() {
                     "i64" => DType::I64,
                     other => panic!("{name}: {other}"),
                 };
-                assert_eq!((seen[name].shape(), seen[name].dtype()), (&shape(tap, &c)[..], dtype), "{name}");
+                assert_eq!((seen[name].shape(), seen[name].dtype()), (&shape(name, tap, &c)[..], dtype), "{name}");
             }
+        }
+    }
+}
+
+/// Mixers that carry a state, with and without a part, and blocks without a feed-forward.
+fn recurrent() -> [ModelConfig; 2] {
+    let layer_types = vec![LayerType::Mamba2, LayerType::DeltaNet, LayerType::LinearAttention];
+    let sizes = ModelConfig { mamba_num_heads: 4, mamba_head_dim: 3, mamba_state_size: 5, mamba_n_groups: 2, layer_types, ..tiny() };
+    let less = ModelConfig { linear_output_gate: false, linear_short_conv: false, ..sizes.clone() };
+    [sizes, ModelConfig { num_experts: 0, mlp_only_layers: vec![], intermediate_size: 0, ..less }]
+}
+
+#[test]
+fn the_table_is_what_recurrent_mixers_show() {
+    for c in recurrent() {
+        let m = Decoder::new(&c, 3, DType::F32).unwrap();
+        let seen = all(&m, &tokens(0), None);
+        let table: BTreeMap<String, &Tap> = c.taps().into_iter().collect();
+        assert_eq!(seen.keys().collect::<Vec<_>>(), table.keys().collect::<Vec<_>>());
+        for (name, tap) in &table {
+            assert_eq!(seen[name].shape(), &shape(name, tap, &c)[..], "{name}");
+        }
+        let has = |name: &str| table.contains_key(name);
+        assert!(has("blocks.0.attn.hook_log_decay") && !has("blocks.1.attn.hook_log_decay") && has("blocks.2.attn.hook_log_decay"));
+        assert!(has("blocks.0.attn.hook_gate") && has("blocks.1.attn.hook_gate") == c.linear_output_gate);
+        assert_eq!(has("blocks.1.hook_resid_mid"), c.has_feed_forward(1));
+        // o = A v, and a generation's state is that of the whole
+        for layer in 0..3 {
+            let of = |hook: &str| &seen[&format!("blocks.{layer}.attn.{hook}")];
+            let o = of("hook_effective_attention").matmul(&of("hook_v").permute(&[0, 2, 1, 3]).unwrap()).unwrap();
+            close(&o.permute(&[0, 2, 1, 3]).unwrap(), of("hook_recurrence_out"), 1e-5);
+            close(&of("hook_states").reshape(of("hook_state").shape()).unwrap(), of("hook_state"), 1e-5);
         }
     }
 }
@@ -198,7 +232,8 @@ fn what_is_replaced_is_what_is_computed_with() {
     let post = ModelConfig { post_norm: vec![LayerType::SlidingAttention], ..tiny() };
     let shared = AttentionGate { shared: true, ..Default::default() };
     let sandwich = ModelConfig { attention_gate: shared, sdpa_norm: true, sandwich_norm: true, ..all_gates(Default::default(), tiny()) };
-    [post, sandwich].iter().for_each(is_computed_with);
+    let [with, without] = recurrent().map(|c| ModelConfig { rms_norm_eps: 0.01, ..c });
+    [post, sandwich, with, without].iter().for_each(is_computed_with);
 }
 
 fn is_computed_with(c: &ModelConfig) {

@@ -86,12 +86,14 @@ class Layer(nn.Module):
 class GatedQwen3(nn.Module):
     """Documents are given one at a time, `[1, T]`."""
 
+    layer = Layer
+
     def __init__(self, config):
         super().__init__()
         self.config = c = SimpleNamespace(**config)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.model.layers = nn.ModuleList([Layer(c) for _ in range(c.num_hidden_layers)])
+        self.model.layers = nn.ModuleList([self.layer(c) for _ in range(c.num_hidden_layers)])
         self.model.norm = Norm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tie_word_embeddings:

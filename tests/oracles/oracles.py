@@ -5,6 +5,7 @@
 """What transformers computes, for tests that have no transformers.
 
     pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0
+    # for delta_net_* alone, what delta_net.py says
     python tests/oracles/oracles.py                  # writes tests/oracles/golden/NAME/ anew, one folder for each entry of MODELS
     python tests/oracles/oracles.py --check FOLDER…  # opens each in transformers: no key may be missing, unexpected or of another shape; index, dtype
                                                      # and tokenizer must be as stated; a folder of the same name under golden/ says which weights and
@@ -22,7 +23,7 @@ A golden folder is a checkpoint (config.json, model.safetensors or shards, perha
 
 All but the last are computed in f64 (transformers casts to f32 in many places: "f32" is made to mean f64) and kept in f32, so that a test's error is its
 own. The script asserts that transformers' own f32 agrees, and that no choice (argmax, top-k) hangs on less than rounding can move. Transformers has no gate of
-2505.06708's authors: gated_qwen3.py stands in.
+2505.06708's authors: gated_qwen3.py stands in. Nor has it a DeltaNet: delta_net.py is one around fla-core's naive recurrence.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, logging
 from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_loss_func
 
+import delta_net
 import gated_qwen3
 from gated_qwen3 import GatedQwen3
 
@@ -225,7 +227,40 @@ MODELS = {
             head_dim=64, elementwise_attn_output_gate=True, qkv_bias=True, use_qk_norm=False,
         ),
     ),
+    # Mamba2 with two groups of heads, documents of 1 to 70 tokens
+    "mamba2_groups": dict(
+        seed=3, docs=[9, 1, 64, 70, 33],
+        config=dict(
+            model_type="mamba2", vocab_size=47, hidden_size=16, num_hidden_layers=3, num_heads=8, head_dim=4, state_size=12, n_groups=2, chunk_size=16,
+        ),
+    ),
+    # tied, in bf16, one group, no bias of the convolution, steps within limits (which transformers forgets where it decodes with a cache)
+    "mamba2_limits": dict(
+        seed=4, docs=[40, 40], dtype=torch.bfloat16, cached=False,
+        config=dict(
+            model_type="mamba2", vocab_size=43, hidden_size=24, num_hidden_layers=3, num_heads=6, head_dim=8, state_size=16, n_groups=1, chunk_size=64,
+            use_conv_bias=False, time_step_limit=(0.2, 0.7), tie_word_embeddings=True, conv_kernel=3,
+        ),
+    ),
+    # DeltaNet, with two value heads for each key head
+    "delta_net_d16": dict(
+        seed=5, docs=[9, 1, 64, 70, 33],
+        config=dict(
+            model_type="delta_net", vocab_size=47, hidden_size=16, intermediate_size=20, num_hidden_layers=3, linear_num_key_heads=2,
+            linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=12,
+        ),
+    ),
+    # as many of each, beta up to 2
+    "delta_net_beta2": dict(
+        seed=6, docs=[40, 40],
+        config=dict(
+            model_type="delta_net", vocab_size=43, hidden_size=16, intermediate_size=24, num_hidden_layers=3, linear_num_key_heads=3,
+            linear_num_value_heads=3, linear_key_head_dim=8, linear_value_head_dim=16, linear_allow_neg_eigval=True,
+        ),
+    ),
 }
+# what DeltaNet is where nothing is said
+DELTA_NET = dict(linear_conv_kernel_dim=4, linear_allow_neg_eigval=False, tie_word_embeddings=False, rms_norm_eps=1e-6, initializer_range=0.2)
 # what Qwen3 and its authors' gates are where nothing is said
 GATED = dict(
     headwise_attn_output_gate=False, elementwise_attn_output_gate=False, qkv_bias=False, use_qk_norm=True, tie_word_embeddings=False, rope_theta=1e4,
@@ -247,6 +282,10 @@ def create(name, how, seed):
     kind = config.pop("model_type")
     if kind == "gated_qwen3":
         config = SimpleNamespace(**GATED | config)
+    elif kind == "delta_net":
+        config = SimpleNamespace(**DELTA_NET | config)
+    elif kind == "mamba2":
+        config = AutoConfig.for_model(kind, **config, **{k: x for k, x in COMMON.items() if "router" not in k})
     else:
         config = AutoConfig.for_model(kind, **COMMON | config)
     model = fresh(config, torch.float32)
@@ -254,6 +293,8 @@ def create(name, how, seed):
         for key, p in model.named_parameters():
             if key.endswith("norm.weight"):
                 p.add_(0.3 * torch.randn_like(p))
+            elif key.endswith((".D", "conv1d.bias")):
+                p.normal_()
             elif key.endswith("dt_bias"):
                 p.uniform_(-3, 1)
             elif key.endswith("A_log"):
@@ -304,6 +345,8 @@ def fresh(config, dtype):
     """A random model."""
     if hasattr(config, "elementwise_attn_output_gate"):
         return GatedQwen3(vars(config)).to(dtype)
+    if isinstance(config, SimpleNamespace):
+        return delta_net.DeltaNetModel(vars(config)).to(dtype)
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **EAGER)
 
 
@@ -336,6 +379,8 @@ def opened(folder, dtype):
     """The model of a folder, and an error if a key is missing, unexpected or of another shape."""
     if "elementwise_attn_output_gate" in (folder / "config.json").read_text():
         return gated_qwen3.opened(folder, dtype).eval()
+    if '"delta_net"' in (folder / "config.json").read_text():
+        return delta_net.opened(folder, dtype).eval()
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **EAGER)
     wrong = {k: sorted(map(str, v)) for k, v in info.items() if v}
     if wrong:
@@ -352,11 +397,12 @@ def watched(model):
             seen.setdefault(key, []).append((y[0] if isinstance(y, tuple) else y).flatten(0, -2))
         return see
 
-    for i, layer in enumerate(model.model.layers):
+    inner = model.backbone if hasattr(model, "backbone") else model.model
+    for i, layer in enumerate(inner.layers):
         layer.register_forward_hook(hook(f"hidden.{i}"))
-        if hasattr(layer.mlp, "experts"):
+        if hasattr(getattr(layer, "mlp", None), "experts"):
             layer.mlp.gate.register_forward_hook(hook(f"router.{i}"))
-    model.model.norm.register_forward_hook(hook("hidden.norm"))
+    (inner.norm_f if hasattr(inner, "norm_f") else inner.norm).register_forward_hook(hook("hidden.norm"))
     return seen
 
 
@@ -407,7 +453,8 @@ def in_f32(name, how, seed):
     torch.manual_seed(1000 + seed)
     docs = [torch.randint(0, model.config.vocab_size, (n,)) for n in how["docs"]]
     prompt = max(docs, key=len)[:5]
-    written = model.generate(prompt[None], max_new_tokens=24, do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True)
+    greedily = dict(max_new_tokens=24, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    written = model.generate(prompt[None], use_cache=how.get("cached", True), **greedily)
     top = torch.stack([x[0].topk(2).values for x in written.logits])
     if (top[:, 0] - top[:, 1]).min() < 1e-3:
         raise Close("the greedy continuation")

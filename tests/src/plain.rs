@@ -61,11 +61,16 @@ impl<'a> Plain<'a> {
             };
             let normed = norm(&x, first[0])?;
             let y = match c.layer_type(layer) {
-                LayerType::LinearAttention => self.gated_delta_net(&normed, &at)?,
+                LayerType::LinearAttention => self.gated_delta_net(&normed, &at, true)?,
+                LayerType::DeltaNet => self.gated_delta_net(&normed, &at, false)?,
+                LayerType::Mamba2 => self.mamba2(&normed, &at)?,
                 LayerType::FullAttention => self.attention(&normed, &at, None)?,
                 LayerType::SlidingAttention => self.attention(&normed, &at, Some(c.sliding_window))?,
             };
             x = x.add(&norm(&y, first[1])?)?;
+            if !c.has_feed_forward(layer) {
+                continue;
+            }
             let normed = norm(&x, second[0])?.reshape(&[b * t, h])?;
             let mlp = format!("{}mlp.", at.prefix);
             let y = if c.is_sparse(layer) {
@@ -172,13 +177,13 @@ impl<'a> Plain<'a> {
         gated(&c.dense_gate, &y.reshape(&[b, t, 1, c.hidden_size])?, "dense_gate", None)?.reshape(&[b, t, c.hidden_size])
     }
 
-    fn gated_delta_net(&self, x: &Tensor, at: &Place) -> Result<Tensor> {
+    fn gated_delta_net(&self, x: &Tensor, at: &Place, decays: bool) -> Result<Tensor> {
         let c = self.config;
         let (b, t, nk, nv) = (x.dim(0), x.dim(1), c.linear_num_key_heads, c.linear_num_value_heads);
         let (dk, dv, r) = (c.linear_key_head_dim, c.linear_value_head_dim, nv / nk);
         let get = |name: &str| self.get(&format!("{}linear_attn.{name}", at.prefix));
         let qkvz = x.linear(get("in_proj_qkvz.weight"))?.reshape(&[b, t, nk, 2 * dk + 2 * r * dv])?;
-        let ba = x.linear(get("in_proj_ba.weight"))?.reshape(&[b, t, nk, 2 * r])?;
+        let ba = x.linear(get("in_proj_ba.weight"))?.reshape(&[b, t, nk, if decays { 2 * r } else { r }])?;
         let part = |from: usize, n: usize| qkvz.narrow(3, from, n)?.reshape(&[b, t, nk * n]);
         // transformers' order of channels: all q, all k, all v
         let qkv = Tensor::cat(&[&part(0, dk)?, &part(dk, dk)?, &part(2 * dk, r * dv)?], 2)?;
@@ -190,12 +195,40 @@ impl<'a> Plain<'a> {
         let z = part(2 * dk + r * dv, r * dv)?.reshape(&[b, t, nv, dv])?;
         let beta = ba.narrow(3, 0, r)?.reshape(&[b, t, nv])?.sigmoid()?;
         let beta = if c.linear_allow_neg_eigval { beta.affine(2.0, 0.0)? } else { beta };
-        let a = ba.narrow(3, r, r)?.reshape(&[b, t, nv])?;
-        let log_decay = a.add(get("dt_bias"))?.softplus()?.mul(&get("A_log").exp()?)?.neg()?;
-        let inputs = DeltaRuleInputs { log_decay: Some(&log_decay), beta: Some(&beta), initial_state: None, cu_seqlens: at.cu_seqlens };
+        let log_decay = || ba.narrow(3, r, r)?.reshape(&[b, t, nv])?.add(get("dt_bias"))?.softplus()?.mul(&get("A_log").exp()?)?.neg();
+        let log_decay = if decays { Some(log_decay()?) } else { None };
+        let inputs = DeltaRuleInputs { log_decay: log_decay.as_ref(), beta: Some(&beta), initial_state: None, cu_seqlens: at.cu_seqlens };
         let (o, _) = delta_rule::delta_rule(DeltaRule::gated_delta_net(), &q, &k, &v, inputs)?;
         let act = if c.output_gate_type == OutputGate::Silu { NormGate::Silu } else { NormGate::Sigmoid };
         let y = rms_norm::rms_norm_gated(&o, get("norm.weight"), &z, if c.linear_norm_eps > 0.0 { c.linear_norm_eps } else { c.rms_norm_eps }, act)?;
         y.reshape(&[b, t, nv * dv])?.linear(get("out_proj.weight"))
+    }
+
+    fn mamba2(&self, x: &Tensor, at: &Place) -> Result<Tensor> {
+        let c = self.config;
+        let (b, t, heads, p) = (x.dim(0), x.dim(1), c.mamba_num_heads, c.mamba_head_dim);
+        let (groups, n, inner) = (c.mamba_n_groups, c.mamba_state_size, heads * p);
+        let get = |name: &str| self.get(&format!("{}mamba.{name}", at.prefix));
+        let all = x.linear(get("in_proj.weight"))?;
+        let weight = get("conv1d.weight");
+        let xbc = all.narrow(2, inner, inner + 2 * groups * n)?.contiguous()?;
+        let xbc = short_conv::short_conv(&xbc, &weight.reshape(&[weight.dim(0), c.mamba_conv_kernel])?, false, at.cu_seqlens)?;
+        let xbc = if c.mamba_use_conv_bias { xbc.add(get("conv1d.bias"))? } else { xbc }.silu()?;
+        let of = |from: usize, heads: usize, width: usize| xbc.narrow(2, from, heads * width)?.reshape(&[b, t, heads, width]);
+        let (v, k, q) = (of(0, heads, p)?, of(inner, groups, n)?, of(inner + groups * n, groups, n)?);
+        let step = all.narrow(2, 2 * inner + 2 * groups * n, heads)?.add(get("dt_bias"))?.softplus()?;
+        let [lo, hi] = c.mamba_time_step_limit.map(|x| Tensor::full(x, &[], step.dtype(), step.device()));
+        let step = step.maximum(&lo?)?.minimum(&hi?)?;
+        let log_decay = step.mul(&get("A_log").exp()?)?.neg()?;
+        // Δ is in the values
+        let written = v.mul(&step.reshape(&[b, t, heads, 1])?)?;
+        let mut rule = DeltaRule::gated_delta_net();
+        (rule.erase, rule.qk_l2norm, rule.scale) = (false, false, Some(1.0));
+        let inputs = DeltaRuleInputs { log_decay: Some(&log_decay), beta: None, initial_state: None, cu_seqlens: at.cu_seqlens };
+        let (o, _) = delta_rule::delta_rule(rule, &q, &k, &written, inputs)?;
+        let y = o.add(&v.mul(&get("D").reshape(&[heads, 1])?)?)?.reshape(&[b, t, inner])?;
+        let y = y.mul(&all.narrow(2, 0, inner)?.silu()?)?.reshape(&[b, t, groups, inner / groups])?;
+        let y = y.mul(&y.square()?.mean(&[3], true)?.affine(1.0, c.rms_norm_eps)?.rsqrt()?)?.reshape(&[b, t, inner])?;
+        y.mul(get("norm.weight"))?.linear(get("out_proj.weight"))
     }
 }

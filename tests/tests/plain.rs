@@ -33,6 +33,13 @@ fn config() -> ModelConfig {
     }
 }
 
+/// A hybrid of all mixers.
+fn mamba() -> ModelConfig {
+    use LayerType::{DeltaNet, LinearAttention, Mamba2, SlidingAttention};
+    let layer_types = vec![Mamba2, LinearAttention, DeltaNet, SlidingAttention];
+    ModelConfig { layer_types, mamba_num_heads: 6, mamba_head_dim: 5, mamba_state_size: 7, mamba_conv_kernel: 3, ..config() }
+}
+
 fn ids(stream: u64, n: usize) -> Vec<i64> {
     rng::uniform(5, stream, n).into_iter().map(|u| (u * 50.0) as i64).collect()
 }
@@ -172,6 +179,10 @@ fn every_other_choice() {
             ..config()
         },
         ModelConfig { layer_types: vec![], full_attention_interval: 2, decoder_sparse_step: 2, ..config() },
+        ModelConfig { layer_types: vec![LayerType::DeltaNet; 4], linear_allow_neg_eigval: true, ..config() },
+        ModelConfig { layer_types: vec![LayerType::Mamba2; 4], ..mamba() },
+        ModelConfig { mamba_n_groups: 3, mamba_use_conv_bias: false, mamba_time_step_limit: [0.5, 0.9], ..mamba() },
+        ModelConfig { num_experts: 0, mlp_only_layers: vec![], intermediate_size: 0, zero_centered_norms: false, ..mamba() },
     ];
     for c in choices {
         compare(&c, DType::F64, 2, 19, None, 1e-9);
@@ -182,6 +193,7 @@ fn every_other_choice() {
 fn packed_documents_across_chunks() {
     let cu = Tensor::from_vec([0i64, 1, 66, 66, 140], &[5]).unwrap();
     compare(&config(), DType::F64, 1, 140, Some(&cu), 1e-9);
+    compare(&mamba(), DType::F64, 1, 140, Some(&cu), 1e-9);
 }
 
 #[test]

@@ -15,7 +15,7 @@ pub fn matches(pattern: &str, name: &str) -> bool {
 pub fn part(name: &str) -> String {
     let words: Vec<&str> = name.split('.').skip_while(|w| *w == "model").collect();
     match words[..] {
-        ["layers", i, "self_attn" | "linear_attn", ..] => format!("blocks.{i}.attn"),
+        ["layers", i, "self_attn" | "linear_attn" | "mamba", ..] => format!("blocks.{i}.attn"),
         ["layers", i, module, ..] => format!("blocks.{i}.{module}"),
         [first, ..] => first.to_string(),
         [] => name.to_string(),
@@ -61,6 +61,7 @@ mod tests {
         }
         for (name, expected) in [
             ("model.layers.3.linear_attn.A_log", "blocks.3.attn"),
+            ("model.layers.3.mamba.in_proj.weight", "blocks.3.attn"),
             ("model.layers.11.self_attn.q_proj.weight", "blocks.11.attn"),
             ("model.layers.0.mlp.experts.gate_up_proj", "blocks.0.mlp"),
             ("model.layers.0.input_layernorm.weight", "blocks.0.input_layernorm"),

@@ -90,6 +90,52 @@ fn as_transformers_has_them() {
     }
 }
 
+#[test]
+fn recurrent_mixers_are_measured() {
+    use nn::LayerType::{DeltaNet, LinearAttention, Mamba2, SlidingAttention};
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("text.bin");
+    write_shard(&path, &(0..400u32).map(|i| i * i % 23).collect::<Vec<_>>(), 23, None).unwrap();
+    let corpus = Corpus::open(&path, None).unwrap();
+    let c = nn::ModelConfig {
+        vocab_size: 23,
+        hidden_size: 16,
+        num_hidden_layers: 4,
+        layer_pattern: vec![Mamba2, DeltaNet, LinearAttention, SlidingAttention],
+        intermediate_size: 0,
+        num_experts: 0,
+        num_attention_heads: 2,
+        num_key_value_heads: 1,
+        head_dim: 8,
+        linear_num_key_heads: 1,
+        linear_num_value_heads: 2,
+        linear_key_head_dim: 6,
+        linear_value_head_dim: 4,
+        mamba_num_heads: 6,
+        mamba_head_dim: 4,
+        mamba_state_size: 5,
+        mamba_n_groups: 2,
+        ..Default::default()
+    };
+    let model = Decoder::new(&c, 1, DType::F32).unwrap();
+    let m = measure(&model, &corpus, 0..corpus.len(), &Options::new(32)).unwrap();
+    let mixers: Vec<&str> = m.layers.iter().map(|l| l.mixer.as_str()).collect();
+    assert_eq!(mixers, ["mamba2", "delta_net", "linear_attention", "sliding_attention"]);
+    let heads: Vec<_> = m.delta.iter().map(|d| (d.layer, d.half_life.len(), d.beta.len(), d.state_norm.len())).collect();
+    assert_eq!(heads, [(0, 6, 6, 6), (1, 0, 2, 2), (2, 2, 2, 2)]);
+    // Mamba2's first steps are short: half-lives of tokens to thousands, as its A and Δ say
+    assert!(
+        m.delta[0].half_life.iter().all(|t| (0.1..1e4).contains(t)) && m.delta[0].beta.iter().all(|b| (1e-4..0.2).contains(b)),
+        "{:?}",
+        m.delta[0]
+    );
+    assert!(m.table().contains("mamba2") && m.scalars().contains_key("half_life"));
+    // of a model without a feed-forward and without softmax attention, too
+    let alone = nn::ModelConfig { layer_pattern: vec![Mamba2], ..c };
+    let m = measure(&Decoder::new(&alone, 1, DType::F32).unwrap(), &corpus, 0..corpus.len(), &Options::new(32)).unwrap();
+    assert_eq!((m.delta.len(), m.attention.is_none()), (4, true));
+}
+
 fn tidegate(dir: &Path, args: &[&str]) -> (i32, String, String) {
     let Output { status, stdout, stderr } =
         Command::new(env!("CARGO_BIN_EXE_tidegate")).args(args).args(["--device", "cpu"]).current_dir(dir).output().unwrap();

@@ -1,6 +1,6 @@
 //! Memory that a training step's forward keeps for its backward, without running either.
 
-use super::{GateActivation, GatePosition, LayerType, ModelConfig, QkNorm};
+use super::{GateActivation, GatePosition, LayerType, LinearActivation, LinearQkNorm, ModelConfig, QkNorm};
 use engine::DType;
 
 impl ModelConfig {
@@ -12,7 +12,7 @@ impl ModelConfig {
     /// | each norm before, each norm behind | the stream and its norm; what the layer gave |
     /// | softmax attention | queries, gates and keys as projected; queries and keys, rotated; values; output, with and without its gate |
     /// | a composed gate | its logits, scores, and what it acts on |
-    /// | delta rule | projections, all behind the convolution, `V'`, output, its norm |
+    /// | delta rule, Mamba2 | projections, all behind the convolution, `V'`, output, its norm |
     /// | feed-forward, expert | gate and up projections; dense ones and the shared expert also their product |
     /// | loss | the last norm, and its gradient |
     pub fn activation_bytes(&self, tokens: usize, compute: DType) -> f64 {
@@ -24,14 +24,9 @@ impl ModelConfig {
         for i in 0..self.num_hidden_layers {
             let norms = self.norm_names(i).iter().flatten().flatten().count();
             // a sum of the stream before each of the two, and a number kept by each norm
-            narrow += (2.0 + f(norms)) * h;
+            narrow += (if self.has_feed_forward(i) { 2.0 } else { 1.0 } + f(norms)) * h;
             let (n, w) = match self.layer_type(i) {
-                LayerType::LinearAttention => {
-                    let (nv, v) = (f(self.linear_num_value_heads), f(self.linear_num_value_heads) * f(self.linear_value_head_dim));
-                    let k = f(self.linear_num_key_heads) * f(self.linear_key_head_dim);
-                    // [q k v z] and [b a]; q, k, v behind the convolution; o and its norm. In f32: V', and what β and α go through
-                    (2.0 * k + 2.0 * v + 2.0 * nv + 2.0 * k + v + 2.0 * v, v + 7.0 * nv)
-                }
+                kind if !kind.is_softmax() => self.recurrence_numbers(kind),
                 _ => self.attention_numbers(),
             };
             let (m, x) = if self.is_sparse(i) {
@@ -46,6 +41,41 @@ impl ModelConfig {
         }
         let wide_size = if compute == DType::F64 { 8.0 } else { 4.0 };
         tokens as f64 * (narrow * compute.size() as f64 + wide * wide_size)
+    }
+
+    /// What a recurrent layer keeps per token, likewise.
+    fn recurrence_numbers(&self, kind: LayerType) -> (f64, f64) {
+        let Some(r) = self.recurrence_of(kind) else { return (0.0, 0.0) };
+        let f = |n: usize| n as f64;
+        let (k, v, nv, channels) = (f(r.keys()), f(r.values()), f(r.value_heads), f(r.channels()));
+        if kind == LayerType::Mamba2 {
+            // [z x B C dt]; convolved, its bias added, through SiLU; y, z and its SiLU, gated and normalised (per group: once more)
+            let conv = if self.mamba_use_conv_bias { 2.0 } else { 1.0 } * channels;
+            let norm = if r.key_heads > 1 { 2.0 } else { 1.0 };
+            return (v + channels + nv + conv + (4.0 + norm) * v, 7.0 * nv);
+        }
+        let (gate, norm) = (self.linear_output_gate, self.linear_output_norm);
+        // [q k v z] and [b a]; q, k, v behind the convolution, and what is composed on the way to the rule; o, its norm
+        let betas = if r.decays { 2.0 } else { 1.0 } * nv;
+        let projected = channels + if gate { v } else { 0.0 } + betas;
+        let behind = f(usize::from(self.linear_short_conv)) * channels;
+        // numbers that an activation keeps, beside its input, of each that it makes
+        let of = |act| match act {
+            LinearActivation::Identity => 0.0,
+            LinearActivation::Elu1 => 3.0,
+            LinearActivation::Silu | LinearActivation::Relu => 1.0,
+        };
+        let act = self.linear_qk_activation;
+        let activated = match (self.linear_short_conv, act) {
+            (true, LinearActivation::Silu) => 0.0,
+            (true, act) => of(act) * 2.0 * k,
+            (false, act) => (1.0 + of(act)) * 2.0 * k + 2.0 * v,
+        };
+        let scaled = if self.linear_qk_norm == LinearQkNorm::L1 { 2.0 * k } else { 0.0 };
+        let out = v * (1.0 + f(usize::from(gate || norm)) + 2.0 * f(usize::from(gate && !norm)));
+        // in f32: V' where there is erasure, and what β and α go through
+        let wide = if r.erases { v } else { 0.0 } + if r.decays { 7.0 } else { 2.0 } * nv;
+        (projected + behind + activated + scaled + out, wide)
     }
 
     /// What a layer of softmax attention keeps per token: numbers in the dtype that is computed in, and in f32.

@@ -12,16 +12,7 @@ impl ModelConfig {
         let (mut total, mut active) = (embed + h, embed + h);
         for i in 0..self.num_hidden_layers {
             let mixer = match self.layer_type(i) {
-                LayerType::LinearAttention => {
-                    let heads = n(self.linear_num_value_heads);
-                    let decays = if self.linear_decay { heads } else { 0 };
-                    let (k, v) = (n(self.linear_num_key_heads) * n(self.linear_key_head_dim), heads * n(self.linear_value_head_dim));
-                    h * (2 * k + 2 * v + heads + decays)
-                        + (2 * k + v) * n(self.linear_conv_kernel_dim)
-                        + 2 * decays
-                        + n(self.linear_value_head_dim)
-                        + v * h
-                }
+                kind if !kind.is_softmax() => self.recurrence_size(kind),
                 _ => {
                     let (q, kv, d) = (n(self.num_attention_heads), n(self.num_key_value_heads) * n(self.head_dim), n(self.head_dim));
                     let norms = match self.qk_norm {
@@ -41,6 +32,7 @@ impl ModelConfig {
                 let rest = shared + n(self.num_experts) * h;
                 (n(self.num_experts) * expert + rest, n(self.num_experts_per_tok) * expert + rest)
             } else {
+                // none without a feed-forward
                 (3 * h * n(self.intermediate_size), 3 * h * n(self.intermediate_size))
             };
             total += dense + t;
@@ -48,6 +40,23 @@ impl ModelConfig {
         }
         let fit = |x: u128| usize::try_from(x).unwrap_or(usize::MAX);
         (fit(total), fit(active))
+    }
+
+    /// Parameters of a recurrent mixer.
+    fn recurrence_size(&self, kind: LayerType) -> u128 {
+        let Some(r) = self.recurrence_of(kind) else { return 0 };
+        let n = |x: usize| x as u128;
+        let (h, heads, k, v, channels) = (n(self.hidden_size), n(r.value_heads), n(r.keys()), n(r.values()), n(r.channels()));
+        if kind == LayerType::Mamba2 {
+            // [z x B C dt], the convolution, dt_bias, A_log and D, the norm, the output projection
+            let bias = if self.mamba_use_conv_bias { channels } else { 0 };
+            return h * (v + channels + heads) + channels * n(self.mamba_conv_kernel) + bias + 3 * heads + v + v * h;
+        }
+        let decays = if r.decays { heads } else { 0 };
+        let gate = if self.linear_output_gate { v } else { 0 };
+        let conv = if self.linear_short_conv { channels * n(self.linear_conv_kernel_dim) } else { 0 };
+        let norm = if self.linear_output_norm { n(r.value_dim) } else { 0 };
+        h * (2 * k + v + gate + heads + decays) + conv + 2 * decays + norm + v * h
     }
 
     /// Parameters of the gate at `at` in one layer of softmax attention.
@@ -60,7 +69,7 @@ impl ModelConfig {
 
     /// Parameters of the gate at `at` in all layers of softmax attention; they are among [`parameters`](Self::parameters). `usize::MAX` if there are more.
     pub fn gate_parameters(&self, at: GatePosition) -> usize {
-        let layers = (0..self.num_hidden_layers).filter(|i| self.layer_type(*i) != LayerType::LinearAttention).count();
+        let layers = (0..self.num_hidden_layers).filter(|i| self.layer_type(*i).is_softmax()).count();
         usize::try_from(layers as u128 * self.gate_size(at)).unwrap_or(usize::MAX)
     }
 
@@ -71,6 +80,7 @@ impl ModelConfig {
     /// | products with weights | 6 per active parameter; the embedding is looked up, which is none |
     /// | softmax attention | `12·H·D·n`, where `n` is the mean number of keys that a query sees: `(t + 1)/2`, or less in a sliding window |
     /// | delta rule, as a recurrence (2412.06464 eq. 10) | `18·Hv·Dk·Dv`: `S k`, the update `(v − S k) kᵀ` and `S q` |
+    /// | without erasure, as Mamba2 | `12·Hv·Dk·Dv`: the update `v kᵀ` and `S q` |
     pub fn flops_per_token(&self, t: usize) -> f64 {
         let product = |n: &[usize]| n.iter().map(|x| *x as f64).product::<f64>();
         let table = if self.tie_word_embeddings { 0.0 } else { product(&[self.vocab_size, self.hidden_size]) };
@@ -81,7 +91,10 @@ impl ModelConfig {
         let mut f = 6.0 * (self.parameters().1 as f64 - table);
         for i in 0..self.num_hidden_layers {
             f += match self.layer_type(i) {
-                LayerType::LinearAttention => 18.0 * product(&[self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim]),
+                kind @ (LayerType::LinearAttention | LayerType::DeltaNet | LayerType::Mamba2) => self.recurrence_of(kind).map_or(0.0, |r| {
+                    let per_state = if r.erases { 18.0 } else { 12.0 };
+                    per_state * product(&[r.value_heads, r.key_dim, r.value_dim])
+                }),
                 LayerType::FullAttention => 12.0 * product(&[self.num_attention_heads, self.head_dim]) * keys(t),
                 LayerType::SlidingAttention => 12.0 * product(&[self.num_attention_heads, self.head_dim]) * keys(self.sliding_window),
             };

@@ -56,9 +56,10 @@ pub(super) fn translate(map: &mut Keys) -> Result<()> {
         "qwen3_5_text" | "qwen3_5_moe_text" => qwen3_5(map, &kind),
         "qwen3_5" | "qwen3_5_moe" => text_of(map, &kind),
         "olmo_hybrid" => olmo_hybrid(map, &kind),
+        "mamba2" => super::mamba2::read(map),
         _ => Err(Error::Config(format!(
-            "`model_type` = \"{kind}\" is not supported; models of qwen3_next, qwen3, qwen3_moe, qwen3_5, qwen3_5_moe (their text models), olmo_hybrid \
-             and tidegate (this project's own) can be read"
+            "`model_type` = \"{kind}\" is not supported; models of qwen3_next, qwen3, qwen3_moe, qwen3_5, qwen3_5_moe (their text models), olmo_hybrid, \
+             mamba2 and tidegate (this project's own) can be read"
         ))),
     }
 }
@@ -74,7 +75,7 @@ pub(crate) fn grouped_queries(json: &Value) -> bool {
 }
 
 /// Sets what a family leaves no choice about; an error for a file that says otherwise.
-fn fix(map: &mut Keys, kind: &str, fixed: impl IntoIterator<Item = (&'static str, Value)>) -> Result<()> {
+pub(super) fn fix(map: &mut Keys, kind: &str, fixed: impl IntoIterator<Item = (&'static str, Value)>) -> Result<()> {
     for (key, x) in fixed {
         if let Some(other) = map.insert(key.into(), x.clone()).filter(|other| *other != x) {
             return Err(Error::Config(format!(

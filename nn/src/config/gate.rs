@@ -1,6 +1,6 @@
 //! The gates of softmax attention: what they are, where they stand, and which settings say something.
 
-use super::{ModelConfig, QkNorm};
+use super::{LayerType, ModelConfig, QkNorm};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -165,10 +165,25 @@ impl ModelConfig {
         if self.attention_gate.input { self.gate_shape(GatePosition::Attention)[1] } else { 0 }
     }
 
-    /// The keys of this configuration that are composed of element-wise operations, beside the attention's kernel; empty if its layers have no softmax
-    /// attention. A gate on the attention's output is inside the kernel, unless its heads share a score or something else stands between.
+    /// The keys of this configuration that are composed of element-wise operations, beside the kernels of attention and recurrence, in the layers that the
+    /// model has. A gate on the attention's output is inside the kernel, unless its heads share a score or something else stands between.
     pub fn composed(&self) -> Vec<&'static str> {
-        if (0..self.num_hidden_layers).all(|i| self.layer_type(i) == super::LayerType::LinearAttention) {
+        [self.composed_softmax(), self.composed_delta(), self.composed_mamba()].concat()
+    }
+
+    /// One of each kind of layers that have something composed.
+    pub(crate) fn composed_kinds(&self) -> Vec<LayerType> {
+        let kinds: [(fn(LayerType) -> bool, bool); 3] = [
+            (LayerType::is_softmax, !self.composed_softmax().is_empty()),
+            (LayerType::is_delta, !self.composed_delta().is_empty()),
+            (|k| k == LayerType::Mamba2, !self.composed_mamba().is_empty()),
+        ];
+        let first = |of: fn(LayerType) -> bool| (0..self.num_hidden_layers).map(|i| self.layer_type(i)).find(|k| of(*k));
+        kinds.into_iter().filter(|(_, composed)| *composed).filter_map(|(of, _)| first(of)).collect()
+    }
+
+    fn composed_softmax(&self) -> Vec<&'static str> {
+        if !self.has(LayerType::is_softmax) {
             return vec![];
         }
         let gates = GatePosition::ALL.into_iter().filter(|at| self.is_composed(*at)).map(GatePosition::key);
@@ -180,7 +195,7 @@ impl ModelConfig {
     pub(crate) fn without_composed(&self) -> ModelConfig {
         let mut c = ModelConfig { sdpa_norm: false, sdpa_silu: false, ..self.clone() };
         GatePosition::ALL.into_iter().filter(|at| self.is_composed(*at)).for_each(|at| *c.gate_mut(at) = AttentionGate::none());
-        c
+        c.without_composed_recurrence()
     }
 
     fn is_composed(&self, at: GatePosition) -> bool {

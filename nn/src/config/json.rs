@@ -62,11 +62,15 @@ impl ModelConfig {
         Ok(c)
     }
 
-    /// For `config.json`: the mixer of every layer is spelled out, and the type is `qwen3_next`, as transformers' `Qwen3NextConfig` reads it, or `tidegate`
-    /// for what goes beyond that.
+    /// For `config.json`: the mixer of every layer is spelled out, and the type is `qwen3_next` or `mamba2`, as transformers reads them, or `tidegate` for what
+    /// goes beyond that.
     pub fn to_json(&self) -> Result<Value> {
         let model_type = self.saved_type()?;
-        let resolved = ModelConfig { model_type, layer_types: (0..self.num_hidden_layers).map(|i| self.layer_type(i)).collect(), ..self.clone() };
+        if model_type == ModelType::Mamba2 {
+            return super::mamba2::write(self);
+        }
+        let layer_types = (0..self.num_hidden_layers).map(|i| self.layer_type(i)).collect();
+        let resolved = ModelConfig { model_type, layer_types, layer_pattern: vec![], ..self.clone() };
         let mut json = serde_json::to_value(resolved).map_err(|e| Error::Config(e.to_string()))?;
         rope::write(&mut json);
         json["architectures"] = serde_json::json!([if model_type == ModelType::Qwen3Next { "Qwen3NextForCausalLM" } else { "TidegateForCausalLM" }]);

@@ -6,6 +6,8 @@ mod families;
 mod gate;
 mod json;
 mod kind;
+mod mamba2;
+mod mixers;
 mod rope;
 mod validate;
 
@@ -13,33 +15,10 @@ pub(crate) use families::grouped_queries;
 pub use gate::{AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition};
 pub use json::nearest;
 pub use kind::ModelType;
+pub use mixers::{LayerType, LinearActivation, LinearQkNorm, OutputGate, Recurrence};
 pub use rope::{RopeScaling, RopeType};
 
 use serde::{Deserialize, Serialize};
-
-/// What mixes tokens in a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LayerType {
-    /// Gated DeltaNet; transformers' word for it.
-    #[serde(alias = "gated_delta_net")]
-    LinearAttention,
-    /// Gated softmax attention over the whole context.
-    FullAttention,
-    /// Gated softmax attention over the last `sliding_window` tokens.
-    SlidingAttention,
-}
-
-/// Activation of Gated DeltaNet's output gate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OutputGate {
-    /// As Qwen3-Next.
-    #[serde(alias = "swish")]
-    Silu,
-    /// As Qwen3.8 and Kimi Linear.
-    Sigmoid,
-}
 
 /// The RMS norm of softmax attention's queries and keys, before they are rotated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,9 +42,9 @@ pub struct ModelConfig {
     pub vocab_size: usize,
     /// Width H of the residual stream.
     pub hidden_size: usize,
-    /// Inner width of a dense feed-forward.
+    /// Inner width of a dense feed-forward. 0, in a model without experts: layers are their mixer alone, with one norm.
     pub intermediate_size: usize,
-    /// Layers: each a mixer and a feed-forward.
+    /// Layers: each a mixer and, mostly, a feed-forward.
     pub num_hidden_layers: usize,
     /// Query heads of softmax attention.
     pub num_attention_heads: usize,
@@ -91,8 +70,10 @@ pub struct ModelConfig {
     pub rope_scaling: RopeScaling,
     /// Without `layer_types`, every so-many-th layer is full attention.
     pub full_attention_interval: usize,
-    /// The mixer of each layer. Empty: every `full_attention_interval`-th layer is full attention, the others are linear.
+    /// The mixer of each layer. Empty: as `layer_pattern` says, or else every `full_attention_interval`-th layer is full attention, the others are linear.
     pub layer_types: Vec<LayerType>,
+    /// Ours: mixers that are repeated over all layers, in place of `layer_types`.
+    pub layer_pattern: Vec<LayerType>,
     /// How many tokens, itself included, a query of `sliding_attention` sees.
     pub sliding_window: usize,
     /// Taps of the short convolution in front of the delta rule.
@@ -155,6 +136,36 @@ pub struct ModelConfig {
     pub linear_allow_neg_eigval: bool,
     /// Ours: ε of the delta rule's output norm; 0: `rms_norm_eps`.
     pub linear_norm_eps: f64,
+    /// Ours: whether a short convolution stands in front of the delta rule. Without, its queries, keys and values keep their activation.
+    pub linear_short_conv: bool,
+    /// Ours: whether the delta rule's output is gated.
+    pub linear_output_gate: bool,
+    /// Ours: whether the delta rule's output is normalised, head by head.
+    pub linear_output_norm: bool,
+    /// Ours: what scales the delta rule's queries and keys.
+    pub linear_qk_norm: LinearQkNorm,
+    /// Ours: the activation of the delta rule's queries and keys.
+    pub linear_qk_activation: LinearActivation,
+    /// Ours, as all that follow; names behind `mamba_` are those of transformers' `Mamba2Config`. Heads of Mamba2.
+    pub mamba_num_heads: usize,
+    /// Dimension of a Mamba2 head.
+    pub mamba_head_dim: usize,
+    /// State size N of Mamba2: numbers of B and of C in a group.
+    pub mamba_state_size: usize,
+    /// Groups of Mamba2's heads that share B and C; divides `mamba_num_heads`.
+    pub mamba_n_groups: usize,
+    /// Taps of Mamba2's short convolution.
+    pub mamba_conv_kernel: usize,
+    /// Whether Mamba2's convolution has a bias.
+    pub mamba_use_conv_bias: bool,
+    /// Ends between which Mamba2's step Δt is kept; the largest f64 stands for ∞, which JSON doesn't have.
+    pub mamba_time_step_limit: [f64; 2],
+    /// The least step Δt that Mamba2 starts with.
+    pub mamba_time_step_min: f64,
+    /// The largest step Δt that Mamba2 starts with.
+    pub mamba_time_step_max: f64,
+    /// What smaller first steps are raised to.
+    pub mamba_time_step_floor: f64,
 }
 
 impl Default for ModelConfig {
@@ -178,6 +189,7 @@ impl Default for ModelConfig {
             rope_scaling: RopeScaling::default(),
             full_attention_interval: 4,
             layer_types: vec![],
+            layer_pattern: vec![],
             sliding_window: 4096,
             linear_conv_kernel_dim: 4,
             linear_key_head_dim: 128,
@@ -209,6 +221,21 @@ impl Default for ModelConfig {
             linear_erase: true,
             linear_allow_neg_eigval: false,
             linear_norm_eps: 0.0,
+            linear_short_conv: true,
+            linear_output_gate: true,
+            linear_output_norm: true,
+            linear_qk_norm: LinearQkNorm::L2,
+            linear_qk_activation: LinearActivation::Silu,
+            mamba_num_heads: 64,
+            mamba_head_dim: 64,
+            mamba_state_size: 128,
+            mamba_n_groups: 1,
+            mamba_conv_kernel: 4,
+            mamba_use_conv_bias: true,
+            mamba_time_step_limit: [0.0, f64::MAX],
+            mamba_time_step_min: 1e-3,
+            mamba_time_step_max: 1e-1,
+            mamba_time_step_floor: 1e-4,
         }
     }
 }
@@ -218,6 +245,7 @@ impl ModelConfig {
     pub fn layer_type(&self, i: usize) -> LayerType {
         match self.layer_types.get(i) {
             Some(t) => *t,
+            None if !self.layer_pattern.is_empty() => self.layer_pattern[i % self.layer_pattern.len()],
             None if (i + 1).is_multiple_of(self.full_attention_interval.max(1)) => LayerType::FullAttention,
             None => LayerType::LinearAttention,
         }
@@ -228,18 +256,25 @@ impl ModelConfig {
         self.num_experts > 0 && !self.mlp_only_layers.contains(&i) && (i + 1).is_multiple_of(self.decoder_sparse_step.max(1))
     }
 
+    /// Whether layer `i` has a feed-forward, dense or of experts.
+    pub fn has_feed_forward(&self, i: usize) -> bool {
+        self.is_sparse(i) || self.intermediate_size > 0
+    }
+
     /// Whether the norms of layer `i` stand behind attention and feed-forward, and none before them.
     pub(crate) fn is_post_norm(&self, i: usize) -> bool {
         self.post_norm.contains(&self.layer_type(i))
     }
 
-    /// What the norms of layer `i` are called, without `_layernorm.weight`: of attention, then of the feed-forward, the one before it and the one behind.
+    /// What the norms of layer `i` are called, without `_layernorm.weight`: of attention, then of the feed-forward (none without one), the one before it and
+    /// the one behind.
     pub(crate) fn norm_names(&self, i: usize) -> [[Option<&'static str>; 2]; 2] {
-        match (self.sandwich_norm, self.is_post_norm(i)) {
+        let [attention, feed_forward] = match (self.sandwich_norm, self.is_post_norm(i)) {
             (true, _) => [[Some("input"), Some("post_attention")], [Some("pre_feedforward"), Some("post_feedforward")]],
             (_, true) => [[None, Some("post_attention")], [None, Some("post_feedforward")]],
             _ => [[Some("input"), None], [Some("post_attention"), None]],
-        }
+        };
+        [attention, if self.has_feed_forward(i) { feed_forward } else { [None, None] }]
     }
 
     /// ε of the delta rule's output norm.

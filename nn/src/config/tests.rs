@@ -75,13 +75,21 @@ fn mistakes_are_named() {
     assert!(err(json!({"qk_norm": "tail"})).contains("tail"));
     assert!(err(json!({"post_norm": ["tail"]})).contains("tail"));
     assert!(err(json!([1])).contains("object"));
-    for key in ["hidden_size", "decoder_sparse_step", "moe_intermediate_size", "linear_key_head_dim"] {
+    for key in [
+        "hidden_size",
+        "decoder_sparse_step",
+        "moe_intermediate_size",
+        "linear_key_head_dim",
+        "mamba_num_heads",
+        "mamba_state_size",
+        "mamba_n_groups",
+    ] {
         assert!(err(json!({ key: 0 })).contains(key));
     }
     for key in ["vocab_size", "num_experts", "intermediate_size", "shared_expert_intermediate_size", "num_hidden_layers"] {
         assert!(err(json!({ key: 1u64 << 40 })).contains(key));
     }
-    assert!(err(json!({"num_experts": 0, "intermediate_size": 0})).contains("layer 0 is dense"));
+    assert!(err(json!({"mlp_only_layers": [1], "intermediate_size": 0})).contains("layer 1 is dense"));
     assert!(err(json!({"num_hidden_layers": 4, "mlp_only_layers": [4]})).contains("names layer 4"));
     let window =
         json!({"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 65, "max_position_embeddings": 64});
@@ -96,6 +104,73 @@ fn mistakes_are_named() {
     let e = err(json!({"model_type": "llama", "mlp_bias": false}));
     assert!(e.contains("\"llama\" is not supported") && e.contains("qwen3_next, qwen3, qwen3_moe, qwen3_5") && e.contains("tidegate"), "{e}");
     assert!(err(json!({"model_type": 3})).contains("must be a string"));
+}
+
+#[test]
+fn impossible_recurrences_are_named() {
+    let says = |v: Value, words: &[&str]| {
+        let e = ModelConfig::from_json(v).unwrap_err().to_string();
+        assert!(words.iter().all(|w| e.contains(w)), "{e}");
+    };
+    says(
+        json!({"linear_num_value_heads": 6, "linear_num_key_heads": 4}),
+        &["`linear_num_value_heads` = 6", "a multiple of `linear_num_key_heads` = 4"],
+    );
+    says(json!({"mamba_num_heads": 6, "mamba_n_groups": 4}), &["`mamba_num_heads` = 6", "a multiple of `mamba_n_groups` = 4"]);
+    says(
+        json!({"layer_pattern": ["mamba2"], "layer_types": ["mamba2"], "num_hidden_layers": 1}),
+        &["`layer_types` and `layer_pattern`", "leave one"],
+    );
+    says(json!({"layer_pattern": ["mamba2", "delta_net"], "num_hidden_layers": 1}), &["2 entries", "`num_hidden_layers` = 1"]);
+    says(json!({"layer_pattern": ["mamba3"]}), &["mamba3"]);
+    says(json!({"linear_qk_norm": "l3"}), &["l3"]);
+    says(json!({"linear_qk_activation": "gelu"}), &["gelu"]);
+    says(json!({"mamba_time_step_limit": [0.5, 0.1]}), &["`mamba_time_step_limit` = [0.5, 0.1]", "rise"]);
+    says(json!({"mamba_time_step_limit": [-0.5, 0.1]}), &["`mamba_time_step_limit`"]);
+    says(json!({"mamba_time_step_min": 0.2}), &["`mamba_time_step_min` = 0.2", "at most the second"]);
+    says(json!({"mamba_time_step_floor": 0.0}), &["`mamba_time_step_floor` = 0", "positive"]);
+    says(json!({"linear_allow_neg_eigval": true, "linear_erase": false}), &["erases"]);
+    says(json!({"linear_allow_neg_eigval": true, "linear_erase": false, "layer_pattern": ["delta_net", "linear_attention"]}), &["erases"]);
+    ModelConfig::from_json(json!({"linear_allow_neg_eigval": true, "linear_erase": false, "layer_pattern": ["delta_net"]})).unwrap();
+    // a pattern is repeated, and spelled out in files
+    let c = ModelConfig::from_json(json!({"layer_pattern": ["mamba2", "gated_delta_net", "sliding_attention"], "num_hidden_layers": 5})).unwrap();
+    use LayerType::{LinearAttention, Mamba2, SlidingAttention};
+    let all = [Mamba2, LinearAttention, SlidingAttention, Mamba2, LinearAttention];
+    assert_eq!((0..5).map(|i| c.layer_type(i)).collect::<Vec<_>>(), all);
+    let back = ModelConfig::from_json(c.to_json().unwrap()).unwrap();
+    assert_eq!((back.layer_types, back.layer_pattern), (all.to_vec(), vec![]));
+}
+
+#[test]
+fn mamba2_reads_as_ours() {
+    // Mamba2Config(num_hidden_layers=2).to_json_string(use_diff=False) of transformers 5.23.0, and keys of a published file
+    let file = json!({
+        "architectures": ["Mamba2ForCausalLM"], "bos_token_id": 0, "chunk_size": 256, "conv_kernel": 4, "dtype": "float32", "eos_token_id": 2, "expand": 2,
+        "head_dim": 64, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.1, "layer_norm_epsilon": 1e-05, "model_type": "mamba2",
+        "n_groups": 8, "num_heads": 128, "num_hidden_layers": 2, "pad_token_id": 1, "rescale_prenorm_residual": false, "residual_in_fp32": true,
+        "state_size": 128, "tie_word_embeddings": false, "time_step_floor": 0.0001, "time_step_limit": [0.0, {"__float__": "Infinity"}],
+        "time_step_max": 0.1, "time_step_min": 0.001, "time_step_rank": 256, "transformers_version": "5.23.0", "use_bias": false, "use_cache": true,
+        "use_conv_bias": true, "vocab_size": 32768, "rms_norm": true, "norm_before_gate": true
+    });
+    let c = ModelConfig::from_json(file.clone()).unwrap();
+    assert_eq!((c.model_type, c.mamba_num_heads, c.mamba_n_groups, c.rms_norm_eps), (ModelType::Mamba2, 128, 8, 1e-5));
+    assert_eq!((c.layer_type(1), c.has_feed_forward(0), c.mamba_time_step_limit[1]), (LayerType::Mamba2, false, f64::MAX));
+    // what the file doesn't say is what transformers fills in
+    assert_eq!(ModelConfig::from_json(json!({"model_type": "mamba2", "num_hidden_layers": 2})).unwrap(), c);
+    assert_eq!(ModelConfig::from_json(c.to_json().unwrap()).unwrap(), c);
+    // in our own keys
+    assert_eq!(ModelConfig::from_json(serde_json::to_value(&c).unwrap()).unwrap(), c);
+    let with = |key: &str, x: Value| {
+        let mut v = file.clone();
+        v[key] = x;
+        ModelConfig::from_json(v).unwrap_err().to_string()
+    };
+    assert!(with("use_bias", json!(true)).contains("`use_bias` = true is not supported"));
+    assert!(with("expand", json!(3)).contains("`hidden_size` x `expand` = 12288 must be `num_heads` x `head_dim` = 8192"));
+    assert!(with("n_groups", json!(3)).contains("`mamba_n_groups` = 3"));
+    assert!(with("hidden_act", json!("relu")).contains("hidden_act"));
+    assert!(with("num_experts", json!(4)).contains("nothing that a model of type mamba2 can have"));
+    assert!(with("time_step_limit", json!([0.0, "x"])).contains("x"));
 }
 
 #[test]
@@ -125,6 +200,14 @@ fn only_a_qwen3_next_is_called_one() {
         (ModelConfig { post_norm: vec![LayerType::FullAttention], ..c.clone() }, "(`post_norm`, layer 3)"),
         (ModelConfig { qk_norm: QkNorm::Projection, ..c.clone() }, "`qk_norm` other than head"),
         (ModelConfig { linear_norm_eps: 1e-5, ..c.clone() }, "a `linear_norm_eps` that"),
+        (ModelConfig { layer_types: vec![LayerType::DeltaNet; 4], ..c.clone() }, "delta_net (layer 0)"),
+        (ModelConfig { layer_types: vec![LayerType::Mamba2; 4], ..c.clone() }, "mamba2 (layer 0)"),
+        (ModelConfig { num_experts: 0, intermediate_size: 0, ..c.clone() }, "without a feed-forward (layer 0)"),
+        (ModelConfig { linear_short_conv: false, ..c.clone() }, "`linear_short_conv` = false"),
+        (ModelConfig { linear_output_gate: false, ..c.clone() }, "`linear_output_gate` = false"),
+        (ModelConfig { linear_output_norm: false, ..c.clone() }, "`linear_output_norm` = false"),
+        (ModelConfig { linear_qk_norm: LinearQkNorm::L1, ..c.clone() }, "`linear_qk_norm`"),
+        (ModelConfig { linear_qk_activation: LinearActivation::Relu, ..c.clone() }, "`linear_qk_activation`"),
     ] {
         let json = beyond.to_json().unwrap();
         assert_eq!((&json["model_type"], &json["architectures"]), (&json!("tidegate"), &json!(["TidegateForCausalLM"])), "{says}");
@@ -273,4 +356,18 @@ fn operations_are_those_counted_by_hand() {
     let recurrence = 18.0 * (2 * 4 * 3) as f64;
     let want = 6.0 * (n - 80) as f64 + recurrence + 12.0 * 8.0 * (15.0 / 5.0 + 9.0 / 5.0);
     assert!((c.flops_per_token(5) - want).abs() < 1e-9, "{} against {want}", c.flops_per_token(5));
+    // Mamba2: in_proj 8·(2·6 + 2·5 + 2), convolution 16·4 and its bias, dt_bias, A_log and D 3·2, norm 6, out 6·8; no feed-forward, one norm a layer
+    let mamba = ModelConfig {
+        layer_types: vec![],
+        layer_pattern: vec![LayerType::Mamba2],
+        mamba_num_heads: 2,
+        mamba_head_dim: 3,
+        mamba_state_size: 5,
+        intermediate_size: 0,
+        ..c
+    };
+    let n = 2 * 80 + 8 + 3 * (8 * 24 + 64 + 16 + 6 + 6 + 48 + 8);
+    assert_eq!(mamba.parameters(), (n, n));
+    let want = 6.0 * (n - 80) as f64 + 3.0 * 12.0 * (2 * 5 * 3) as f64;
+    assert!((mamba.flops_per_token(5) - want).abs() < 1e-9, "{} against {want}", mamba.flops_per_token(5));
 }

@@ -24,6 +24,11 @@ impl ModelConfig {
             ("linear_key_head_dim", self.linear_key_head_dim),
             ("linear_value_head_dim", self.linear_value_head_dim),
             ("linear_conv_kernel_dim", self.linear_conv_kernel_dim),
+            ("mamba_num_heads", self.mamba_num_heads),
+            ("mamba_head_dim", self.mamba_head_dim),
+            ("mamba_state_size", self.mamba_state_size),
+            ("mamba_n_groups", self.mamba_n_groups),
+            ("mamba_conv_kernel", self.mamba_conv_kernel),
             ("sliding_window", self.sliding_window),
             ("decoder_sparse_step", self.decoder_sparse_step),
         ] {
@@ -46,8 +51,11 @@ impl ModelConfig {
             return fail(format!("`num_hidden_layers` must be at most {DEEPEST}, found {deep}, and `mlp_only_layers` can name so many, not {named}"));
         }
         let (sparse, dense): (Vec<usize>, Vec<usize>) = (0..self.num_hidden_layers).partition(|i| self.is_sparse(*i));
-        if !dense.is_empty() && self.intermediate_size == 0 {
-            return fail(format!("layer {} is dense and needs `intermediate_size` of at least 1", dense[0]));
+        if !dense.is_empty() && !sparse.is_empty() && self.intermediate_size == 0 {
+            return fail(format!(
+                "layer {} is dense and needs `intermediate_size` of at least 1; only a model without any experts can do without feed-forwards",
+                dense[0]
+            ));
         }
         if !sparse.is_empty() && self.moe_intermediate_size == 0 {
             return fail(format!("layer {} has experts and needs `moe_intermediate_size` of at least 1", sparse[0]));
@@ -59,21 +67,13 @@ impl ModelConfig {
                 self.num_hidden_layers - 1
             ));
         }
-        if self.linear_allow_neg_eigval && !self.linear_erase {
-            return fail("`linear_allow_neg_eigval` is of a rule that erases; with `linear_erase` = false there is no such thing".into());
-        }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return fail(format!(
                 "`num_attention_heads` = {} must be a multiple of `num_key_value_heads` = {}",
                 self.num_attention_heads, self.num_key_value_heads
             ));
         }
-        if !self.linear_num_value_heads.is_multiple_of(self.linear_num_key_heads) {
-            return fail(format!(
-                "`linear_num_value_heads` = {} must be a multiple of `linear_num_key_heads` = {}",
-                self.linear_num_value_heads, self.linear_num_key_heads
-            ));
-        }
+        self.validate_recurrence()?;
         if !(0.0..=1.0).contains(&self.partial_rotary_factor) || !self.rotary_dim().is_multiple_of(2) {
             return fail(format!(
                 "`partial_rotary_factor` = {} of `head_dim` = {} must give an even number of rotated dimensions",
@@ -90,6 +90,12 @@ impl ModelConfig {
                  full_attention, which it would be",
                 self.sliding_window, self.max_position_embeddings
             ));
+        }
+        if !self.layer_types.is_empty() && !self.layer_pattern.is_empty() {
+            return fail("`layer_types` and `layer_pattern` both say what the layers are; leave one of them empty".into());
+        }
+        if self.layer_pattern.len() > self.num_hidden_layers {
+            return fail(format!("`layer_pattern` has {} entries for `num_hidden_layers` = {}", self.layer_pattern.len(), self.num_hidden_layers));
         }
         if self.layer_types.is_empty() && self.full_attention_interval == 0 {
             return fail("`full_attention_interval` must be at least 1".into());

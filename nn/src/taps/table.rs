@@ -1,6 +1,6 @@
 //! All taps: what they are called, what they are, and which of them can be replaced.
 
-use crate::config::{GatePosition, LayerType, ModelConfig};
+use crate::config::{GatePosition, ModelConfig};
 
 /// What can be done with a tap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +22,7 @@ pub enum Part {
     Block,
     /// In the attention of blocks with full or sliding attention.
     Softmax,
-    /// In the attention of blocks with the gated delta rule.
+    /// In the mixer of blocks that carry a state: the delta rule's, and Mamba2.
     Linear,
     /// In dense feed-forwards.
     Dense,
@@ -37,8 +37,8 @@ pub struct Tap {
     pub name: &'static str,
     /// Where it is.
     pub part: Part,
-    /// Its shape: B rows, T tokens, M hidden size, H query heads, Hkv key/value heads, D their width, Hk key heads and Hv value heads of the delta rule, Dk and
-    /// Dv their widths, R = Hv/Hk, E experts, K of them for a token, N = B·T tokens, S sequences (B, or the packed documents), P keys (T, and those in the
+    /// Its shape: B rows, T tokens, M hidden size, H query heads, Hkv key/value heads, D their width, Hk key heads and Hv value heads of the delta rule (Mamba2's
+    /// groups and heads), Dk and Dv their widths (Mamba2's state size and head dimension), R = Hv/Hk, E experts, K of them for a token, N = B·T tokens, S sequences (B, or the packed documents), P keys (T, and those in the
     /// cache), V vocabulary, I the inner width of a dense feed-forward, Is that of
     /// the shared expert, C chunks of 64 tokens, the last perhaps shorter.
     pub shape: &'static str,
@@ -171,13 +171,45 @@ pub const TAPS: &[Tap] = &[
         Shown("hook_dense_gate_logits"),
         "the same after its activation",
     ),
-    tap(Linear, "attn.hook_q_pre_conv", "[B, T, Hk, Dk]", "compute", "linear", Replaceable, "queries as projected, before the convolution"),
-    tap(Linear, "attn.hook_k_pre_conv", "[B, T, Hk, Dk]", "compute", "linear", Replaceable, "keys as projected, before the convolution"),
-    tap(Linear, "attn.hook_v_pre_conv", "[B, T, Hk, R·Dv]", "compute", "linear", Replaceable, "values as projected, before the convolution"),
-    tap(Linear, "attn.hook_q", "[B, T, Hk, Dk]", "compute", "short_conv", Replaceable, "queries after convolution and SiLU, before their L2 norm"),
-    tap(Linear, "attn.hook_k", "[B, T, Hk, Dk]", "compute", "short_conv", Replaceable, "keys after convolution and SiLU, before their L2 norm"),
-    tap(Linear, "attn.hook_v", "[B, T, Hv, Dv]", "compute", "short_conv", Replaceable, "values after convolution and SiLU"),
-    tap(Linear, "attn.hook_beta", "[B, T, Hv]", "f32", "sigmoid", Replaceable, "write strength β"),
+    tap(
+        Linear,
+        "attn.hook_q_pre_conv",
+        "[B, T, Hk, Dk]",
+        "compute",
+        "linear",
+        Replaceable,
+        "queries as projected, before the convolution; Mamba2: C",
+    ),
+    tap(Linear, "attn.hook_k_pre_conv", "[B, T, Hk, Dk]", "compute", "linear", Replaceable, "keys as projected, before the convolution; Mamba2: B"),
+    tap(
+        Linear,
+        "attn.hook_v_pre_conv",
+        "[B, T, Hk, R·Dv]",
+        "compute",
+        "linear",
+        Replaceable,
+        "values as projected, before the convolution; Mamba2: x",
+    ),
+    tap(
+        Linear,
+        "attn.hook_q",
+        "[B, T, Hk, Dk]",
+        "compute",
+        "short_conv",
+        Replaceable,
+        "queries after convolution and SiLU, before their L2 norm; Mamba2: C, which has no norm",
+    ),
+    tap(
+        Linear,
+        "attn.hook_k",
+        "[B, T, Hk, Dk]",
+        "compute",
+        "short_conv",
+        Replaceable,
+        "keys after convolution and SiLU, before their L2 norm; Mamba2: B, likewise",
+    ),
+    tap(Linear, "attn.hook_v", "[B, T, Hv, Dv]", "compute", "short_conv", Replaceable, "values after convolution and SiLU; Mamba2: x"),
+    tap(Linear, "attn.hook_beta", "[B, T, Hv]", "f32", "sigmoid or softplus", Replaceable, "write strength β; Mamba2: the step Δt"),
     tap(Linear, "attn.hook_log_decay", "[B, T, Hv]", "f32", "softplus", Replaceable, "logarithm of the decay α, at most 0"),
     tap(
         Linear,
@@ -197,7 +229,15 @@ pub const TAPS: &[Tap] = &[
         OnRequest("hook_state, hook_k, hook_v, hook_beta or hook_log_decay"),
         "the state after each 64 tokens of a row, of the document that the last of them is in",
     ),
-    tap(Linear, "attn.hook_recurrence_out", "[B, T, Hv, Dv]", "compute", "delta_rule", Replaceable, "what is read from the state, o"),
+    tap(
+        Linear,
+        "attn.hook_recurrence_out",
+        "[B, T, Hv, Dv]",
+        "compute",
+        "delta_rule",
+        Replaceable,
+        "what is read from the state, o; Mamba2: without D x",
+    ),
     tap(
         Linear,
         "attn.hook_state",
@@ -222,9 +262,9 @@ pub const TAPS: &[Tap] = &[
         "attn.hook_z",
         "[B, T, Hv, Dv]",
         "compute",
-        "rms_norm_gated",
+        "rms_norm_gated or other",
         Replaceable,
-        "o, normalised and gated, which the output projection reads",
+        "o, normalised and gated (Mamba2: with D x, gated and normalised), which the output projection reads",
     ),
     tap(
         Block,
@@ -280,6 +320,9 @@ pub const TAPS: &[Tap] = &[
     ),
 ];
 
+/// Taps around a feed-forward of whichever kind.
+const OF_FEED_FORWARDS: [&str; 4] = ["hook_resid_mid", "ln2.hook_out", "mlp.hook_out", "hook_mlp_out"];
+
 impl Tap {
     /// The first tap of a name, with or without `blocks.{i}.` in front; of names that mean two things, what can be done with both is the same.
     pub(crate) fn named(name: &str) -> Option<&'static Tap> {
@@ -296,17 +339,22 @@ impl Tap {
     }
 
     fn is_in(&self, c: &ModelConfig, layer: usize) -> bool {
-        let linear = c.layer_type(layer) == LayerType::LinearAttention;
+        let recurrence = c.recurrence(layer);
         match self.part {
             Model => false,
+            Block if !c.has_feed_forward(layer) && OF_FEED_FORWARDS.contains(&self.name) => false,
             Block => match self.name {
                 "ln1.hook_out" | "ln2.hook_out" => c.norm_names(layer)[0][0].is_some(),
                 "attn.hook_out" | "mlp.hook_out" => c.norm_names(layer)[0][1].is_some(),
                 _ => true,
             },
-            Linear => linear && (self.name != "attn.hook_log_decay" || c.linear_decay),
-            Softmax => !linear && self.gate().is_none_or(|at| c.gate(at).is_some()),
-            Dense => !c.is_sparse(layer),
+            Linear => recurrence.is_some_and(|r| match self.name {
+                "attn.hook_log_decay" => r.decays,
+                "attn.hook_gate_logits" | "attn.hook_gate" => c.linear_output_gate || !c.layer_type(layer).is_delta(),
+                _ => true,
+            }),
+            Softmax => recurrence.is_none() && self.gate().is_none_or(|at| c.gate(at).is_some()),
+            Dense => c.has_feed_forward(layer) && !c.is_sparse(layer),
             Experts => c.is_sparse(layer) && (!self.name.starts_with("mlp.hook_shared") || c.shared_expert_intermediate_size > 0),
         }
     }

@@ -34,7 +34,8 @@ fn heads(kind: &str, shape: &[usize], c: &ModelConfig) -> (Option<usize>, usize)
     let own = match kind {
         "attention" | "query" => c.num_attention_heads,
         "value" | "key" => c.num_key_value_heads,
-        "beta" => c.linear_num_value_heads,
+        // of whichever mixer, one for each head
+        "beta" => last,
         _ => 0,
     };
     match shape.len() {

@@ -14,7 +14,7 @@ use crate::data::Corpus;
 use crate::text::Codec;
 use crate::{Error, Result};
 use engine::Tensor;
-use nn::{Decoder, LayerType, Observer};
+use nn::{Decoder, Observer};
 use std::ops::Range;
 
 /// Tokens of a batch.
@@ -157,7 +157,7 @@ pub fn measure(model: &Decoder, corpus: &Corpus, range: Range<usize>, options: &
         format: FORMAT,
         parameters: parameters as u64,
         active_parameters: active as u64,
-        layers: (0..c.num_hidden_layers).map(|i| LayerInfo { layer: i, mixer: mixer(c.layer_type(i)).into(), experts: c.is_sparse(i) }).collect(),
+        layers: (0..c.num_hidden_layers).map(|i| LayerInfo { layer: i, mixer: c.layer_type(i).name().into(), experts: c.is_sparse(i) }).collect(),
         data: DataInfo { path: corpus.path().display().to_string(), tokens: scored as u64, bytes, seq_len: time, windows: count },
         loss,
         bits_per_byte: bytes.map(|b| nats / std::f64::consts::LN_2 / b as f64),
@@ -187,14 +187,6 @@ pub fn measure(model: &Decoder, corpus: &Corpus, range: Range<usize>, options: &
         m.trace = Some(trace(&pass, first, there, options, codec)?);
     }
     Ok(m)
-}
-
-fn mixer(kind: LayerType) -> &'static str {
-    match kind {
-        LayerType::FullAttention => "full_attention",
-        LayerType::SlidingAttention => "sliding_attention",
-        LayerType::LinearAttention => "linear_attention",
-    }
 }
 
 /// A token as a person reads it: bytes that are no printable ASCII as escapes.

@@ -1,7 +1,7 @@
 //! The observer that hands a model's tensors to the measures that read them.
 
 use engine::{DType, Result, Tensor};
-use nn::{LayerType, ModelConfig, Observer};
+use nn::{ModelConfig, Observer};
 
 /// Where a tensor was seen.
 pub(super) struct At<'a> {
@@ -35,7 +35,7 @@ impl Watch<'_> {
 }
 
 pub(super) fn is_softmax(config: &ModelConfig, layer: usize) -> bool {
-    config.layer_type(layer) != LayerType::LinearAttention
+    config.layer_type(layer).is_softmax()
 }
 
 impl Observer for Watch<'_> {

@@ -14,8 +14,8 @@ mod stream;
 mod tests;
 
 pub use draw::Draw;
-pub(crate) use score::answers;
 pub use score::Answer;
+pub(crate) use score::answers;
 pub use settings::{Filler, Induction, Mix, Mqar, Needle, SelectiveCopy, Settings};
 pub use stream::Source;
 
