@@ -242,9 +242,7 @@ fn go(plan: &Plan, corpus: &Corpus, place: &nn::Placement, replays: bool) -> Res
     let (path, held_out) = (corpus.path().display(), corpus.split(config.data.held_out).1.len());
     let held_out = if held_out > 0 { format!("the last {held_out} held out") } else { "nothing held out".into() };
     say(&format!("data {path}: {n} {unit}, {held_out}; run folder {dir}"));
-    if let Some(note) = composed::note(config, place)? {
-        say(&note);
-    }
+    composed::note(config, place)?.into_iter().chain(composed::idle_window(config)).for_each(|note| say(&note));
     for c in &plan.changes {
         let order = if ORDER.contains(&c.key.as_str()) { " (from here on the text comes in another order)" } else { "" };
         say(&format!("changed  {c}{order}"));
