@@ -4,14 +4,16 @@ use crate::tensor_file::{Entry, TensorFile, fill, write_with};
 use crate::{Caches, Decoder, Error, Result};
 use engine::{DType, Tensor, no_grad};
 use safetensors::tensor::{Dtype, TensorView};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 /// The version of the format that is written, and the only one that is read.
-const FORMAT: &str = "1";
-/// Keys of the metadata: format, the model's configuration, digests of its weights and of the file's own numbers.
-const KEYS: [&str; 4] = ["tidegate.state", "tidegate.config", "tidegate.weights", "tidegate.numbers"];
+const FORMAT: u64 = 1;
+/// Numbers that a digest looks at together; even.
+const PIECE: usize = 1 << 20;
+/// The one key of the metadata, whose order the format leaves open: the same state is the same bytes.
+const KEY: &str = "tidegate.state";
 
 /// What a model read, one sequence: it goes on from there as if it had read the text itself, bit for bit on the same machine.
 pub struct State {
@@ -33,7 +35,8 @@ impl State {
     /// | `layers.I.keys`, `layers.I.values` `[1, n, Hkv, D]` | softmax attention, in the dtype that is computed in; of sliding attention the last `sliding_window − 1` tokens |
     /// | `layers.I.conv_q`, `conv_k`, `conv_v` `[1, K − 1, C]`, `layers.I.state` `[1, Hv, Dk, Dv]`, f32 | the delta rule |
     ///
-    /// The metadata holds the format's version, the model's `config.json`, and two digests (64-bit FNV-1a over words): of all the model's weights, and of the tensors here.
+    /// The metadata holds, as JSON under one key, the format's version, the model's `config.json`, and two digests (64-bit FNV-1a over words): of all the model's
+    /// weights, and of the tensors here.
     ///
     /// # Errors
     ///
@@ -52,8 +55,9 @@ impl State {
             ("logits".to_string(), Tensor::from_vec(&self.logits, &[self.logits.len()])?),
         ];
         tensors.extend(self.caches.named()?);
-        let values = [FORMAT.into(), model.config().to_json()?.to_string(), weights(model)?, digest(tensors.iter().map(|(n, t)| (n.as_str(), t)))?];
-        let meta: HashMap<String, String> = KEYS.map(String::from).into_iter().zip(values).collect();
+        let numbers = digest(tensors.iter().map(|(n, t)| (n.as_str(), t)))?;
+        let said = json!({ "format": FORMAT, "config": model.config().to_json()?, "weights": weights(model)?, "numbers": numbers });
+        let meta = HashMap::from([(KEY.into(), said.to_string())]);
         let entries: Vec<_> = tensors.into_iter().map(|(name, t)| (name, Entry::made(t.clone(), Some(t.dtype())))).collect();
         let staged = staged(path)?;
         let written = write_with(&staged, &entries, &|_| (), meta).and_then(|()| std::fs::rename(&staged, path).map_err(Error::io(path)));
@@ -74,16 +78,17 @@ impl State {
     pub fn load(path: &Path, model: &Decoder) -> Result<State> {
         let wrong = |m: String| Error::checkpoint(path, m);
         let file = TensorFile::open(path)?;
-        let said = |i: usize| file.metadata().get(KEYS[i]).map(String::as_str);
-        match said(0) {
-            None => return Err(wrong("is no state of `generate --save-state`, although it is a safetensors file".into())),
-            Some(FORMAT) => {}
-            Some(other) => return Err(wrong(format!("is a state in format {other}, and format {FORMAT} can be read; write it anew"))),
+        let Some(said) = file.metadata().get(KEY) else {
+            return Err(wrong("is no state of `generate --save-state`, although it is a safetensors file".into()));
+        };
+        let said: Value = crate::json::parse(said.as_bytes()).map_err(|e| wrong(format!("its metadata is no JSON: {e}")))?;
+        if said["format"] != FORMAT {
+            return Err(wrong(format!("is a state in format {}, and format {FORMAT} can be read; write it anew", said["format"])));
         }
-        if let Some(m) = other_model(said(1).unwrap_or_default(), &model.config().to_json()?) {
+        if let Some(m) = other_model(&said["config"], &model.config().to_json()?) {
             return Err(wrong(format!("is of another model: {m}")));
         }
-        if said(2) != Some(&weights(model)?) {
+        if said["weights"] != weights(model)? {
             return Err(wrong("is of another model: the configuration is the same, the weights are not (another checkpoint of the run?)".into()));
         }
         let found = file.tensors(path)?;
@@ -108,7 +113,7 @@ impl State {
         if let Some(name) = found.keys().find(|name| all.iter().all(|(n, _)| n != *name)) {
             return Err(wrong(format!("`{name}` is nothing that this model remembers")));
         }
-        if said(3) != Some(&digest(all.iter().map(|(n, t)| (n.as_str(), t)))?) {
+        if said["numbers"] != digest(all.iter().map(|(n, t)| (n.as_str(), t)))? {
             return Err(wrong("is damaged: its numbers are not those that were written; write it anew".into()));
         }
         Ok(State { tokens, logits: logits.to_vec()?, caches })
@@ -124,10 +129,9 @@ fn staged(path: &Path) -> Result<PathBuf> {
 }
 
 /// What differs between the configuration that a state is of and the model's.
-fn other_model(theirs: &str, ours: &Value) -> Option<String> {
-    let Ok(theirs) = crate::json::parse::<Value>(theirs.as_bytes()) else { return Some("it does not say of which".into()) };
+fn other_model(theirs: &Value, ours: &Value) -> Option<String> {
     let keys = |v: &Value| v.as_object().map(|o| o.keys().cloned().collect::<Vec<_>>()).unwrap_or_default();
-    let mut all = [keys(&theirs), keys(ours)].concat();
+    let mut all = [keys(theirs), keys(ours)].concat();
     all.sort();
     all.dedup();
     let said = |v: &Value| if v.is_null() { "nothing".into() } else { v.to_string() };
@@ -180,16 +184,20 @@ fn digest<'a>(tensors: impl Iterator<Item = (&'a str, &'a Tensor)>) -> Result<St
     for (name, t) in tensors {
         name.bytes().for_each(|b| put(b.into()));
         t.shape().iter().for_each(|n| put(*n as u64));
-        let t = t.detach();
-        match t.dtype() {
-            DType::F64 => t.to_vec::<f64>()?.into_iter().for_each(|x| put(x.to_bits())),
-            d if d.is_float() => {
-                let all = t.to_vec::<f32>()?;
-                let (pairs, last) = all.as_chunks::<2>();
-                pairs.iter().for_each(|x| put(u64::from(x[0].to_bits()) << 32 | u64::from(x[1].to_bits())));
-                last.iter().for_each(|x| put(x.to_bits().into()));
+        let flat = t.detach().reshape(&[t.numel()])?;
+        // in pieces, so that no second copy of a large one is held
+        for from in (0..t.numel()).step_by(PIECE) {
+            let t = flat.narrow(0, from, PIECE.min(flat.numel() - from))?;
+            match t.dtype() {
+                DType::F64 => t.to_vec::<f64>()?.into_iter().for_each(|x| put(x.to_bits())),
+                d if d.is_float() => {
+                    let all = t.to_vec::<f32>()?;
+                    let (pairs, last) = all.as_chunks::<2>();
+                    pairs.iter().for_each(|x| put(u64::from(x[0].to_bits()) << 32 | u64::from(x[1].to_bits())));
+                    last.iter().for_each(|x| put(x.to_bits().into()));
+                }
+                _ => t.to_vec::<i64>()?.into_iter().for_each(|x| put(x as u64)),
             }
-            _ => t.to_vec::<i64>()?.into_iter().for_each(|x| put(x as u64)),
         }
     }
     Ok(format!("{h:016x}"))

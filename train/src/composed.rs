@@ -1,4 +1,4 @@
-//! What a run says at its start of gates and norms that are no part of the attention's kernel.
+//! What a run says at its start of its attention: of gates and norms that are no part of the kernel, and of windows that cut nothing off.
 
 use crate::Result;
 use crate::config::RunConfig;
@@ -18,6 +18,15 @@ fn sentence(names: &[&str], times: f64) -> String {
     let (are, them) = if names.len() == 1 { ("is", "it") } else { ("are", "them") };
     let names = names.join(" and ");
     format!("{names} {are} composed of elementwise operations: attention takes {times:.2} times as long as without {them}")
+}
+
+/// What is to be said of a sliding window that is as long as a training text; none otherwise.
+pub fn idle_window(config: &RunConfig) -> Option<String> {
+    let (c, t) = (&config.model, config.data.seq_len);
+    let slides = (0..c.num_hidden_layers).any(|i| c.layer_type(i) == nn::LayerType::SlidingAttention);
+    let window = c.sliding_window;
+    (slides && window >= t)
+        .then(|| format!("model.sliding_window = {window} cuts nothing off from texts of data.seq_len = {t} tokens: sliding attention is full here"))
 }
 
 #[cfg(test)]
@@ -40,5 +49,16 @@ mod tests {
             sentence(&["value_gate"], 1.0812),
             "value_gate is composed of elementwise operations: attention takes 1.08 times as long as without it"
         );
+    }
+
+    #[test]
+    fn a_window_as_long_as_the_text_is_said() {
+        let mut c = smoke();
+        c.model.sliding_window = 64;
+        assert_eq!(idle_window(&c), None);
+        c.model.layer_types = vec![nn::LayerType::SlidingAttention; c.model.num_hidden_layers];
+        assert!(idle_window(&c).unwrap().starts_with("model.sliding_window = 64 cuts nothing off from texts of data.seq_len = 64 tokens"));
+        c.model.sliding_window = 63;
+        assert_eq!(idle_window(&c), None);
     }
 }

@@ -7,7 +7,7 @@ use crate::trainer::Sampling;
 use crate::{Error, Result};
 use engine::{DType, Device, Tensor};
 pub use nn::Observer;
-use nn::{Caches, Generator, Sampler};
+use nn::{Caches, Generator, Sampler, State};
 use std::path::Path;
 
 /// What a forward pass gives.
@@ -76,17 +76,30 @@ impl Hybrid {
     }
     /// Continues prompts side by side, each with the text that it would get alone; `each` token is shown with the number of its prompt as it comes, and
     /// ends that text by saying false. `read` is told how many tokens of the prompts were read. Logits that are not numbers are an error.
-    pub fn write(
-        &self,
-        prompts: &[Vec<u32>],
-        how: &Sampling,
-        mut read: impl FnMut(usize),
-        each: impl FnMut(usize, u32) -> Result<bool>,
-    ) -> Result<()> {
-        let (mut contexts, mut logits, mut done) = (vec![], vec![], 0);
-        for prompt in prompts {
-            let mut context = Generator::new(&self.model);
-            let mut last = vec![];
+    pub fn write(&self, prompts: &[Vec<u32>], how: &Sampling, read: impl FnMut(usize), each: impl FnMut(usize, u32) -> Result<bool>) -> Result<()> {
+        let (contexts, logits) = self.read(prompts, None, read)?;
+        go_on(&mut Generator::on(&self.model, Caches::join(contexts)?), logits, how, each)
+    }
+    /// Reads prompts, each on top of what `from` remembers, if anything; an empty one adds nothing to that. What is remembered after each, and the logits after its
+    /// last token. `read` is told how many tokens of the prompts were read; a prompt that is the one before it is not read again.
+    pub fn read(&self, prompts: &[Vec<u32>], from: Option<&State>, mut read: impl FnMut(usize)) -> Result<(Vec<Caches>, Vec<Vec<f64>>)> {
+        let (mut contexts, mut logits, mut done): (Vec<Caches>, Vec<Vec<f64>>, usize) = (vec![], vec![], 0);
+        for (i, prompt) in prompts.iter().enumerate() {
+            if let (Some(context), Some(last)) = (contexts.last(), logits.last())
+                && prompts[i - 1] == *prompt
+            {
+                let again = (context.copy()?, last.clone());
+                contexts.push(again.0);
+                logits.push(again.1);
+                done += prompt.len();
+                read(done);
+                continue;
+            }
+            let mut context = match from {
+                Some(state) => Generator::on(&self.model, state.caches.copy()?),
+                None => Generator::new(&self.model),
+            };
+            let mut last = from.map_or(vec![], |state| state.logits.clone());
             for piece in prompt.chunks(nn::CHUNK) {
                 last = context.feed(piece)?;
                 done += piece.len();
@@ -95,7 +108,7 @@ impl Hybrid {
             logits.push(last);
             contexts.push(context.into_caches());
         }
-        go_on(&mut Generator::on(&self.model, Caches::join(contexts)?), logits, how, each)
+        Ok((contexts, logits))
     }
 }
 

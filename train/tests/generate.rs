@@ -63,6 +63,7 @@ fn texts_as_one_would_have_them() {
     assert_eq!(text(dir, &[&greedy[..], &["--prompt", prompts[0], "--stop", &stop]].concat(), ""), format!("{}{want}\n", prompts[0]));
 
     talks(dir);
+    states(dir);
 }
 
 /// Each turn is written on top of the turns before it.
@@ -107,4 +108,47 @@ fn what_is_no_prompt_is_said() {
         let said = String::from_utf8_lossy(&o.stderr);
         assert!(o.status.code() == Some(code) && said.contains(words) && !said.contains("panicked"), "{args:?}: {said}");
     }
+}
+
+/// What was read is kept, and gone on from as if it had been read now.
+fn states(dir: &Path) {
+    let prompt = "The whale, which was larger than any that had been seen";
+    let whole = text(dir, &["--prompt", prompt, "--seed", "3"], "");
+    assert_eq!(text(dir, &["--prompt", prompt, "--seed", "3", "--save-state", "s"], ""), whole);
+    let rest = &whole[prompt.len()..];
+    assert_eq!(text(dir, &["--load-state", "s", "--seed", "3"], ""), rest);
+    // read alone, from a file
+    std::fs::write(dir.join("prompt"), prompt).unwrap();
+    let o = run(dir, &["generate", "r", "--device", "cpu", "--prompt-file", "prompt", "--tokens", "0", "--save-state", "s2"], "");
+    assert!(o.status.success() && o.stdout == format!("{prompt}\n").into_bytes());
+    assert!(std::fs::read(dir.join("s2")).unwrap() == std::fs::read(dir.join("s")).unwrap());
+    // several texts from one, and one from several prompts on top of it
+    let rows = lines(&text(dir, &["--load-state", "s", "--samples", "3", "--seed", "3", "--json"], ""));
+    assert!(rows.len() == 3 && format!("{}\n", rows[0]["text"].as_str().unwrap()) == rest && rows[1]["text"] != rows[2]["text"], "{rows:?}");
+    for more in [" And", " But so"] {
+        let how = ["--temperature", "0", "--prompt"];
+        let want = text(dir, &[&how[..], &[&format!("{prompt}{more}")]].concat(), "");
+        assert_eq!(format!("{prompt}{}", text(dir, &[&["--load-state", "s"], &how[..], &[more]].concat(), "")), want);
+    }
+
+    // another model, which is meant for less than it reads
+    let train = ["train", "smoke", "--run-dir", "q", "--set", "train.steps=1", "--set", "model.max_position_embeddings=64", "--device", "cpu"];
+    assert!(run(dir, &train, "").status.success());
+    let fails = |args: &[&str], code: i32, words: &[&str]| {
+        let o = run(dir, &[&["generate"], args].concat(), "");
+        let said = String::from_utf8_lossy(&o.stderr).into_owned();
+        assert!(o.status.code() == Some(code) && words.iter().all(|w| said.contains(w)), "{args:?}: {said}");
+    };
+    fails(&["q", "--load-state", "s"], 1, &["s: is of another model", "`max_position_embeddings` is 32768 there and 64 here"]);
+    fails(&["r", "--load-state", "prompt"], 1, &["prompt", "safetensors"]);
+    fails(&["r", "--load-state", "nowhere"], 1, &["nowhere"]);
+    fails(&["r", "--save-state", "none/s"], 2, &["--save-state none/s", "does not exist"]);
+    fails(&["r", "--save-state", "."], 2, &["--save-state", "folder"]);
+    fails(&["r", "--save-state", "s", "--prompt", "A", "--prompt", "B"], 2, &["--save-state", "one prompt, found 2"]);
+    fails(&["r", "--save-state", "s", "--chat"], 2, &["--chat"]);
+    let long = run(dir, &["generate", "q", "--device", "cpu", "--prompt-file", "prompt", "--tokens", "10"], "");
+    let said = String::from_utf8_lossy(&long.stderr);
+    assert!(long.status.success() && said.contains("55 tokens to read and up to 10 to write are more than the 64"), "{said}");
+    let short = run(dir, &["generate", "q", "--device", "cpu", "--prompt-file", "prompt", "--tokens", "9"], "");
+    assert!(!String::from_utf8_lossy(&short.stderr).contains("more than"));
 }

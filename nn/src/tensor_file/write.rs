@@ -135,15 +135,14 @@ pub fn write(path: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
 
 /// The same of entries; `written` is told of each tensor's bytes.
 pub(crate) fn write_entries(path: &Path, entries: &[(String, Entry)], written: &dyn Fn(u64)) -> Result<()> {
-    write_with(path, entries, written, HashMap::new())
+    // the library that most people read these files with wants to be told whose they are
+    write_with(path, entries, written, HashMap::from([("format".to_string(), "pt".to_string())]))
 }
 
 /// The same with metadata.
-pub(crate) fn write_with(path: &Path, entries: &[(String, Entry)], written: &dyn Fn(u64), mut meta: HashMap<String, String>) -> Result<()> {
+pub(crate) fn write_with(path: &Path, entries: &[(String, Entry)], written: &dyn Fn(u64), meta: HashMap<String, String>) -> Result<()> {
     let state = State { failed: RefCell::new(None), written };
     let views = entries.iter().map(|(name, entry)| (name, Writing { name, entry, state: &state }));
-    // the library that most people read these files with wants to be told whose they are
-    meta.insert("format".into(), "pt".into());
     safetensors::serialize_to_file(views, Some(meta), path).map_err(|e| match e {
         SafeTensorError::IoError(source) => Error::io(path)(source),
         e => Error::checkpoint(path, e.to_string()),

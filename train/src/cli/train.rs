@@ -247,9 +247,7 @@ fn go(plan: &Plan, corpus: &Corpus, place: &nn::Placement, replays: bool) -> Res
     let mut data: Vec<String> = if corpus.is_empty() { vec![] } else { vec![format!("data {path}: {n} {unit}, {last}")] };
     data.extend((share > 0.0).then(|| format!("tasks in {:.0}% of the windows: {}", 100.0 * share, tasks.join(", "))));
     say(&format!("{}; run folder {dir}", data.join("; ")));
-    if let Some(note) = composed::note(config, place)? {
-        say(&note);
-    }
+    composed::note(config, place)?.into_iter().chain(composed::idle_window(config)).for_each(|note| say(&note));
     for c in &plan.changes {
         let order = if ORDER.contains(&c.key.as_str()) { " (from here on the text comes in another order)" } else { "" };
         say(&format!("changed  {c}{order}"));
