@@ -136,15 +136,17 @@ fn the_whole_family() {
 }
 
 #[test]
-fn head_dims_up_to_256() {
+fn head_dims_up_to_256_and_512() {
     let _alone = alone();
-    for (dk, dv) in [(60, 100), (128, 192), (192, 36), (256, 256)] {
+    for (dk, dv) in [(60, 100), (128, 192), (192, 36), (256, 256), (200, 400), (64, 512)] {
         case([1, 67, 1, 1, dk, dv], 0.1).agrees(&format!("Dk {dk}, Dv {dv}"), &BOTH);
     }
     let Some(device) = device() else { return };
-    let wide = case([1, 3, 1, 1, 257, 8], 0.1).x.map(|x| x.cast(DType::F32).unwrap().to_device(&device).unwrap());
-    let e = delta_rule(DeltaRule::gated_delta_net(), &wide[0], &wide[1], &wide[2], DeltaRuleInputs::default()).unwrap_err();
-    assert!(e.to_string().contains("at most 256"), "{e}");
+    for (dk, dv) in [(257, 8), (8, 513)] {
+        let wide = case([1, 3, 1, 1, dk, dv], 0.1).x.map(|x| x.cast(DType::F32).unwrap().to_device(&device).unwrap());
+        let e = delta_rule(DeltaRule::gated_delta_net(), &wide[0], &wide[1], &wide[2], DeltaRuleInputs::default()).unwrap_err();
+        assert!(e.to_string().contains("at most 256 for keys and 512 for values"), "{e}");
+    }
 }
 
 #[test]
@@ -225,7 +227,7 @@ fn pieces_cost_no_digits() {
 #[test]
 fn pieces_of_wide_heads() {
     let _alone = alone();
-    for (dk, dv, erase) in [(64, 64, true), (128, 100, true), (192, 72, true), (200, 8, false), (256, 130, true)] {
+    for (dk, dv, erase) in [(64, 64, true), (128, 100, true), (192, 72, true), (200, 8, false), (256, 130, true), (192, 384, true)] {
         let mut c = case([1, 4 * 64 + 1, 1, 1, dk, dv], 0.1);
         (c.op.erase, c.op.pieces) = (erase, Some(4));
         c.agrees(&format!("4 pieces, Dk {dk}, Dv {dv}"), &BOTH);
@@ -329,7 +331,7 @@ fn a_zero_key_has_a_gradient_through_its_norm() {
 fn one_token_and_none() {
     let _alone = alone();
     let Some(device) = device() else { return };
-    for (dk, dv, erase) in [(24, 40, true), (100, 33, false), (192, 8, true), (256, 64, true)] {
+    for (dk, dv, erase) in [(24, 40, true), (100, 33, false), (192, 8, true), (256, 64, true), (200, 400, true)] {
         let mut c = case([2, 1, 1, 2, dk, dv], 0.4);
         c.op.erase = erase;
         c.agrees(&format!("a step, Dk {dk}"), &BOTH);
