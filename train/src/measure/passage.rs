@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::Path;
 
 /// Points along the text, besides the needle's own.
 const POINTS: usize = 128;
@@ -72,6 +73,14 @@ struct Way {
     rank: Vec<f64>,
     kept: Vec<f64>,
     undecayed: Vec<f64>,
+}
+
+impl Passage {
+    /// Writes it as a whole: a reader finds the one before, or this.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string(self).map_err(|e| Error::Model(format!("{}: {e}", path.display())))?;
+        crate::checkpoint::write(path, format!("{text}\n").as_bytes())
+    }
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {

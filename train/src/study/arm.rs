@@ -1,5 +1,7 @@
 //! One arm: what its run folder says of it, and training what is left of it.
 
+use super::answers;
+use super::file::EvalFile;
 use super::plan::{Arm, Plan};
 use crate::checkpoint::{self, RunDir};
 use crate::data::Corpus;
@@ -54,8 +56,8 @@ pub struct Outcome {
 /// The part of a run at its end whose training losses are averaged for `train_loss`.
 const LAST: f64 = 0.1;
 
-/// What a run folder says of its arm.
-pub(super) fn outcome(run: &Path) -> Result<Outcome> {
+/// What a run folder says of its arm, which is done once it has answered what `eval` asks.
+pub(super) fn outcome(run: &Path, eval: Option<&EvalFile>) -> Result<Outcome> {
     let metrics = run.join("metrics.jsonl");
     let mut out = Outcome { state: State::Pending, step: 0, values: BTreeMap::new() };
     if !metrics.is_file() {
@@ -95,7 +97,11 @@ pub(super) fn outcome(run: &Path) -> Result<Outcome> {
         if let Ok(m) = Measures::read(&run.join(measure::FILE))
             && m.step == Some(out.step)
         {
-            out.state = State::Done;
+            let asked = eval.map(|e| answers::given(e, run, out.step));
+            if !matches!(asked, Some(None)) {
+                out.state = State::Done;
+            }
+            out.values.extend(asked.flatten().map(|r| r.scalars()).unwrap_or_default());
             // the loss over the held-out tokens that measures read is not that over all of them
             out.values.extend(
                 m.scalars()
@@ -146,7 +152,8 @@ pub(super) fn check(arm: &Arm, study: &Path) -> Result<()> {
 /// Trains and measures what is left of an arm. Numbers that stop being finite are an outcome, not an error.
 pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, place: &nn::Placement) -> Result<Outcome> {
     let folder = study.join(&arm.folder);
-    let before = outcome(&folder)?;
+    let eval = plan.file.eval.as_ref();
+    let before = outcome(&folder, eval)?;
     if matches!(before.state, State::Done | State::Diverged) {
         return Ok(before);
     }
@@ -173,17 +180,18 @@ pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, plac
     match trainer::train(&mut model, corpus, config, &run, from) {
         Err(Error::NonFinite(m)) => {
             say(&format!("{} diverged: {m}", plan.variant(arm).name));
-            return outcome(&folder);
+            return outcome(&folder, eval);
         }
         done => done?,
     };
-    let done = outcome(&folder)?;
-    match take_measures(plan, arm, &folder, corpus, &model, done.step) {
+    let done = outcome(&folder, eval)?;
+    let asked = eval.map_or(Ok(()), |e| answers::take(e, config, &folder, corpus, model.net().model(), done.step));
+    match asked.and_then(|()| take_measures(plan, arm, &folder, corpus, &model, done.step)) {
         Err(Error::NonFinite(m)) => {
             say(&format!("{} diverged: {m}", plan.variant(arm).name));
             Ok(Outcome { state: State::Diverged, ..done })
         }
-        done => done.and_then(|()| outcome(&folder)),
+        done => done.and_then(|()| outcome(&folder, eval)),
     }
 }
 

@@ -31,6 +31,9 @@ pub struct StudyFile {
     /// What is measured once an arm is trained.
     #[serde(default)]
     pub measure: Measure,
+    /// Generated tasks that an arm is asked once it is trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval: Option<EvalFile>,
     /// The columns of the table, by the names of measures.
     pub columns: Vec<Columns>,
     /// What the paper found, to stand beside.
@@ -84,6 +87,26 @@ impl Default for Measure {
     }
 }
 
+/// Generated tasks that an arm is asked once it is trained; their settings are those of the arm's `[tasks]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvalFile {
+    /// Their names, as `tidegate eval --task` has them.
+    pub tasks: Vec<String>,
+    /// Tokens of samples; none: as the settings say.
+    #[serde(default)]
+    pub lengths: Vec<usize>,
+    /// Depths of needles, evenly from 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depths: Option<usize>,
+    /// Samples of each length and depth.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub samples: Option<usize>,
+    /// Tokens of the text in which one needle is followed through all states; 0: none is.
+    #[serde(default)]
+    pub passage: usize,
+}
+
 /// A column of the table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -125,7 +148,7 @@ macro_rules! studies {
 
 /// The studies that come with the program.
 pub fn shipped() -> &'static [Shipped] {
-    studies!["gate-positions", "gate-scores", "learning-rate", "hybrid-ratio", "decay-and-erase"]
+    studies!["gate-positions", "gate-scores", "learning-rate", "hybrid-ratio", "decay-and-erase", "needle", "recall", "extrapolation", "ablation", "hybrid-order"]
 }
 
 impl StudyFile {
@@ -184,6 +207,9 @@ impl StudyFile {
             return Err(wrong(format!("column `{}`: `better` is \"lower\" or \"higher\", found {:?}", c.key, c.better)));
         }
         crate::measure::check_names(&file.measure.only).map_err(|e| wrong(e.to_string()))?;
+        if let Some(eval) = &file.eval {
+            super::answers::check(eval).map_err(|e| wrong(e.to_string()))?;
+        }
         if let Some(p) = &file.paper {
             for (name, row) in &p.rows {
                 if !file.variant.iter().any(|v| v.name == *name) {

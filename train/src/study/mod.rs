@@ -3,6 +3,7 @@
 //! A study is a TOML file ([`StudyFile`]; `docs/studies.md` is its manual). Its folder holds a run folder for each arm (a variant with a seed), `results.json`
 //! ([`Results`]) and `table.md`. Arms that are done are never trained again; one that was cut off goes on from its last checkpoint.
 
+mod answers;
 mod arm;
 mod file;
 mod plan;

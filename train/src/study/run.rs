@@ -80,7 +80,7 @@ pub fn run(plan: &Plan, whole: &Plan, path: &Path, place: impl Fn(&Arm) -> Resul
         Source::new(corpus, c)?;
     }
     for (i, arm) in plan.arms.iter().enumerate() {
-        let (v, before) = (plan.variant(arm), arm::outcome(&folder.path.join(&arm.folder))?);
+        let (v, before) = (plan.variant(arm), arm::outcome(&folder.path.join(&arm.folder), plan.file.eval.as_ref())?);
         let head = format!("arm {} of {}: {}, seed {}", i + 1, plan.arms.len(), v.name, arm.seed);
         match before.state {
             arm::State::Done => say(&format!("{head}: done before")),
@@ -99,6 +99,6 @@ pub fn run(plan: &Plan, whole: &Plan, path: &Path, place: impl Fn(&Arm) -> Resul
 
 /// What a study's folder holds.
 fn results(plan: &Plan, path: &Path) -> Result<Results> {
-    let all: Vec<(Arm, Outcome)> = plan.arms.iter().map(|a| Ok((a.clone(), arm::outcome(&path.join(&a.folder))?))).collect::<Result<_>>()?;
+    let all: Vec<(Arm, Outcome)> = plan.arms.iter().map(|a| Ok((a.clone(), arm::outcome(&path.join(&a.folder), plan.file.eval.as_ref())?))).collect::<Result<_>>()?;
     Ok(Results::new(plan, &all))
 }
