@@ -199,9 +199,8 @@ impl Settings {
 
     /// What is wrong with a run's section `tasks`, for a model with `vocab` tokens and windows of `seq_len`.
     pub fn validate(&self, vocab: usize, seq_len: usize) -> Result<()> {
-        let wrong = |key: &str, expected: &str, found: &dyn std::fmt::Display| {
-            Err(Error::Usage(format!("tasks.{key}: expected {expected}, found {found}")))
-        };
+        let wrong =
+            |key: &str, expected: &str, found: &dyn std::fmt::Display| Err(Error::Usage(format!("tasks.{key}: expected {expected}, found {found}")));
         if !(0.0..=1.0).contains(&self.share) {
             return wrong("share", "a part of all windows, from 0 to 1", &self.share);
         }
@@ -238,12 +237,7 @@ impl Settings {
             Task::Mqar => vec![("pairs", self.mqar.pairs.clone())],
             Task::Needle => {
                 let n = &self.needle;
-                vec![
-                    ("difficulty", n.difficulty.clone()),
-                    ("pattern", vec![n.pattern]),
-                    ("value", vec![n.value]),
-                    ("long_value", vec![n.long_value]),
-                ]
+                vec![("difficulty", n.difficulty.clone()), ("pattern", vec![n.pattern]), ("value", vec![n.value]), ("long_value", vec![n.long_value])]
             }
             Task::SelectiveCopy => vec![("tokens", vec![self.selective_copy.tokens])],
             _ => vec![],

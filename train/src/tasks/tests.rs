@@ -197,7 +197,12 @@ fn wrong_settings_say_what_is_right() {
         assert!(words.iter().all(|w| m.contains(w)), "{words:?}: {m}");
     }
     // what isn't drawn isn't looked at
-    let s = Settings { share: 1.0, mix: Mix { induction: 1.0, ..Mix::default() }, mqar: Mqar { pairs: vec![], ..Mqar::default() }, ..Settings::default() };
+    let s = Settings {
+        share: 1.0,
+        mix: Mix { induction: 1.0, ..Mix::default() },
+        mqar: Mqar { pairs: vec![], ..Mqar::default() },
+        ..Settings::default()
+    };
     assert!(s.validate(64, 256).is_ok());
     for (name, meant) in [("mqra", "mqar"), ("niah1", "niah-1"), ("selective_copy", "selective-copy")] {
         assert!(Task::by_name(name).unwrap_err().to_string().contains(&format!("did you mean `{meant}`")), "{name}");
