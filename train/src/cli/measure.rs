@@ -1,12 +1,12 @@
 //! `tidegate measure`: what a checkpoint's attention, gates, activations and states look like, in numbers.
 
 use super::device::PlaceArgs;
-use super::{codec_of, open, out, put, run_of, same_tokens};
+use super::{codec_of, open, out, place_for, put, run_of, same_tokens};
 use crate::data::Corpus;
 use crate::measure::{FILE, Options, check_names, measure};
 use crate::progress::say;
 use crate::{Error, Result, checkpoint};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Tokens in a window for a model that no run folder says the training length of.
 const SEQ_LEN: usize = 1024;
@@ -117,18 +117,6 @@ fn hint(e: Error, options: &Options, args: &Args) -> Error {
         }
         e => e,
     }
-}
-
-/// Refuses a place that can't be written to before anything is computed.
-fn place_for(to: &Path) -> Result<PathBuf> {
-    let folder = to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let why = match to.file_name() {
-        _ if to.is_dir() => "is a folder; name a file in it",
-        None => "names no file",
-        _ if !folder.is_dir() => "its folder does not exist",
-        _ => return Ok(to.to_path_buf()),
-    };
-    Err(Error::Usage(format!("--out {}: {why}", to.display())))
 }
 
 #[cfg(test)]

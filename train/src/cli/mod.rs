@@ -7,6 +7,7 @@ mod convert;
 mod device;
 mod doctor;
 mod dry_run;
+mod eval;
 mod generate;
 mod measure;
 mod meter;
@@ -16,14 +17,12 @@ mod tokenize;
 mod trace;
 mod train;
 
-use crate::config::RunConfig;
 use crate::data::Corpus;
 use crate::learner::{Hybrid, Trained};
 use crate::progress::say;
 use crate::text::Codec;
 use crate::text::tokenizer::{self, Tokenizer};
-use crate::trainer::evaluate;
-use crate::{Error, Result, checkpoint, presets};
+use crate::{Error, Result, checkpoint};
 use clap::{Parser, Subcommand};
 use device::PlaceArgs;
 use std::io::Write;
@@ -54,8 +53,8 @@ enum Command {
     Train(train::Args),
     /// Continue texts with a trained model, or talk with it
     Generate(generate::Args),
-    /// Score held-out text in bits per byte
-    Eval(Eval),
+    /// Score held-out text in bits per byte, or answer tasks: needles, recall, copying
+    Eval(eval::Args),
     /// Measure a model's attention sinks, gates, activations, states and routers
     Measure(measure::Args),
     /// Write a model as a folder for transformers: in f32, bf16 or f16, in one file or several
@@ -79,17 +78,6 @@ fn whole(text: &str, most: u64) -> std::result::Result<u64, String> {
     text.parse().ok().filter(|n| *n <= most).ok_or_else(|| format!("expected a whole number, at least 0, at most {most}"))
 }
 
-#[derive(Debug, clap::Args)]
-struct Eval {
-    /// A run folder, or one checkpoint
-    run: PathBuf,
-    /// Score all of this file or folder, instead of the held-out part of the run's own data
-    #[arg(long)]
-    data: Option<PathBuf>,
-    #[command(flatten)]
-    place: PlaceArgs,
-}
-
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -102,7 +90,7 @@ pub fn main() -> ExitCode {
     let done = match cli.command {
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate::run(&args),
-        Command::Eval(args) => eval(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Measure(args) => measure::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Trace(args) => trace::run(&args),
@@ -192,28 +180,6 @@ fn codec_of(checkpoint: &Path, vocab: usize) -> Result<Codec> {
     Ok(Codec::Bytes)
 }
 
-fn eval(args: &Eval) -> Result<()> {
-    let (path, mut model) = open(&args.run, &args.place)?;
-    let config: RunConfig = match checkpoint::read_info(&run_of(&path)) {
-        Ok(info) => info.config,
-        // A checkpoint from elsewhere: only the windows' size is missing.
-        Err(_) if args.data.is_some() => presets::quickstart(),
-        Err(e) => return Err(e),
-    };
-    let corpus = Corpus::open(args.data.as_deref().unwrap_or(&config.data.path), config.data.eot)?;
-    let trained_on = checkpoint::read_state(&path).ok().and_then(|s| s.corpus);
-    if args.data.is_none() && trained_on.is_some_and(|then| then != corpus.fingerprint()) {
-        say(&format!("{} has changed since this run was trained on it: its last part may not be the one that was held out", corpus.path().display()));
-    }
-    let range = if args.data.is_some() { 0..corpus.len() } else { corpus.split(config.data.held_out).1 };
-    same_tokens(&run_of(&path), &corpus)?;
-    let Some((bits, count)) = evaluate(&mut model, &corpus, range.clone(), &config, 0)? else {
-        return Err(Error::Usage("nothing was held out in this run; name a text with --data".into()));
-    };
-    let what = args.data.as_ref().map_or("held out".into(), |d| d.display().to_string());
-    out(&result_line(&what, &corpus, range, bits, count))
-}
-
 /// An error if a corpus's tokens are not those that a run was trained on.
 fn same_tokens(run: &Path, corpus: &Corpus) -> Result<()> {
     let path = run.join(tokenizer::FILE);
@@ -233,6 +199,18 @@ fn same_tokens(run: &Path, corpus: &Corpus) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Refuses a place that can't be written to before anything is computed.
+fn place_for(to: &Path) -> Result<PathBuf> {
+    let folder = to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let why = match to.file_name() {
+        _ if to.is_dir() => "is a folder; name a file in it",
+        None => "names no file",
+        _ if !folder.is_dir() => "its folder does not exist",
+        _ => return Ok(to.to_path_buf()),
+    };
+    Err(Error::Usage(format!("--out {}: {why}", to.display())))
 }
 
 /// The line a run or an evaluation of `count` tokens at the end of `range` ends with.

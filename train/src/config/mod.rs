@@ -4,6 +4,7 @@ mod overlay;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use overlay::plain;
 pub use overlay::{Change, Layers, Origins, Resolved};
 
 use crate::data::Packing;

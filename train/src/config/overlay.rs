@@ -254,7 +254,7 @@ fn keys(v: &Value, prefix: &str, out: &mut Vec<String>) {
 }
 
 /// What a type is called where a configuration is written.
-fn plain(message: &str) -> String {
+pub(crate) fn plain(message: &str) -> String {
     let mut m = message.to_string();
     for (rust, words) in [("usize", "a whole number, not negative"), ("u64", "a whole number, not negative"), ("u32", "a whole number, not negative")]
     {

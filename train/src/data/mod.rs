@@ -221,7 +221,7 @@ impl Corpus {
     /// Splits by position: the last `held_out` of the tokens are never trained on. Returns (training, held-out).
     pub fn split(&self, held_out: f64) -> (Range<usize>, Range<usize>) {
         let cut = (self.len as f64 * (1.0 - held_out)) as usize;
-        let cut = cut.clamp(1, self.len);
+        let cut = cut.clamp(self.len.min(1), self.len);
         (0..cut, cut..self.len)
     }
 }

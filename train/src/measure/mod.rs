@@ -26,6 +26,7 @@ pub use names::{NAMES, check_names, had_by};
 pub use pass::measure;
 pub use passage::{Passage, PassageLayer, passage};
 pub use spikes::{Found, Spikes, Trial, losses, max_stable_lr, series, spikes};
+pub(crate) use table::aligned;
 pub use types::*;
 
 use crate::text::Codec;

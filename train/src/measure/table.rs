@@ -9,7 +9,7 @@ fn mean(x: &[f64]) -> Option<f64> {
 }
 
 /// Columns of cells, right-aligned under their heads (the first `left` of them left-aligned); columns that are empty throughout are left out.
-fn aligned(heads: &[&str], rows: &[Vec<String>], left: usize) -> String {
+pub(crate) fn aligned(heads: &[&str], rows: &[Vec<String>], left: usize) -> String {
     let kept: Vec<usize> = (0..heads.len()).filter(|i| rows.iter().any(|r| !r[*i].is_empty())).collect();
     let widths: Vec<usize> =
         kept.iter().map(|i| rows.iter().map(|r| r[*i].chars().count()).chain([heads[*i].chars().count()]).max().unwrap_or(0)).collect();

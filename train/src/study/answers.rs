@@ -51,7 +51,9 @@ pub(super) fn take(eval: &EvalFile, config: &RunConfig, folder: &Path, corpus: &
 pub(super) fn check(eval: &EvalFile) -> Result<()> {
     for name in &eval.tasks {
         if let Task::Niah(_) = Task::by_name(name)? {
-            return Err(Error::Usage(format!("`eval.tasks`: {name} is in English; studies ask tasks that are made of tokens, `tidegate eval` asks it of their runs")));
+            return Err(Error::Usage(format!(
+                "`eval.tasks`: {name} is in English; studies ask tasks that are made of tokens, `tidegate eval` asks it of their runs"
+            )));
         }
     }
     if eval.tasks.is_empty() {

@@ -148,7 +148,18 @@ macro_rules! studies {
 
 /// The studies that come with the program.
 pub fn shipped() -> &'static [Shipped] {
-    studies!["gate-positions", "gate-scores", "learning-rate", "hybrid-ratio", "decay-and-erase", "needle", "recall", "extrapolation", "ablation", "hybrid-order"]
+    studies![
+        "gate-positions",
+        "gate-scores",
+        "learning-rate",
+        "hybrid-ratio",
+        "decay-and-erase",
+        "needle",
+        "recall",
+        "extrapolation",
+        "ablation",
+        "hybrid-order"
+    ]
 }
 
 impl StudyFile {

@@ -99,6 +99,7 @@ pub fn run(plan: &Plan, whole: &Plan, path: &Path, place: impl Fn(&Arm) -> Resul
 
 /// What a study's folder holds.
 fn results(plan: &Plan, path: &Path) -> Result<Results> {
-    let all: Vec<(Arm, Outcome)> = plan.arms.iter().map(|a| Ok((a.clone(), arm::outcome(&path.join(&a.folder), plan.file.eval.as_ref())?))).collect::<Result<_>>()?;
+    let all: Vec<(Arm, Outcome)> =
+        plan.arms.iter().map(|a| Ok((a.clone(), arm::outcome(&path.join(&a.folder), plan.file.eval.as_ref())?))).collect::<Result<_>>()?;
     Ok(Results::new(plan, &all))
 }

@@ -4,16 +4,25 @@
 
 mod copying;
 mod draw;
+mod evaluate;
+mod follow;
 pub mod held_out;
 mod mqar;
 mod needle;
+mod niah;
+mod report;
 mod score;
 mod settings;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod words;
 
 pub use draw::Draw;
+pub use evaluate::{Options, evaluate};
+pub use follow::follow;
+pub use niah::{ANSWER, Prose};
+pub use report::{Cell, EvalReport, FILE, TaskReport, length_name};
 pub use score::Answer;
 pub(crate) use score::answers;
 pub use settings::{Filler, Induction, Mix, Mqar, Needle, SelectiveCopy, Settings};

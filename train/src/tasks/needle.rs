@@ -6,7 +6,7 @@ use super::{Haystack, IGNORE, Point, Sample};
 use crate::{Error, Result};
 
 /// Stands before the needle and before the question, as "the special magic number" does in the English form.
-const MARKER: u32 = 0;
+pub(super) const MARKER: u32 = 0;
 /// The seed of the pattern, which is one and the same for all samples, as RULER's sentence about grass is.
 const PATTERN: u64 = 0x7469_6465;
 

@@ -54,8 +54,8 @@ fn answer(logits: &[f32], label: usize) -> Result<Answer> {
 pub(super) fn read(model: &Decoder, samples: &[Sample]) -> Result<Vec<Vec<Answer>>> {
     let time = samples.first().map_or(0, |s| s.tokens.len());
     let tensor = |tokens: &[u32], rows: usize| Tensor::from_slice(tokens, &[rows, tokens.len() / rows], &model.place().device);
-    no_grad(|| {
-        engine::cpu::in_pool(|| {
+    engine::cpu::in_pool(|| {
+        no_grad(|| {
             if time > CHUNK {
                 return samples.iter().map(|s| in_pieces(model, s)).collect();
             }

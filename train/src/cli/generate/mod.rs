@@ -1,6 +1,6 @@
 //! `tidegate generate`: text from one prompt, from many side by side, or in conversation.
 
-mod prompts;
+pub(super) mod prompts;
 mod talk;
 mod write;
 

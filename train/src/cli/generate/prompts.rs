@@ -36,7 +36,7 @@ pub(super) fn template_of(path: &Path) -> Result<Template> {
 }
 
 /// What ends a text: what the folder says, else the end of text that its run or its tokenizer names. No byte of a text is one.
-pub(super) fn ends(path: &Path, codec: &Codec) -> Result<Vec<u32>> {
+pub(in crate::cli) fn ends(path: &Path, codec: &Codec) -> Result<Vec<u32>> {
     let Codec::Tokenizer(t) = codec else { return Ok(vec![]) };
     for name in ["generation_config.json", "config.json"] {
         let file = path.join(name);
