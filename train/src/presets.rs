@@ -7,8 +7,26 @@ use crate::tasks::Settings;
 use crate::{Error, Result};
 use nn::{AttentionGate, ModelConfig, nearest};
 
+mod recurrent;
+
 /// The names of all presets.
-pub const NAMES: &[&str] = &["quickstart", "smoke", "qwen3-1.7b-28l", "qwen3-1.7b-48l", "qwen3-15a2b"];
+pub const NAMES: &[&str] = &[
+    "quickstart",
+    "smoke",
+    "qwen3-1.7b-28l",
+    "qwen3-1.7b-48l",
+    "qwen3-15a2b",
+    "gated-deltanet-0.4b",
+    "gated-deltanet-1.3b",
+    "gated-deltanet-h1-0.4b",
+    "gated-deltanet-h1-1.3b",
+    "gated-deltanet-h2-0.4b",
+    "gated-deltanet-h2-1.3b",
+    "mamba2-0.4b",
+    "mamba2-1.3b",
+    "delta-net-0.4b",
+    "delta-net-1.3b",
+];
 
 /// The preset of that name.
 pub fn by_name(name: &str) -> Result<RunConfig> {
@@ -19,6 +37,9 @@ pub fn by_name(name: &str) -> Result<RunConfig> {
         "qwen3-1.7b-48l" => Ok(qwen3_1_7b_48l()),
         "qwen3-15a2b" => Ok(qwen3_15a2b()),
         _ => {
+            if let Some(c) = recurrent::by_name(name) {
+                return Ok(c);
+            }
             let hint = nearest(name, NAMES.iter().copied()).map(|n| format!(" (did you mean `{n}`?)")).unwrap_or_default();
             Err(Error::Usage(format!("no preset and no file is called `{name}`{hint}; the presets are {}", NAMES.join(", "))))
         }

@@ -32,6 +32,47 @@ fn sizes_are_those_that_follow_from_table_7() {
 }
 
 #[test]
+fn sizes_of_the_recurrent_models_are_those_of_their_names() {
+    // embedding (tied), last norm; norms, feed-forward; and the mixers, written out
+    let rest = |h: usize, layers: usize, inner: usize| 32_000 * h + h + layers * (2 * h + 3 * h * inner);
+    let delta = |h: usize, gates: usize| {
+        let (k, v, heads) = (h * 3 / 4, h * 3 / 2, 9);
+        h * (2 * k + 2 * v + gates * heads) + 4 * (2 * k + v) + if gates == 2 { 2 * heads } else { 0 } + v / heads + v * h
+    };
+    let mamba = |h: usize| {
+        let (inner, n, heads) = (2 * h, 128, 2 * h / 64);
+        h * (2 * inner + 2 * n + heads) + 5 * (inner + 2 * n) + 3 * heads + inner + inner * h
+    };
+    let softmax = |h: usize| 4 * h * h;
+    let (a, b, c) = (1536, 2400, 2304);
+    // the whole, and what of it is not embedding, which is what the papers' "0.4B" is nearer to
+    let rows = [
+        ("gated-deltanet-0.4b", rest(a, 11, 6144) + 11 * delta(a, 2), 0.517, 0.468),
+        ("gated-deltanet-1.3b", rest(b, 16, 5888) + 16 * delta(b, 2), 1.309, 1.232),
+        ("gated-deltanet-h1-0.4b", rest(a, 12, 6144) + 6 * (delta(a, 2) + softmax(a)), 0.531, 0.482),
+        ("gated-deltanet-h1-1.3b", rest(c, 18, 6144) + 9 * (delta(c, 2) + softmax(c)), 1.317, 1.243),
+        ("gated-deltanet-h2-0.4b", rest(a, 12, 6144) + 4 * (mamba(a) + delta(a, 2) + softmax(a)), 0.542, 0.493),
+        ("gated-deltanet-h2-1.3b", rest(c, 18, 6144) + 6 * (mamba(c) + delta(c, 2) + softmax(c)), 1.353, 1.279),
+        ("mamba2-0.4b", rest(a, 11, 6144) + 11 * mamba(a), 0.522, 0.473),
+        ("mamba2-1.3b", rest(b, 16, 5888) + 16 * mamba(b), 1.321, 1.245),
+        ("delta-net-0.4b", rest(a, 11, 6144) + 11 * delta(a, 1), 0.517, 0.468),
+        ("delta-net-1.3b", rest(b, 16, 5888) + 16 * delta(b, 1), 1.309, 1.232),
+    ];
+    for (name, want, whole, inside) in rows {
+        let m = by_name(name).unwrap().model;
+        let (n, active) = m.parameters();
+        println!("{name}: {n}, {} without the embedding", n - 32_000 * m.hidden_size);
+        assert_eq!((n, active), (want, want), "{name}");
+        let billions = |n: usize| (n as f64 / 1e6).round() / 1e3;
+        assert_eq!((billions(n), billions(n - 32_000 * m.hidden_size)), (whole, inside), "{name}");
+    }
+    // heads of the authors' code: keys of 128, 200 or 192 numbers, values of twice as many
+    let heads = |name: &str| by_name(name).map(|c| (c.model.linear_key_head_dim, c.model.linear_value_head_dim)).unwrap();
+    assert_eq!([heads("gated-deltanet-0.4b"), heads("gated-deltanet-1.3b"), heads("gated-deltanet-h1-1.3b")], [(128, 256), (200, 400), (192, 384)]);
+    assert!(by_name("mamba2-2.7b").is_err());
+}
+
+#[test]
 fn what_variants_add_is_what_table_1_says() {
     let base = qwen3_15a2b().model;
     let gate = AttentionGate::default();

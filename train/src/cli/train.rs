@@ -35,7 +35,7 @@ equal bit for bit, resumed or not, on any number of threads (RAYON_NUM_THREADS);
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Args {
-    /// A preset (quickstart, smoke, qwen3-1.7b-28l, qwen3-1.7b-48l, qwen3-15a2b) or a TOML file; may be left out with --resume
+    /// A preset (quickstart, smoke, gated-deltanet-1.3b, qwen3-15a2b and others: docs/training.md) or a TOML file; may be left out with --resume
     what: Option<String>,
     /// Set one value, as in --set train.minutes=0.5; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
