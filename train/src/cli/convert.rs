@@ -6,7 +6,7 @@ use crate::progress::say;
 use crate::text::{Codec, tokenizer};
 use crate::{Error, Result, checkpoint};
 use engine::DType;
-use nn::{Decoder, SaveOptions};
+use nn::{Decoder, ModelType, SaveOptions};
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
@@ -81,7 +81,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     done?;
     let config = model.config();
     let beyond = config.beyond_qwen3_next();
-    if !beyond.is_empty() {
+    if config.saved_type()? == ModelType::Tidegate && !beyond.is_empty() {
         say(&format!("its model_type is tidegate, which transformers does not know: qwen3_next has no {}", beyond.join(", ")));
     }
     let (to, n, mb) = (args.to.display(), config.parameters().0, total.get().1 as f64 / 1e6);
