@@ -185,9 +185,12 @@ fn digest<'a>(tensors: impl Iterator<Item = (&'a str, &'a Tensor)>) -> Result<St
         name.bytes().for_each(|b| put(b.into()));
         t.shape().iter().for_each(|n| put(*n as u64));
         let flat = t.detach().reshape(&[t.numel()])?;
-        // in pieces, so that no second copy of a large one is held
-        for from in (0..t.numel()).step_by(PIECE) {
-            let t = flat.narrow(0, from, PIECE.min(flat.numel() - from))?;
+        // piece by piece through one small tensor: no second copy of a large one is held, and reading a view copies all that lies before it
+        let piece = Tensor::zeros(&[PIECE.min(flat.numel())], t.dtype(), t.device())?;
+        for from in (0..flat.numel()).step_by(PIECE) {
+            let n = PIECE.min(flat.numel() - from);
+            let t = piece.narrow(0, 0, n)?;
+            t.assign(&flat.narrow(0, from, n)?)?;
             match t.dtype() {
                 DType::F64 => t.to_vec::<f64>()?.into_iter().for_each(|x| put(x.to_bits())),
                 d if d.is_float() => {
