@@ -99,7 +99,7 @@ fn study(folder: &Path, runs: &Path) {
         for seed in [1, 2] {
             let to = folder.join(format!("arms/{stem}/seed-{seed}"));
             std::fs::create_dir_all(&to).unwrap();
-            for f in ["run.json", "metrics.jsonl", "measures.json"] {
+            for f in ["run.json", "metrics.jsonl", "measures.json", "eval.json", "passage.json"] {
                 let _ = std::fs::copy(runs.join(format!("{stem}-{seed}")).join(f), to.join(f));
             }
             let bits = if stem == "none" { 3.0 } else { 2.9 } + f64::from(seed) / 100.0;
@@ -137,15 +137,18 @@ fn reports_open_in_a_browser() {
     }
     for name in ["none-1", "gated-1"] {
         run(dir, &["measure", name, "--tokens", "2048"]);
+        let tasks = "--task needle,mqar --length 64,128 --depths 3 --samples 2 --passage 64 --set needle.difficulty=1,2 --set mqar.pairs=2,4";
+        run(dir, &format!("eval {name} {tasks}").split(' ').collect::<Vec<_>>());
     }
-    let measured = ["attention", "gates", "activations", "recurrence", "experts", "depth", "text"];
+    let answered = ["accuracy-needle-1", "map-needle-2", "accuracy-mqar", "map-mqar", "needle-read", "needle-kept", "needle-heads"];
+    let measured = ["tasks", "attention", "gates", "activations", "recurrence", "experts", "depth", "text"];
     let drawn =
         ["first-token", "gate-score", "gate-histograms", "activation-profile", "half-life", "expert-load", "logit-lens", "positions", "trace"];
     run(dir, &["report", "gated-1"]);
     // several runs, one under a name that is none for HTML, with a token that would be a script
     let evil = dir.join("<img src=x onerror=document.documentElement.dataset.error='ran'>");
     std::fs::create_dir(&evil).unwrap();
-    for f in ["run.json", "metrics.jsonl", "measures.json"] {
+    for f in ["run.json", "metrics.jsonl", "measures.json", "eval.json", "passage.json"] {
         std::fs::copy(dir.join("gated-1").join(f), evil.join(f)).unwrap();
     }
     let mut m = json_of(&evil.join("measures.json"));
@@ -155,9 +158,9 @@ fn reports_open_in_a_browser() {
     study(&dir.join("study"), dir);
     run(dir, &["report", "study"]);
     let Some(b) = &browser else { return };
-    holds(b, &dir.join("gated-1/report.html"), &measured, &[&curves[..], &drawn].concat());
+    holds(b, &dir.join("gated-1/report.html"), &measured, &[&curves[..], &drawn, &answered].concat());
     holds(b, &dir.join("all.html"), &[&["results"][..], &measured].concat(), &drawn);
-    holds(b, &dir.join("study/report.html"), &[&["results"][..], &measured].concat(), &[&["differences"][..], &drawn].concat());
+    holds(b, &dir.join("study/report.html"), &[&["results"][..], &measured].concat(), &[&["differences"][..], &drawn, &answered].concat());
     // the test itself: a page whose script fails is found out
     let page = std::fs::read_to_string(dir.join("gated-1/report.html")).unwrap();
     std::fs::write(

@@ -5,8 +5,9 @@ use super::generate::prompts::ends;
 use super::{codec_of, open, out, place_for, put, result_line, run_of, same_tokens, whole};
 use crate::config::{RunConfig, plain};
 use crate::data::{Corpus, MOBY_DICK_PATH};
+use crate::measure::PASSAGE;
 use crate::progress::say;
-use crate::tasks::{EvalReport, FILE, Haystack, Options, Prose, Settings, Task, evaluate};
+use crate::tasks::{EvalReport, FILE, Haystack, Options, Prose, Settings, Task, evaluate, follow};
 use crate::text::Codec;
 use crate::{Error, Result, checkpoint, presets, trainer};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -52,6 +53,9 @@ pub(super) struct Args {
     /// Hide needles in this text [default: the run's own, else Moby-Dick]
     #[arg(long, value_name = "TEXT", requires = "task")]
     text: Option<PathBuf>,
+    /// Follow one needle through the states of a text of so many tokens, and write passage.json beside the answers
+    #[arg(long, value_name = "N", requires = "task", value_parser = length)]
+    passage: Option<usize>,
     /// Read samples that are longer than the model is meant to read
     #[arg(long, requires = "task")]
     beyond: bool,
@@ -110,6 +114,9 @@ fn tasks(args: &Args) -> Result<()> {
     if let Some((i, t)) = tasks.iter().enumerate().find(|(i, t)| tasks[..*i].contains(t)) {
         return Err(Error::Usage(format!("--task names {t} twice (the second is number {})", i + 1)));
     }
+    if args.passage.is_some() && !tasks.contains(&Task::Needle) {
+        return Err(Error::Usage("--passage follows a needle of tokens; name the task, --task needle".into()));
+    }
     let run = run_of(&args.run);
     let info = checkpoint::read_info(&run).ok();
     let to = match &args.out {
@@ -164,6 +171,7 @@ fn tasks(args: &Args) -> Result<()> {
         beyond: args.beyond,
         ..Options::new(settings)
     };
+    let way = args.passage.map(|n| follow(model, &options.settings, options.text.as_ref(), n, args.seed)).transpose()?;
     let bar = ProgressBar::new(0);
     if let Ok(style) = ProgressStyle::with_template("{percent:>3}% [{bar:16}] {pos} of {len} tokens  {eta} left") {
         bar.set_style(style.progress_chars("=> "));
@@ -179,6 +187,9 @@ fn tasks(args: &Args) -> Result<()> {
     report.step = checkpoint::read_state(&path).ok().map(|s| s.step);
     if let Some(aside) = report.write(&to)? {
         say(&format!("{} was of another checkpoint or seed, and is now {}", to.display(), aside.display()));
+    }
+    if let Some(way) = way {
+        way.write(&to.with_file_name(PASSAGE))?;
     }
     let step = report.step.map(|s| format!(", step {s}")).unwrap_or_default();
     put(&format!("{}{step}\n{}", report.checkpoint, report.table()))?;

@@ -199,8 +199,8 @@ fn take_measures(plan: &Plan, arm: &Arm, folder: &Path, corpus: &Corpus, model: 
     let config = &arm.resolved.config;
     // where nothing but tasks is trained on, they are what there is to look at
     let tasks = if corpus.is_empty() { Some(Source::new(corpus, config)?.tokens()?) } else { None };
+    let held_out = if tasks.is_some() { 0..0 } else { corpus.split(config.data.held_out).1 };
     let corpus = tasks.as_ref().unwrap_or(corpus);
-    let held_out = corpus.split(config.data.held_out).1;
     let range = if held_out.is_empty() { 0..corpus.len() } else { held_out };
     let options = Options {
         tokens: plan.file.measure.tokens,

@@ -175,6 +175,34 @@ fn bad_studies_are_named() {
 }
 
 #[test]
+fn arms_are_asked_tasks() {
+    let tmp = tempfile::tempdir().unwrap();
+    let eval = "[eval]\ntasks = [\"needle\"]\nlengths = [32, 64]\ndepths = 2\nsamples = 2\npassage = 64\n\n[measure]";
+    let text = TINY.replace("[measure]", eval).replace("gate_score", "needle.64");
+    let whole = plan(&text, &["tasks.share=1", "tasks.mix.needle=1", "tasks.needle.length=[32]"]).unwrap().only(&["gate".into()], &[1]).unwrap();
+    let results = go(&whole, &whole, tmp.path()).unwrap();
+    let arm = &results.variants[0].arms[0];
+    assert_eq!(arm.state, State::Done);
+    assert!(["needle", "needle.32", "needle.64", "first_token"].iter().all(|k| arm.values.contains_key(*k)), "{:?}", arm.values);
+    assert!(results.variants[0].summary.contains_key("needle.64"));
+    let run = tmp.path().join(&arm.run);
+    let passage: crate::measure::Passage = serde_json::from_slice(&std::fs::read(run.join(crate::measure::PASSAGE)).unwrap()).unwrap();
+    assert_eq!((passage.tokens, passage.layers.len()), (63, 2));
+    // answers that are not there, or are not to all that is asked, are asked for again; nothing is trained again
+    let metrics = std::fs::read(run.join("metrics.jsonl")).unwrap();
+    std::fs::remove_file(run.join(crate::tasks::FILE)).unwrap();
+    assert!(go(&whole, &whole, tmp.path()).unwrap() == results);
+    let longer = plan(&text.replace("[32, 64]", "[32, 64, 96]"), &["tasks.share=1", "tasks.mix.needle=1", "tasks.needle.length=[32]"]).unwrap();
+    let longer = longer.only(&["gate".into()], &[1]).unwrap();
+    assert!(go(&longer, &longer, tmp.path()).unwrap().variants[0].arms[0].values.contains_key("needle.96"));
+    assert_eq!(std::fs::read(run.join("metrics.jsonl")).unwrap(), metrics);
+    for (task, says) in [("nedle", "did you mean `needle`?"), ("niah-1", "is in English")] {
+        let m = message(plan(&text.replace("\"needle\"", &format!("\"{task}\"")), &[]));
+        assert!(m.contains(says), "{m}");
+    }
+}
+
+#[test]
 fn shipped_studies_can_be_run() {
     for s in shipped() {
         let plan = Plan::new(s.name, StudyFile::parse(s.text, s.name).unwrap(), &[]).unwrap();
@@ -182,7 +210,15 @@ fn shipped_studies_can_be_run() {
         let known = ["held_out_loss", "held_out_bits", "held_out_bits_per_byte", "train_loss", "spikes", "spikes_7_sigma", "rise", "tokens_per_s"];
         let measured = include_str!("../measure/scalars.rs");
         for c in &plan.file.columns {
-            let is_measure = measured.contains(&format!("\"{}\"", c.key)) || c.key.starts_with("gate_");
+            let is_measure = measured.contains(&format!("\"{}\"", c.key)) || c.key.starts_with("gate_") || c.key.starts_with("loss_to_");
+            // TASK, TASK.KIND-N, TASK.LENGTH, TASK.KIND-N.LENGTH
+            let is_answer = plan.file.eval.as_ref().is_some_and(|e| {
+                let (task, rest) = c.key.split_once('.').unwrap_or((&c.key, ""));
+                let length = rest.rsplit('.').next().filter(|l| !l.is_empty() && !l.contains('-'));
+                let lengths: Vec<String> = e.lengths.iter().map(|l| crate::tasks::length_name(*l)).collect();
+                e.tasks.iter().any(|t| t == task) && length.is_none_or(|l| lengths.iter().any(|n| n == l))
+            });
+            let is_measure = is_measure || is_answer;
             assert!(known.contains(&c.key.as_str()) || is_measure, "{}: {}", s.name, c.key);
         }
     }
