@@ -187,11 +187,11 @@ fn arms_are_asked_tasks() {
     assert!(results.variants[0].summary.contains_key("needle.64"));
     let run = tmp.path().join(&arm.run);
     let passage: crate::measure::Passage = serde_json::from_slice(&std::fs::read(run.join(crate::measure::PASSAGE)).unwrap()).unwrap();
-    assert_eq!((passage.tokens, passage.layers.len()), (63, 2));
+    assert_eq!((passage.tokens, passage.layers.len()), (64, 2));
     // answers that are not there, or are not to all that is asked, are asked for again; nothing is trained again
     let metrics = std::fs::read(run.join("metrics.jsonl")).unwrap();
     std::fs::remove_file(run.join(crate::tasks::FILE)).unwrap();
-    assert!(go(&whole, &whole, tmp.path()).unwrap() == results);
+    assert_eq!(go(&whole, &whole, tmp.path()).unwrap().variants[0].arms, results.variants[0].arms);
     let longer = plan(&text.replace("[32, 64]", "[32, 64, 96]"), &["tasks.share=1", "tasks.mix.needle=1", "tasks.needle.length=[32]"]).unwrap();
     let longer = longer.only(&["gate".into()], &[1]).unwrap();
     assert!(go(&longer, &longer, tmp.path()).unwrap().variants[0].arms[0].values.contains_key("needle.96"));
