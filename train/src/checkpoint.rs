@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The weights' file name in a checkpoint.
 pub const MODEL: &str = "model.safetensors";
@@ -90,6 +91,20 @@ pub struct RunDir {
     _lock: File,
 }
 
+/// A file that is made if it isn't there and stays locked for as long as the value lives; none if another process has the lock. A program that was started elsewhere in the
+/// process that gave the lock back holds it for the moment until it is loaded: it is asked for again for a second.
+pub(crate) fn lock(path: &Path) -> Result<Option<File>> {
+    let file = File::options().create(true).append(true).open(path).map_err(Error::io("locking", path))?;
+    for _ in 0..20 {
+        match file.try_lock() {
+            Err(fs::TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(50)),
+            // some network file systems have no locks
+            _ => return Ok(Some(file)),
+        }
+    }
+    Ok(None)
+}
+
 /// Writes a file as a whole: a reader finds the one before, or this.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let tmp = path.with_extension("tmp");
@@ -109,16 +124,9 @@ impl RunDir {
             let p = path.display();
             return Err(Error::Usage(format!("run folder {p} isn't empty; go on with that run by --resume, or choose another by --run-dir")));
         }
-        let lock_path = path.join(LOCK);
-        let lock = File::options().create(true).append(true).open(&lock_path).map_err(Error::io("locking", &lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => {
-                return Err(Error::Checkpoint(format!("run folder {}: another process is training in it; wait for it, or stop it", path.display())));
-            }
-            // Some network file systems have no locks.
-            Err(fs::TryLockError::Error(_)) => {}
-        }
+        let Some(lock) = lock(&path.join(LOCK))? else {
+            return Err(Error::Checkpoint(format!("run folder {}: another process is training in it; wait for it, or stop it", path.display())));
+        };
         let dir = RunDir { path: path.to_path_buf(), _lock: lock };
         dir.clean();
         Ok(dir)

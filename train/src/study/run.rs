@@ -33,11 +33,9 @@ impl Folder {
             return Err(Error::Usage(format!("{} is a run's folder; choose another for the study by --out", path.display())));
         }
         fs::create_dir_all(path).map_err(Error::io("creating", path))?;
-        let at = path.join("lock");
-        let lock = File::options().create(true).append(true).open(&at).map_err(Error::io("locking", &at))?;
-        if let Err(fs::TryLockError::WouldBlock) = lock.try_lock() {
+        let Some(lock) = checkpoint::lock(&path.join("lock"))? else {
             return Err(Error::Usage(format!("{}: another process is running this study; wait for it, or stop it", path.display())));
-        }
+        };
         let text = toml::to_string(&plan.file).map_err(|e| Error::Usage(format!("study {}: {e}", plan.name)))?;
         checkpoint::write(&path.join(STUDY), text.as_bytes())?;
         Ok(Folder { path: path.to_path_buf(), _lock: lock })

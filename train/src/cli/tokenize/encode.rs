@@ -79,12 +79,7 @@ fn claim(dir: &Path) -> Result<File> {
     if !dir.join(MANIFEST).is_file() && entries.any(|e| !ours(&e)) {
         return Err(Error::Usage(format!("--out: {} isn't empty, and holds no tokens; choose a folder of its own", dir.display())));
     }
-    let lock = File::options().create(true).append(true).open(&path).map_err(Error::io("locking", &path))?;
-    match lock.try_lock() {
-        Err(fs::TryLockError::WouldBlock) => Err(Error::Usage(format!("--out: another process is writing to {}", dir.display()))),
-        // some network file systems have no locks
-        _ => Ok(lock),
-    }
+    crate::checkpoint::lock(&path)?.ok_or_else(|| Error::Usage(format!("--out: another process is writing to {}", dir.display())))
 }
 
 /// What there is to do, with nothing of it done.
