@@ -157,7 +157,7 @@ impl Run {
             "facts": facts, "notes": self.notes, "shown": shown,
         });
         if let Some(i) = &self.info {
-            v["about"] = json!({ "version": i.version, "command": i.command.join(" "), "machine": i.machine, "data": i.config.data.path.display().to_string() });
+            v["about"] = json!({ "version": i.version, "command": i.command.join(" "), "machine": i.machine, "data": if i.config.tasks.alone() { "generated tasks".into() } else { i.config.data.path.display().to_string() } });
         }
         v["seq_len"] = json!(self.info.as_ref().map(|i| i.config.data.seq_len));
         v["tasks"] = self.tasks.as_ref().map_or(Value::Null, |t| t["tasks"].clone());

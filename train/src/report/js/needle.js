@@ -37,27 +37,36 @@ function cellsOf(of, keys) {
   }).filter((v) => v.cells.length);
 }
 
-function answers(box, of) {
-  const all = DATA.runs.flatMap((r) => cellsIn(r, of) ?? []), task = of.name;
+/** What cells of a task differ in: the axis of its lines, and the rows and columns of its map, if it has two. */
+function axesOf(of) {
+  const all = DATA.runs.flatMap((r) => cellsIn(r, of) ?? []);
   const values = (key) => [...new Set(all.map((c) => c[key]).filter(isNumber))].sort((a, b) => a - b);
-  const by = values("pairs").length > 1 ? "pairs" : "length", xs = values(by), ticks = xs.map((x) => [x, short(x)]);
+  const by = values("pairs").length > 1 ? "pairs" : "length";
+  return { values, by, map: values("depth").length > 1 ? ["length", "depth"] : by === "pairs" && values("length").length > 1 ? ["length", "pairs"] : null };
+}
+
+function answers(box, of) {
+  const { values, by } = axesOf(of), unit = by === "pairs" ? "pairs" : "tokens", ticks = values(by).map((x) => [x, short(x)]);
   const trained = [...new Set(DATA.runs.map((r) => r.seq_len).filter(isNumber))];
   lines(box, {
-    id: `accuracy-${of.id}`, title: `${task}: right answers by ${by === "pairs" ? "pairs to recall" : "length"}`,
+    id: `accuracy-${of.id}`, title: `${of.name}: right answers by ${by === "pairs" ? "pairs to recall" : "length"}`,
     note: `Mean over seeds with one standard error.${trained.length === 1 ? ` Trained on ${whole(trained[0])} tokens.` : ""}`,
     of: () => ({
-      height: 270, x: { label: by === "pairs" ? "pairs" : "tokens", log: true, ticks, head: (x) => `${whole(x)} ${by === "pairs" ? "pairs" : "tokens"}` }, y: { label: "right answers", format: percent, domain: [0, 1] },
+      height: 270, x: { label: unit, log: true, ticks, head: (x) => `${whole(x)} ${unit}` }, y: { label: "right answers", format: percent, domain: [0, 1] },
       series: cellsOf(of, [by]).map((v) => {
         const cells = v.cells.sort((a, b) => a[by] - b[by]), spread = cells.some((c) => isNumber(c.err));
         return { label: v.name, ...look(v.variant), dots: true, x: cells.map((c) => c[by]), y: cells.map((c) => c.mean), err: cells.map((c) => c.err), band: spread ? { lo: cells.map((c) => c.mean - (c.err ?? 0)), hi: cells.map((c) => c.mean + (c.err ?? 0)) } : null };
       }),
     }),
   });
-  const [rowKey, columnKey] = values("depth").length > 1 ? ["length", "depth"] : by === "pairs" && values("length").length > 1 ? ["length", "pairs"] : [];
-  if (!rowKey) return;
-  const rows = values(rowKey), columns = values(columnKey), text = (x) => (columnKey === "depth" ? percent(x, 2).replace(" ", "") : String(x));
+}
+
+function answerMap(box, of) {
+  const { values, map } = axesOf(of);
+  if (!map) return;
+  const [rowKey, columnKey] = map, rows = values(rowKey), columns = values(columnKey), text = (x) => (columnKey === "depth" ? percent(x, 2).replace(" ", "") : String(x));
   figure(box, {
-    id: `map-${of.id}`, wide: true, title: `${task}: right answers by length and ${columnKey}`, note: columnKey === "depth" ? "Where the needle lies: 0 % is at the beginning, 100 % right before the question." : null,
+    id: `map-${of.id}`, wide: true, title: `${of.name}: right answers by length and ${columnKey}`, note: columnKey === "depth" ? "Where the needle lies: 0 % is at the beginning, 100 % right before the question." : null,
     draw: (svg, width) => drawHeat(svg, width, {
       domain: [0, 1], rowName: "length", columnName: columnKey, format: percent, unit: "right", columnText: (j) => text(columns[j]),
       panels: cellsOf(of, [rowKey, columnKey]).map((v) => ({ label: v.name, rows: rows.map((r) => ({ label: short(r), values: columns.map((c) => v.cells.find((x) => x[rowKey] === r && x[columnKey] === c)?.mean ?? null) })) })),
@@ -118,5 +127,6 @@ function tasks(parent, watch) {
   if (!TASKS().length && !DATA.runs.some((r) => r.passage)) return;
   const box = section(parent, "tasks", "Generated tasks", "What is asked for lies in the text itself, so that what counts is what the model kept of it.");
   TASKS().forEach((t) => answers(box, t));
+  TASKS().forEach((t) => answerMap(box, t));
   if (DATA.runs.some((r) => r.passage)) passing(box, watch);
 }

@@ -74,7 +74,9 @@ function navigation(watch) {
 
 /** What a test asks: script errors, marks in each figure, what is wider than the window. */
 function inspect() {
-  const marks = (f) => f.querySelectorAll("svg path, svg rect:not([data-clip]):not([data-scale]), svg circle").length;
+  // a path that only moves the pen leaves no mark
+  const seen = (e) => e.tagName !== "path" || /[LhHZ]/.test(e.getAttribute("d"));
+  const marks = (f) => [...f.querySelectorAll("svg path, svg rect:not([data-clip]):not([data-scale]), svg circle")].filter(seen).length;
   const inBox = (e) => { for (let p = e.parentElement; p; p = p.parentElement) if (p.matches(".scroll, nav > div, clipPath, [clip-path]")) return true; return false; };
   const wide = [...document.body.querySelectorAll("*")].filter((e) => !inBox(e) && !e.matches("clipPath *, script, .tip") && e.getBoundingClientRect().right > innerWidth + 1);
   return {

@@ -33,13 +33,14 @@ function drawLines(svg, width, spec) {
   const seen = (l) => l.y.filter((_, i) => l.x[i] >= from || l.x.length < 12);
   const bands = series.flatMap((l) => (l.band && !l.wideBand ? [...l.band.lo, ...l.band.hi].filter((v, i) => clean(spec.y.log, v) !== null && l.x[i % l.x.length] >= from) : []));
   let [y0, y1] = spec.y.domain ?? extent([...series.flatMap(seen), ...bands]);
+  const sole = x0 === x1 && !spec.x.ticks ? [[x0, fmt(x0)]] : spec.x.ticks;
   if (x0 === x1) [x0, x1] = spec.x.log ? [x0 / 2, x1 * 2] : [x0 - 1, x1 + 1];
   if (y0 === y1) [y0, y1] = spec.y.log ? [y0 / 2, y1 * 2] : [y0 - Math.max(Math.abs(y0) * 0.1, 1e-6), y1 + Math.max(Math.abs(y1) * 0.1, 1e-6)];
   if (!spec.y.domain) {
     if (spec.y.log) { const pad = (y1 / y0) ** 0.05; y0 /= pad; y1 *= pad; }
     else { const pad = (y1 - y0) * 0.05; y0 = spec.y.zero ? Math.min(0, y0) : y0 - pad; y1 += pad; }
   }
-  const { sx, sy, area } = axes(svg, { width, height, x: { ...spec.x, lo: x0, hi: x1 }, y: { ...spec.y, lo: y0, hi: y1 } });
+  const { sx, sy, area } = axes(svg, { width, height, x: { ...spec.x, ticks: sole, lo: x0, hi: x1 }, y: { ...spec.y, lo: y0, hi: y1 } });
   const clip = `clip${drawLines.count = (drawLines.count ?? 0) + 1}`;
   svg.append(s("clipPath", { id: clip }, s("rect", { x: area.left - 5, y: area.top - 5, width: area.right - area.left + 10, height: area.bottom - area.top + 6, "data-clip": true })));
   const inside = s("g", { "clip-path": `url(#${clip})` });
@@ -47,8 +48,7 @@ function drawLines(svg, width, spec) {
   for (const l of series) if (l.band) inside.append(s("path", { d: bandOf(l.x, l.band.lo, l.band.hi, sx, sy), fill: l.color, "fill-opacity": l.thin ? 0.1 : 0.18 }));
   for (const l of series) {
     if (!l.loose) inside.append(s("path", { d: pathOf(l.x, l.y, sx, sy), fill: "none", stroke: l.color, "stroke-width": l.thin ? 1 : 2, "stroke-opacity": l.thin ? 0.55 : 1, "stroke-dasharray": l.dash, "stroke-linejoin": "round" }));
-    const sole = numbers(l.y).length === 1;
-    if (l.dots || sole) l.y.forEach((y, i) => { if (isNumber(y) && isNumber(l.x[i])) inside.append(s("circle", { cx: sx(l.x[i]), cy: sy(y), r: l.big?.[i] ? 4.5 : 3, fill: l.big?.[i] ? "var(--bg)" : l.color, stroke: l.color, "stroke-width": l.big?.[i] ? 2 : 0 })); });
+    if (l.dots || numbers(l.y).length === 1) l.y.forEach((y, i) => { if (isNumber(y) && isNumber(l.x[i])) inside.append(s("circle", { cx: sx(l.x[i]), cy: sy(y), r: l.big?.[i] ? 4.5 : 3, fill: l.big?.[i] ? "var(--bg)" : l.color, stroke: l.color, "stroke-width": l.big?.[i] ? 2 : 0 })); });
   }
   for (const m of spec.marks ?? []) {
     if (m.x < x0 || m.x > x1) continue;
@@ -85,7 +85,7 @@ function drawHeat(svg, width, { panels, domain, rowName, columnName, format = fm
   const most = Math.max(...panels.map((p) => Math.max(...p.rows.map((r) => r.values.length))));
   const gutter = 34, roomy = most <= 8 && panels.length < 4, cell = Math.min(roomy ? 54 : 30, (Math.min(width, most > 48 ? 1100 : 520) - gutter) / most), gap = cell > 5 ? 1 : 0, tall = Math.max(...panels.map((p) => p.rows.length)) > 16 ? 11 : roomy ? 28 : 22;
   const panelWidth = Math.max(gutter + cell * most, 130) + 26, across = Math.max(1, Math.min(panels.length, Math.floor((width + 26) / panelWidth)));
-  const titled = panels.length > 1, items = [];
+  const titled = panels.length > 1, items = [], short = (v) => { const text = format(v, 2); return text.includes("e−") ? "≈ 0" : text; };
   let top = 30;
   // the colours' scale
   const id = `ramp${drawHeat.count = (drawHeat.count ?? 0) + 1}`;
@@ -101,7 +101,7 @@ function drawHeat(svg, width, { panels, domain, rowName, columnName, format = fm
         r.values.forEach((v, j) => {
           const part = isNumber(v) ? (hi > lo ? Math.max(0, Math.min(1, (v - lo) / (hi - lo))) : 0.5) : null, x = left + gutter + j * cell, y = y0 + i * tall;
           svg.append(s("rect", { x: x + gap / 2, y: y + 0.5, width: cell - gap, height: tall - 1, rx: gap * 2, fill: part === null ? "none" : "var(--heat)", stroke: part === null ? "var(--line)" : "none", "fill-opacity": part === null ? 0 : 0.04 + 0.96 * part }));
-          if (cell >= 44 && part !== null) svg.append(s("text", { x: x + cell / 2, y: y + tall / 2 + 4, "text-anchor": "middle", class: "small", style: `fill:var(${part > 0.5 ? "--bg" : "--ink"})` }, format(v, 2)));
+          if (cell >= 44 && part !== null) svg.append(s("text", { x: x + cell / 2, y: y + tall / 2 + 4, "text-anchor": "middle", class: "small", style: `fill:var(${part > 0.5 ? "--bg" : "--ink"})` }, short(v)));
           items.push({ x, y, w: cell, h: tall, head: titled ? p.label : `${rowName} ${r.label}, ${columnName} ${columnText(j)}`, lines: [[titled ? `${rowName} ${r.label}, ${columnName} ${columnText(j)}` : unit ?? "value", format(v)]] });
         });
       });

@@ -118,9 +118,11 @@ const layerOf = (name) => Number(name.split(".")[1]);
 /** Lines of one scalar of all layers of the chosen run. */
 function layerLines(run, pattern, tag) {
   const names = Object.keys(run.coarse.series).filter((n) => pattern.test(n)), layers = names.map(layerOf).sort((a, b) => a - b);
-  return names.sort((a, b) => layerOf(a) - layerOf(b)).map((n) => ({
-    label: `layer ${layerOf(n)}${tag ?? ""}`, x: along(run.coarse), y: run.coarse.series[n].mean, color: layerColor(layers.indexOf(layerOf(n)), layers.length), dash: null,
-  }));
+  return names.sort((a, b) => layerOf(a) - layerOf(b)).map((n) => {
+    // steps between observations have no value: a line goes from one to the next
+    const x = along(run.coarse), y = run.coarse.series[n].mean, seen = range(y.length).filter((i) => isNumber(y[i]));
+    return { label: `layer ${layerOf(n)}${tag ?? ""}`, x: seen.map((i) => x[i]), y: seen.map((i) => y[i]), color: layerColor(layers.indexOf(layerOf(n)), layers.length), dash: null, dots: seen.length < 12 };
+  });
 }
 
 function byLayer(parent, watch) {
