@@ -1,5 +1,6 @@
 //! What becomes of one thing that was written: how decay and erasure wear it down, what the state holds meanwhile, and what the last query still reads of it.
 
+use super::numbers::{many, many_of_many};
 use super::svd::{effective_rank, singular_values};
 use super::watch::{At, Reader, Watch, host, is_softmax};
 use crate::{Error, Result};
@@ -32,25 +33,26 @@ pub struct PassageLayer {
     pub layer: usize,
     /// By head: the part that the needle has in what the last query reads. Of softmax attention, its share of the attention; of the delta rule, with
     /// `c` what the needle's writes add to the output `o`, `‖c‖ / (‖c‖ + ‖o − c‖)`.
+    #[serde(deserialize_with = "many")]
     pub read: Vec<f64>,
     /// Positions of what follows; empty for softmax attention, which keeps everything.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub at: Vec<usize>,
     /// `ln 2 / −ln α` in tokens, α the geometric mean since the point before. Empty without decay.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "many_of_many")]
     pub half_life: Vec<Vec<f64>>,
     /// The mean of β since the point before.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "many_of_many")]
     pub beta: Vec<Vec<f64>>,
     /// The state's effective rank (Roy & Vetterli 2007).
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "many_of_many")]
     pub rank: Vec<Vec<f64>>,
     /// What is left of the needle: the Frobenius norm of its writes' part of the state, over that right behind the needle. Each write `β k vᵀ` goes through
     /// `α (I − β k kᵀ)` of every later token (2412.06464, Eq. 10), without erasure through α alone. 0 before the needle.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "many_of_many")]
     pub kept: Vec<Vec<f64>>,
     /// What decay alone would have left: the product of α since the needle.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "many_of_many")]
     pub undecayed: Vec<Vec<f64>>,
 }
 
@@ -308,6 +310,19 @@ mod tests {
         near(&decay.half_life, &[1.0; 4]);
         // of four writes under one key, the last query's output is made of 1/4, 1/2 and 1 on three axes, of which the needle's is the first
         near(&[decay.read], &[0.25 / (0.25 + (0.25f64 + 1.0).sqrt())]);
+    }
+
+    /// A token that decays by nothing has a half-life without end, and JSON has no number for that.
+    #[test]
+    fn what_is_not_finite_is_written_and_read() {
+        let way = head(&[0, 1, 2, 3], 1.0, Some(0.0), true).follow(0..1, &[0, 1, 2, 3]);
+        assert!(way.half_life.iter().all(|t| t.is_infinite()), "{:?}", way.half_life);
+        let layer = PassageLayer { read: vec![way.read], half_life: vec![way.half_life], kept: vec![way.kept], ..PassageLayer::default() };
+        let p = Passage { tokens: 4, needle: [0, 1], layers: vec![layer] };
+        let text = serde_json::to_string(&p).unwrap();
+        assert!(text.contains("null"));
+        let back: Passage = serde_json::from_str(&text).unwrap();
+        assert!(back.layers[0].half_life[0].iter().all(|t| t.is_nan()) && back.layers[0].kept == p.layers[0].kept);
     }
 
     #[test]
