@@ -5,6 +5,7 @@ use crate::config::{GatePosition, LayerType, ModelConfig, QkNorm};
 use crate::gates::{Gate, gated};
 use crate::init::{Builder, Source};
 use crate::layers::{Context, project};
+use crate::switch::{Switch, mix};
 use crate::taps::{Taps, attention_scores};
 use engine::{Result, Tensor};
 use ops::gated_sdpa::{Attention as Sdpa, attention_pattern, gated_sdpa};
@@ -31,15 +32,17 @@ pub(crate) struct Attention {
     dense_gate: Option<Gate>,
     /// Weight of the norm of each head's output.
     sdpa_norm: Option<Tensor>,
+    switch: Option<Switch>,
 }
 
 impl Attention {
     pub fn new(b: &mut Builder, c: &ModelConfig, kind: LayerType) -> crate::Result<Self> {
         let (h, d) = (c.hidden_size, c.head_dim);
         let (q, kv) = (c.num_attention_heads * (d + c.gate_dim()), c.num_key_value_heads * d);
+        let [values, keys] = c.switch_heads.projections().map(|experts| experts * kv);
         let q_proj = b.normal_of_parts("self_attn.q_proj.weight", c.num_attention_heads, &[("query", d), ("gate", c.gate_dim())], h)?;
-        let k_proj = b.normal("self_attn.k_proj.weight", &[kv, h])?;
-        let v_proj = b.normal("self_attn.v_proj.weight", &[kv, h])?;
+        let k_proj = b.normal("self_attn.k_proj.weight", &[keys, h])?;
+        let v_proj = b.normal("self_attn.v_proj.weight", &[values, h])?;
         let o_proj = b.normal("self_attn.o_proj.weight", &[h, c.num_attention_heads * d])?;
         let mut norm = |kind: &str, n: usize| b.constant(&format!("self_attn.{kind}_norm.weight"), &[n], c.norm_start());
         let norms = match c.qk_norm {
@@ -48,7 +51,7 @@ impl Attention {
             QkNorm::None => None,
         };
         let mut bias = |kind: &str, n: usize| b.constant(&format!("self_attn.{kind}_proj.bias"), &[n], 0.0);
-        let biases = if c.attention_bias { Some([bias("q", q)?, bias("k", kv)?, bias("v", kv)?, bias("o", h)?]) } else { None };
+        let biases = if c.attention_bias { Some([bias("q", q)?, bias("k", keys)?, bias("v", values)?, bias("o", h)?]) } else { None };
         let sdpa_norm = if c.sdpa_norm { Some(b.constant("self_attn.sdpa_norm.weight", &[d], c.norm_start())?) } else { None };
         let window = (kind == LayerType::SlidingAttention).then_some(c.sliding_window);
         let frequencies = match c.scaled_frequencies() {
@@ -57,6 +60,7 @@ impl Attention {
             }
             _ => None,
         };
+        let switch = Switch::new(b, c)?;
         let mut gate = |at| Gate::new(b, c, at);
         let (output_gate, value_gate) = (gate(GatePosition::Attention)?, gate(GatePosition::Value)?);
         let (key_gate, query_gate, dense_gate) = (gate(GatePosition::Key)?, gate(GatePosition::Query)?, gate(GatePosition::Dense)?);
@@ -75,6 +79,7 @@ impl Attention {
             query_gate,
             dense_gate,
             sdpa_norm,
+            switch,
         })
     }
 
@@ -87,8 +92,14 @@ impl Attention {
         let queries = ctx.asked(x)?;
         let n = queries.dim(1);
         let qg = biased(project(&queries, &self.q_proj)?, 0)?.reshape(&[b, n, c.num_attention_heads, d + c.gate_dim()])?;
-        let k = biased(project(x, &self.k_proj)?, 1)?.reshape(&[b, t, c.num_key_value_heads, d])?;
-        let v = biased(project(x, &self.v_proj)?, 2)?.reshape(&[b, t, c.num_key_value_heads, d])?;
+        let chosen = self.switch.as_ref().map(|s| s.weights(x, taps)).transpose()?;
+        let [of_values, of_keys] = c.switch_heads.projections().map(|experts| experts * d);
+        let k = biased(project(x, &self.k_proj)?, 1)?.reshape(&[b, t, c.num_key_value_heads, of_keys])?;
+        let v = biased(project(x, &self.v_proj)?, 2)?.reshape(&[b, t, c.num_key_value_heads, of_values])?;
+        let (k, v) = match &chosen {
+            Some(w) => (if c.switch_heads.keys { mix(&k, w)? } else { k }, mix(&v, w)?),
+            None => (k, v),
+        };
         let turn = |x: &Tensor, i: usize| {
             let x = match &self.norms {
                 Some(w) if c.qk_norm == QkNorm::Projection => {

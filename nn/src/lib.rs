@@ -21,6 +21,7 @@ mod save;
 mod shards;
 mod spelling;
 mod state;
+mod switch;
 mod taps;
 pub mod tensor_file;
 
@@ -29,7 +30,7 @@ pub use cache::Caches;
 pub use composed::composed_slowdown;
 pub use config::{
     AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition, LayerType, LinearActivation, LinearQkNorm, ModelConfig, ModelType,
-    OutputGate, QkNorm, Recurrence, RopeScaling, RopeType, nearest,
+    OutputGate, QkNorm, Recurrence, RopeScaling, RopeType, SwitchHeads, nearest,
 };
 pub use decoder::{Decoder, Losses, Placement};
 pub use error::{Error, Result};

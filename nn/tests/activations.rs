@@ -1,7 +1,7 @@
 //! The estimate of what a forward keeps against what it keeps: alone in its file, since memory is counted for the whole process.
 
 use engine::{DType, Tensor};
-use nn::{AttentionGate, Decoder, GateGranularity, LayerType, LinearActivation, LinearQkNorm, ModelConfig};
+use nn::{AttentionGate, Decoder, GateGranularity, LayerType, LinearActivation, LinearQkNorm, ModelConfig, SwitchHeads};
 
 #[test]
 fn the_estimate_is_what_a_forward_keeps() {
@@ -35,6 +35,7 @@ fn the_estimate_is_what_a_forward_keeps() {
         ("head-wise", ModelConfig { attention_gate: AttentionGate { granularity: GateGranularity::Headwise, ..gate }, ..base.clone() }),
         ("shared", ModelConfig { attention_gate: AttentionGate { shared: true, ..gate }, ..base.clone() }),
         ("value", ModelConfig { value_gate: gate, ..base.clone() }),
+        ("switch", ModelConfig { switch_heads: SwitchHeads { experts: 4, top_k: 2, keys: true }, ..base.clone() }),
         ("query and dense", ModelConfig { query_gate: gate, dense_gate: gate, ..base.clone() }),
         ("norms", ModelConfig { sandwich_norm: true, sdpa_norm: true, ..base.clone() }),
         ("post", ModelConfig { post_norm: vec![LayerType::FullAttention], ..base.clone() }),

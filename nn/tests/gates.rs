@@ -3,7 +3,7 @@
 use engine::{DType, Tensor, no_grad, rng};
 use nn::{
     AttentionGate, Caches, Decoder, GateActivation, GateGranularity, GateOp, GatePosition, Generator, LayerType, ModelConfig, ModelType, Observer,
-    Placement, QkNorm,
+    Placement, QkNorm, SwitchHeads,
 };
 
 fn base() -> ModelConfig {
@@ -72,6 +72,12 @@ fn variants() -> Vec<(String, ModelConfig)> {
     let two = set(set(base(), GatePosition::Attention, gate), GatePosition::Value, headwise);
     let five = GatePosition::ALL.into_iter().fold(base(), |c, at| set(c, at, gate));
     all.extend([
+        ("switch_heads".into(), ModelConfig { switch_heads: SwitchHeads { experts: 1, top_k: 1, keys: false }, ..base() }),
+        ("switch_heads of values".into(), ModelConfig { switch_heads: SwitchHeads { experts: 3, top_k: 2, keys: false }, ..two.clone() }),
+        (
+            "switch_heads of keys".into(),
+            ModelConfig { switch_heads: SwitchHeads { experts: 3, top_k: 3, keys: true }, attention_bias: true, ..base() },
+        ),
         ("sdpa_norm".into(), ModelConfig { sdpa_norm: true, ..base() }),
         ("sdpa_silu".into(), ModelConfig { sdpa_silu: true, ..base() }),
         ("sdpa_norm, gate".into(), ModelConfig { sdpa_norm: true, zero_centered_norms: false, ..two.clone() }),
@@ -162,6 +168,38 @@ fn models_of_one_seed_begin_alike_where_they_have_the_same_parts() {
     assert_eq!(first.len(), of(&gated).len());
     let other = Decoder::new(&base(), 6, DType::F64).unwrap();
     assert_ne!(of(&plain), of(&other));
+}
+
+#[test]
+fn one_expert_is_a_headwise_gate_on_the_values() {
+    let headwise = AttentionGate { granularity: GateGranularity::Headwise, ..AttentionGate::default() };
+    let gated = Decoder::new(&ModelConfig { value_gate: headwise, ..base() }, 3, DType::F64).unwrap();
+    let c = ModelConfig { switch_heads: SwitchHeads { experts: 1, top_k: 1, keys: false }, ..base() };
+    let switched = Decoder::new(&c, 3, DType::F64).unwrap();
+    for p in switched.params() {
+        let name = p.name.replace("switch_router", "value_gate");
+        p.tensor.assign(&gated.params().iter().find(|q| q.name == name).unwrap().tensor.detach()).unwrap();
+    }
+    let of = |m: &Decoder| m.loss(&tokens(2, 9), &targets(18), None, None).unwrap().objective.item().unwrap();
+    assert!((of(&gated) - of(&switched)).abs() < 1e-14);
+}
+
+#[test]
+fn a_token_chooses_the_likeliest_experts_of_each_head() {
+    let c = ModelConfig { switch_heads: SwitchHeads { experts: 5, top_k: 2, keys: true }, ..base() };
+    let m = Decoder::new(&c, 3, DType::F64).unwrap();
+    let mut seen = Keep(&["0.attn.hook_switch_logits", "0.attn.hook_switch"], Default::default());
+    m.loss(&tokens(2, 9), &targets(18), None, Some(&mut seen)).unwrap();
+    let [weights, logits] = &seen.1.values().map(|t| t.to_vec::<f64>().unwrap()).collect::<Vec<_>>()[..] else { panic!("two taps") };
+    assert_eq!(logits.len(), 2 * 9 * c.num_key_value_heads * 5);
+    for (l, w) in logits.chunks(5).zip(weights.chunks(5)) {
+        let mut order: Vec<usize> = (0..5).collect();
+        order.sort_by(|a, b| l[*b].total_cmp(&l[*a]));
+        for (rank, i) in order.into_iter().enumerate() {
+            let want = if rank < 2 { 1.0 / (1.0 + (-l[i]).exp()) } else { 0.0 };
+            assert!((w[i] - want).abs() < 1e-12, "{l:?} {w:?}");
+        }
+    }
 }
 
 #[test]
@@ -340,6 +378,7 @@ fn a_step_on_a_gpu_or_its_emulator_is_the_cpus() {
         "five gates",
         "sdpa_norm, sdpa_silu, gate",
         "value_gate headwise",
+        "switch_heads of values",
     ];
     let all: Vec<_> = variants().into_iter().filter(|(n, _)| chosen.contains(&n.as_str())).collect();
     assert_eq!(all.len(), chosen.len());

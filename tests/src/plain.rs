@@ -121,7 +121,7 @@ impl<'a> Plain<'a> {
 
     fn attention(&self, x: &Tensor, at: &Place, window: Option<usize>) -> Result<Tensor> {
         let c = self.config;
-        let (b, t, n, kv, d) = (x.dim(0), x.dim(1), c.num_attention_heads, c.num_key_value_heads, c.head_dim);
+        let (b, t, n, d) = (x.dim(0), x.dim(1), c.num_attention_heads, c.head_dim);
         let get = |name: &str| self.get(&format!("{}self_attn.{name}.weight", at.prefix));
         let width = |gate: &AttentionGate, d: usize| match gate.granularity {
             GateGranularity::None => 0,
@@ -155,8 +155,8 @@ impl<'a> Plain<'a> {
         };
         let qg = project(x, "q_proj")?.reshape(&[b, t, n, d + gate_dim])?;
         let q = gated(&c.query_gate, &qg.narrow(3, 0, d)?, "query_gate", None)?;
-        let k = gated(&c.key_gate, &project(x, "k_proj")?.reshape(&[b, t, kv, d])?, "key_gate", None)?;
-        let v = gated(&c.value_gate, &project(x, "v_proj")?.reshape(&[b, t, kv, d])?, "value_gate", None)?;
+        let k = gated(&c.key_gate, &self.switched(x, &project(x, "k_proj")?, c.switch_heads.keys, at)?, "key_gate", None)?;
+        let v = gated(&c.value_gate, &self.switched(x, &project(x, "v_proj")?, true, at)?, "value_gate", None)?;
         let turned = |x: &Tensor, norm: &str| {
             let of = |x: &Tensor| rms_norm::rms_norm(x, get(norm), c.rms_norm_eps, c.zero_centered_norms);
             let x = match c.qk_norm {
@@ -175,6 +175,26 @@ impl<'a> Plain<'a> {
         let o = gated(&c.attention_gate, &o, "attention_gate", columns.as_ref())?;
         let y = project(&o.reshape(&[b, t, n * d])?, "o_proj")?;
         gated(&c.dense_gate, &y.reshape(&[b, t, 1, c.hidden_size])?, "dense_gate", None)?.reshape(&[b, t, c.hidden_size])
+    }
+
+    /// Keys or values from all experts, `y [b, t, heads · experts · D]`: an expert counts if fewer than `top_k` others have larger logits.
+    fn switched(&self, x: &Tensor, y: &Tensor, switched: bool, at: &Place) -> Result<Tensor> {
+        let (b, t, heads, d) = (x.dim(0), x.dim(1), self.config.num_key_value_heads, self.config.head_dim);
+        let (e, k) = (self.config.switch_heads.experts, self.config.switch_heads.top_k);
+        if !switched || e == 0 {
+            return y.reshape(&[b, t, heads, d]);
+        }
+        let logits = x.linear(self.get(&format!("{}self_attn.switch_router.weight", at.prefix)))?;
+        let all = logits.to_vec::<f64>()?;
+        let counts = |i: usize| all[i / e * e..][..e].iter().filter(|other| **other > all[i]).count() < k;
+        let mask: Vec<f64> = (0..all.len()).map(|i| f64::from(u8::from(counts(i)))).collect();
+        let weights = logits.sigmoid()?.mul(&Tensor::from_vec(mask, logits.shape())?.cast(x.dtype())?)?;
+        let (y, weights) = (y.reshape(&[b, t, heads, e, d])?, weights.reshape(&[b, t, heads, e, 1])?);
+        let mut sum = y.narrow(3, 0, 1)?.mul(&weights.narrow(3, 0, 1)?)?;
+        for i in 1..e {
+            sum = sum.add(&y.narrow(3, i, 1)?.mul(&weights.narrow(3, i, 1)?)?)?;
+        }
+        sum.reshape(&[b, t, heads, d])
     }
 
     fn gated_delta_net(&self, x: &Tensor, at: &Place, decays: bool) -> Result<Tensor> {

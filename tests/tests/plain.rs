@@ -1,7 +1,7 @@
 //! One training step's loss and every gradient of the decoder against the plain model, for every way that its layers can be set.
 
 use engine::{DType, Tensor, rng};
-use nn::{AttentionGate, Decoder, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, QkNorm};
+use nn::{AttentionGate, Decoder, GateActivation, GateGranularity, GateOp, LayerType, ModelConfig, OutputGate, QkNorm, SwitchHeads};
 use tidegate_tests::plain::Plain;
 
 fn config() -> ModelConfig {
@@ -148,6 +148,10 @@ fn gates_with_norms_and_each_other() {
         ModelConfig { sdpa_norm: true, attention_gate: head, ..config() },
         ModelConfig { sdpa_norm: true, sdpa_silu: true, attention_gate: shared, zero_centered_norms: false, ..config() },
         ModelConfig { value_gate: shared, ..config() },
+        ModelConfig { switch_heads: SwitchHeads { experts: 1, top_k: 1, keys: false }, ..config() },
+        ModelConfig { switch_heads: SwitchHeads { experts: 4, top_k: 2, keys: false }, attention_bias: true, ..config() },
+        ModelConfig { switch_heads: SwitchHeads { experts: 3, top_k: 1, keys: true }, ..without_gate() },
+        ModelConfig { switch_heads: SwitchHeads { experts: 3, top_k: 3, keys: true }, ..all.clone() },
         ModelConfig { sandwich_norm: true, ..config() },
         ModelConfig { sandwich_norm: true, num_experts: 0, zero_centered_norms: false, ..all.clone() },
         all,

@@ -46,7 +46,7 @@ impl Seen {
     ///
     /// | ends in | scalars |
     /// |---|---|
-    /// | `hook_gate`, `hook_value_gate` and the like, `hook_shared_gate`, `hook_beta` | `…_mean`, and `…_shut`, `…_low`, `…_high`: the parts of magnitude below 0.01, below 0.1 and above 0.9 (saturation) |
+    /// | `hook_gate`, `hook_value_gate` and the like, `hook_switch`, `hook_shared_gate`, `hook_beta` | `…_mean`, and `…_shut`, `…_low`, `…_high`: the parts of magnitude below 0.01, below 0.1 and above 0.9 (saturation) |
     /// | `hook_log_decay` | the same of `alpha = exp(g)` |
     /// | `hook_router_probs`, `[…, experts]` | `router_entropy` (nats, mean over tokens), `router_max` (mean largest probability) |
     /// | `hook_router_index`, expert ids | `router_load_max` (largest load over the mean load), `router_load_min`, `router_load_entropy` (nats), `router_dead` (experts without a token), given `experts` |
@@ -63,7 +63,7 @@ impl Seen {
         let flat = t.detach().reshape(&[n])?;
         let x = if flat.dtype().is_float() { flat.cast(DType::F32)? } else { flat.clone() };
         match hook {
-            "gate" | "value_gate" | "key_gate" | "query_gate" | "dense_gate" | "shared_gate" | "beta" => self.gate(&key(hook), &x),
+            "gate" | "value_gate" | "key_gate" | "query_gate" | "dense_gate" | "shared_gate" | "switch" | "beta" => self.gate(&key(hook), &x),
             "log_decay" => self.gate(&key("alpha"), &x.exp()?),
             "router_probs" => {
                 let width = t.shape().last().copied().unwrap_or(1).max(1);
@@ -97,12 +97,13 @@ impl Seen {
 }
 
 /// Taps that add nothing to what others say.
-const PASSED_OVER: [&str; 15] = [
+const PASSED_OVER: [&str; 16] = [
     "hook_embed",
     "hook_out",
     "hook_rot_q",
     "hook_rot_k",
     "hook_gate_logits",
+    "hook_switch_logits",
     "hook_value_gate_logits",
     "hook_key_gate_logits",
     "hook_query_gate_logits",

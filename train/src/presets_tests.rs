@@ -120,6 +120,13 @@ fn what_variants_add_is_what_table_1_says() {
     assert_eq!(added(&with(&|c| c.sdpa_norm = true)), 24 * 128);
     assert_eq!(added(&with(&|c| c.sdpa_silu = true)), 0);
     assert_eq!(added(&with(&|c| c.sandwich_norm = true)), 24 * 2 * 2048);
+    // table 6: each further expert is a projection of all values (and keys), and each has a row of the router for each head
+    let switch = |experts, top_k, keys| added(&with(&|c| c.switch_heads = nn::SwitchHeads { experts, top_k, keys }));
+    assert_eq!(switch(1, 1, false), 24 * 2048 * 4);
+    assert_eq!(switch(4, 4, false), 24 * 2048 * (3 * 512 + 4 * 4));
+    assert_eq!(switch(8, 2, false), 24 * 2048 * (7 * 512 + 8 * 4));
+    assert_eq!(switch(4, 4, true), 24 * 2048 * (2 * 3 * 512 + 4 * 4));
+    assert_eq!(switch(8, 8, true), 24 * 2048 * (2 * 7 * 512 + 8 * 4));
     // two gates add what both do
     assert_eq!(added(&with(&|c| (c.attention_gate, c.value_gate) = (gate, headwise))), 24 * 2048 * (4096 + 4));
 }

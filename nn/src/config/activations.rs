@@ -90,6 +90,11 @@ impl ModelConfig {
         n += q + 2.0 * kv + q;
         // what goes on from the kernel: gated inside it, or normalised and through SiLU behind it
         n += q * (f(usize::from(output)) + f(usize::from(self.sdpa_norm)) + f(usize::from(self.sdpa_silu)));
+        if self.switch_heads.is_some() {
+            // what is mixed, and the weights
+            let weights = f(self.num_key_value_heads * self.switch_heads.experts);
+            n += kv * f(self.switch_heads.projections().into_iter().filter(|e| *e > 1).sum()) + weights;
+        }
         for at in GatePosition::ALL.into_iter().filter(|at| self.gate(*at).is_some()) {
             let (gate, [h, width]) = (self.gate(at), self.gate_shape(at));
             let on = match at {

@@ -21,8 +21,10 @@ impl ModelConfig {
                         QkNorm::None => 0,
                     };
                     let gates: u128 = GatePosition::ALL.into_iter().map(|at| self.gate_size(at)).sum();
+                    let router = n(self.num_key_value_heads) * n(self.switch_heads.experts) * h;
+                    let both: u128 = self.switch_heads.projections().into_iter().map(|e| n(e) * kv).sum();
                     let norms = norms + if self.sdpa_norm { d } else { 0 };
-                    h * (q * d + 2 * kv) + norms + q * d * h + gates + if self.attention_bias { q * d + 2 * kv + h } else { 0 }
+                    h * (q * d + both) + norms + q * d * h + gates + router + if self.attention_bias { q * d + both + h } else { 0 }
                 }
             };
             let dense = mixer + n(self.norm_names(i).iter().flatten().flatten().count()) * h;

@@ -1,5 +1,6 @@
 //! The gates of softmax attention: what they are, where they stand, and which settings say something.
 
+use super::validate::LARGEST;
 use super::{LayerType, ModelConfig, QkNorm};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -124,6 +125,32 @@ impl GatePosition {
     }
 }
 
+/// Key/value heads with several experts each, of which a token chooses some by the sigmoid of a router (SwitchHead, 2312.07987 §2.2, as in 2505.06708
+/// appendix A.1): `v = Σₑ σ(x Wr)ₑ · (x Wᵥᵉ)` over the `top_k` largest, and likewise the keys if `keys`. One expert is a head-wise gate on the values.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SwitchHeads {
+    /// Experts of each key/value head; 0: none, and no router.
+    pub experts: usize,
+    /// How many of them a token chooses.
+    pub top_k: usize,
+    /// Whether keys have experts, too, chosen by the same router; else values alone.
+    pub keys: bool,
+}
+
+impl SwitchHeads {
+    /// Whether there are experts.
+    pub fn is_some(&self) -> bool {
+        self.experts > 0
+    }
+
+    /// Projections of a value, of a key: the columns of either for each of the dimensions of a head.
+    pub(crate) fn projections(&self) -> [usize; 2] {
+        let n = self.experts.max(1);
+        [n, if self.keys { n } else { 1 }]
+    }
+}
+
 impl ModelConfig {
     /// The gate at a position.
     pub fn gate(&self, at: GatePosition) -> &AttentionGate {
@@ -187,13 +214,13 @@ impl ModelConfig {
             return vec![];
         }
         let gates = GatePosition::ALL.into_iter().filter(|at| self.is_composed(*at)).map(GatePosition::key);
-        let between = [("sdpa_norm", self.sdpa_norm), ("sdpa_silu", self.sdpa_silu)];
+        let between = [("switch_heads", self.switch_heads.is_some()), ("sdpa_norm", self.sdpa_norm), ("sdpa_silu", self.sdpa_silu)];
         gates.chain(between.into_iter().filter(|b| b.1).map(|b| b.0)).collect()
     }
 
     /// The same without what is [`composed`](Self::composed).
     pub(crate) fn without_composed(&self) -> ModelConfig {
-        let mut c = ModelConfig { sdpa_norm: false, sdpa_silu: false, ..self.clone() };
+        let mut c = ModelConfig { switch_heads: SwitchHeads::default(), sdpa_norm: false, sdpa_silu: false, ..self.clone() };
         GatePosition::ALL.into_iter().filter(|at| self.is_composed(*at)).for_each(|at| *c.gate_mut(at) = AttentionGate::none());
         c.without_composed_recurrence()
     }
@@ -236,6 +263,22 @@ impl ModelConfig {
                      `{key}.granularity` \"elementwise\", or `qk_norm` \"projection\" or \"none\""
                 ));
             }
+        }
+        let SwitchHeads { experts, top_k, keys } = self.switch_heads;
+        if experts > LARGEST || top_k > experts || (top_k == 0 && experts > 0) {
+            return fail(format!(
+                "`switch_heads.experts` must be at most {LARGEST} and `switch_heads.top_k` from 1 to them, found {experts} and {top_k}; both 0 for none"
+            ));
+        }
+        if keys && experts == 0 {
+            return fail("`switch_heads.keys` = true does nothing while `switch_heads.experts` is 0; set `switch_heads.experts` and `.top_k`".into());
+        }
+        if keys && experts == 1 && self.qk_norm == QkNorm::Head {
+            return fail(
+                "`switch_heads` with one expert multiplies each key head by a positive number, which the norm of each head behind it (`qk_norm` = \"head\") \
+                 takes away again; make `switch_heads.keys` false, or `switch_heads.experts` at least 2"
+                    .into(),
+            );
         }
         if let Some(i) = (0..self.num_hidden_layers).find(|i| self.sandwich_norm && self.is_post_norm(*i)) {
             return fail(format!(

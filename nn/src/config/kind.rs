@@ -43,7 +43,7 @@ impl ModelConfig {
         for at in others.filter(|at| softmax && self.gate(*at).granularity != GateGranularity::None) {
             beyond.push(format!("a `{}`", at.key()));
         }
-        for (key, on) in [("sdpa_norm", self.sdpa_norm), ("sdpa_silu", self.sdpa_silu)] {
+        for (key, on) in [("switch_heads", self.switch_heads.is_some()), ("sdpa_norm", self.sdpa_norm), ("sdpa_silu", self.sdpa_silu)] {
             if softmax && on {
                 beyond.push(format!("`{key}`"));
             }

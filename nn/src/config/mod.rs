@@ -12,7 +12,7 @@ mod rope;
 mod validate;
 
 pub(crate) use families::grouped_queries;
-pub use gate::{AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition};
+pub use gate::{AttentionGate, GateActivation, GateGranularity, GateOp, GatePosition, SwitchHeads};
 pub use json::nearest;
 pub use kind::ModelType;
 pub use mixers::{LayerType, LinearActivation, LinearQkNorm, OutputGate, Recurrence};
@@ -120,6 +120,8 @@ pub struct ModelConfig {
     pub query_gate: AttentionGate,
     /// Ours: a gate behind its output projection (G5).
     pub dense_gate: AttentionGate,
+    /// Ours: experts of its key/value heads.
+    pub switch_heads: SwitchHeads,
     /// Ours: whether an RMS norm of each head, all with one weight, stands on softmax attention's output, before the gate.
     pub sdpa_norm: bool,
     /// Ours: whether softmax attention's output goes through a SiLU, behind `sdpa_norm` and before the gate.
@@ -213,6 +215,7 @@ impl Default for ModelConfig {
             key_gate: AttentionGate::none(),
             query_gate: AttentionGate::none(),
             dense_gate: AttentionGate::none(),
+            switch_heads: SwitchHeads::default(),
             sdpa_norm: false,
             sdpa_silu: false,
             sandwich_norm: false,

@@ -188,6 +188,7 @@ fn only_a_qwen3_next_is_called_one() {
         (ModelConfig { key_gate: AttentionGate::default(), ..c.clone() }, "`key_gate`"),
         (ModelConfig { query_gate: AttentionGate::default(), ..c.clone() }, "`query_gate`"),
         (ModelConfig { dense_gate: AttentionGate::default(), ..c.clone() }, "`dense_gate`"),
+        (ModelConfig { switch_heads: SwitchHeads { experts: 2, top_k: 1, keys: false }, ..c.clone() }, "`switch_heads`"),
         (ModelConfig { sdpa_norm: true, ..c.clone() }, "`sdpa_norm`"),
         (ModelConfig { sdpa_silu: true, ..c.clone() }, "`sdpa_silu`"),
         (ModelConfig { sandwich_norm: true, ..c.clone() }, "`sandwich_norm`"),
@@ -232,6 +233,21 @@ fn only_a_qwen3_next_is_called_one() {
     }
     let ours = ModelConfig { model_type: ModelType::Tidegate, ..c };
     assert_eq!(ours.to_json().unwrap()["model_type"], json!("tidegate"));
+}
+
+#[test]
+fn switch_heads_that_contradict_or_do_nothing_are_refused() {
+    let says = |json: Value, words: &[&str]| {
+        let e = ModelConfig::from_json(json!({ "switch_heads": json })).unwrap_err().to_string();
+        assert!(words.iter().all(|w| e.contains(w)), "{e}");
+    };
+    says(json!({"experts": 4}), &["`switch_heads.top_k`", "found 4 and 0"]);
+    says(json!({"experts": 4, "top_k": 5}), &["`switch_heads.top_k`", "found 4 and 5"]);
+    says(json!({"top_k": 2}), &["found 0 and 2", "both 0 for none"]);
+    says(json!({"experts": LARGEST + 1, "top_k": 1}), &["`switch_heads.experts`", "at most"]);
+    says(json!({"keys": true}), &["`switch_heads.keys`", "does nothing"]);
+    says(json!({"experts": 1, "top_k": 1, "keys": true}), &["qk_norm", "switch_heads.keys"]);
+    ModelConfig::from_json(json!({"switch_heads": {"experts": 1, "top_k": 1, "keys": true}, "qk_norm": "none"})).unwrap();
 }
 
 #[test]

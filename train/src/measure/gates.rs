@@ -21,6 +21,7 @@ fn kind(at: &At) -> Option<&'static str> {
         ("attn.hook_key_gate", true) => "key",
         ("attn.hook_query_gate", true) => "query",
         ("attn.hook_dense_gate", true) => "dense",
+        ("attn.hook_switch", true) => "switch",
         ("attn.hook_gate", false) => "delta_output",
         ("attn.hook_beta", false) => "beta",
         ("mlp.hook_shared_gate", _) => "shared_expert",
