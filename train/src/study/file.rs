@@ -151,6 +151,7 @@ pub fn shipped() -> &'static [Shipped] {
     studies![
         "gate-positions",
         "gate-scores",
+        "switch-heads",
         "learning-rate",
         "hybrid-ratio",
         "decay-and-erase",
