@@ -1,7 +1,7 @@
 //! What a checkpoint's folder holds beside the parameters: kept as it is, and written back when the model is saved.
 
 use crate::tensor_file::Raw;
-use crate::{Error, Result};
+use crate::{Error, Result, json};
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -39,7 +39,7 @@ impl Aside {
         for name in FILES {
             let path = dir.join(name);
             if path.is_file() {
-                files.push((*name, std::fs::read(&path).map_err(Error::io(&path))?));
+                files.push((*name, json::read(&path)?));
             }
         }
         // a model that reads images, too, may say it of its text model

@@ -40,11 +40,18 @@ impl Files {
         Ok(Files { shards: shards::open(dir)?, config: read_config(dir)? })
     }
 
-    /// An error if the files have fewer tensors than the model has layers, each of which has norms: even its plan would take more memory than they do.
-    fn hold(&self, dir: &Path, layers: usize) -> Result<()> {
-        let found: usize = self.shards.iter().map(|(_, file)| file.len()).sum();
+    /// An error if the files have fewer tensors than the model has layers, each of which has norms, or far fewer numbers than it has parameters: even its
+    /// plan would take more memory than they do.
+    fn hold(&self, dir: &Path, c: &ModelConfig) -> Result<()> {
+        let (found, layers): (usize, _) = (self.shards.iter().map(|(_, file)| file.len()).sum(), c.num_hidden_layers);
         if layers > found {
             let m = format!("`num_hidden_layers` = {layers} does not fit the files beside it, which hold {found} tensors in all");
+            return Err(Error::checkpoint(&dir.join(CONFIG), m));
+        }
+        let (numbers, parameters): (usize, _) = (self.shards.iter().map(|(_, file)| file.numbers()).sum(), c.parameters().0);
+        if parameters / 2 > numbers {
+            let m =
+                format!("describes a model of {parameters} parameters, and the files beside it hold {numbers} numbers: they are not of one model");
             return Err(Error::checkpoint(&dir.join(CONFIG), m));
         }
         Ok(())
@@ -132,6 +139,14 @@ impl Decoder {
         Ok(out)
     }
 
+    /// The configuration of the model that the folder `dir` holds.
+    pub fn config_of(dir: &Path) -> Result<ModelConfig> {
+        ModelConfig::from_json(read_config(dir)?).map_err(|e| match e {
+            Error::Config(m) => Error::checkpoint(&dir.join(CONFIG), m),
+            e => e,
+        })
+    }
+
     /// The model that the folder `dir` holds, in f32: `config.json`, and `model.safetensors` or the shards that `model.safetensors.index.json` names.
     /// The files' names and shapes are held against the configuration before memory is taken.
     pub fn open(dir: &Path) -> Result<Decoder> {
@@ -140,11 +155,12 @@ impl Decoder {
 
     /// The model that the folder `dir` holds, as [`open`](Self::open), in a place of your choice.
     pub fn open_on(dir: &Path, place: &Placement) -> Result<Decoder> {
-        let config = ModelConfig::from_json(read_config(dir)?)?;
+        let config = Self::config_of(dir)?;
         place.validate()?;
-        config.fits(place.params.size() as u64)?;
         let files = Files::open(dir)?;
-        files.hold(dir, config.num_hidden_layers)?;
+        files.hold(dir, &config)?;
+        let sets = "it takes a machine with more, or half of that with bf16 (`--dtype bf16`)";
+        config.fits(place.params.size() as u64, if place.params == DType::BF16 { "it takes a machine with more" } else { sets })?;
         let plan = Decoder::build(&config, place, Source::Shapes)?;
         let matched = files.matched(dir, plan.params(), &config)?;
         let matched: HashMap<&str, &Vec<Part>> = plan.params().iter().map(|p| p.name.as_str()).zip(&matched).collect();
@@ -172,6 +188,6 @@ fn read_config(dir: &Path) -> Result<Value> {
     if path.exists() && !path.is_file() {
         return Err(Error::checkpoint(&path, "is no file; expected a model's configuration in JSON"));
     }
-    let text = std::fs::read(&path).map_err(Error::io(&path))?;
+    let text = json::read(&path)?;
     json::parse(&json::from_python(&text)).map_err(|e| Error::checkpoint(&path, format!("is no JSON: {e}")))
 }

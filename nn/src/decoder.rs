@@ -91,7 +91,7 @@ impl Decoder {
     pub fn on(config: &ModelConfig, seed: u64, place: &Placement) -> Result<Self> {
         config.validate()?;
         place.validate()?;
-        config.fits(place.params.size() as u64)?;
+        config.fits(place.params.size() as u64, ModelConfig::SMALLER)?;
         Self::build(config, place, Source::Seed(seed))
     }
 

@@ -1,14 +1,32 @@
 //! JSON in which no object has a key twice: which of the two holds would be anyone's guess.
 
-use serde::de::{DeserializeOwned, Deserializer, Error, MapAccess, SeqAccess, Visitor};
-use serde::{Deserialize, de};
+use crate::{Error, Result};
+use serde::Deserialize;
+use serde::de::{self, DeserializeOwned, Deserializer, MapAccess, SeqAccess, Visitor};
 use std::collections::HashSet;
 use std::fmt;
+use std::path::Path;
 
 /// A value of bytes that are JSON; an error for a key that is there twice, and for values in each other more than 128 deep.
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
     serde_json::from_slice::<Unique>(bytes)?;
     serde_json::from_slice(bytes)
+}
+
+/// No file beside the weights is larger; those of vocabularies have some ten million bytes.
+const LARGEST: u64 = 1 << 28;
+
+/// A whole file of JSON or text; an error for one that is too large to be that, before memory is taken.
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
+    let found = std::fs::metadata(path).map_err(Error::io(path))?;
+    if !found.is_file() {
+        return Err(Error::checkpoint(path, "is no file"));
+    }
+    if found.len() > LARGEST {
+        let m = format!("has {} bytes; a file that goes with a model has at most {LARGEST}: it is something else, or damaged", found.len());
+        return Err(Error::checkpoint(path, m));
+    }
+    std::fs::read(path).map_err(Error::io(path))
 }
 
 /// JSON as Python writes it: an `Infinity` that stands for a number becomes `{"__float__": "Infinity"}`, which transformers writes today.
@@ -76,7 +94,7 @@ impl<'de> Visitor<'de> for Unique {
         let mut keys = HashSet::new();
         while let Some(key) = map.next_key::<String>()? {
             if keys.contains(&key) {
-                return Err(A::Error::custom(format!("the key `{key}` is there twice")));
+                return Err(de::Error::custom(format!("the key `{key}` is there twice")));
             }
             keys.insert(key);
             map.next_value::<Unique>()?;

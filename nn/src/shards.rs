@@ -14,10 +14,20 @@ struct Index {
 /// Opens them all; an error where the index and what is there contradict each other.
 pub(crate) fn open(dir: &Path) -> Result<Vec<(PathBuf, TensorFile)>> {
     let index = dir.join(INDEX);
+    if ![MODEL, INDEX].iter().any(|name| dir.join(name).symlink_metadata().is_ok()) {
+        let shard = |name: &str| name.starts_with("model-") && name.ends_with(".safetensors");
+        let names = || std::fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|e| e.file_name().into_string().ok());
+        let why = match names().find(|name| shard(name) || name.ends_with(".bin")) {
+            Some(name) if shard(&name) => format!("; {name} is a part of it: the index {INDEX} is missing; copy that, too"),
+            Some(name) => format!("; {name} is another format: save the model once more with `safe_serialization=True`"),
+            None => format!(", and so is {INDEX}; copy the weights, too"),
+        };
+        return Err(Error::checkpoint(&dir.join(MODEL), format!("is missing{why}")));
+    }
     if dir.join(MODEL).exists() || !index.exists() {
         return Ok(vec![(dir.join(MODEL), TensorFile::open(&dir.join(MODEL))?)]);
     }
-    let text = std::fs::read(&index).map_err(Error::io(&index))?;
+    let text = json::read(&index)?;
     let Index { weight_map } = json::parse(&text).map_err(|e| Error::checkpoint(&index, format!("is no index of shards: {e}")))?;
     let names: BTreeSet<&String> = weight_map.values().collect();
     if let Some(name) = names.iter().find(|name| Path::new(name).file_name() != Some(name.as_ref())) {

@@ -41,6 +41,10 @@ impl TensorFile {
     pub(crate) fn len(&self) -> usize {
         self.header.len()
     }
+    /// How many numbers they hold.
+    pub(crate) fn numbers(&self) -> usize {
+        self.header.values().map(|info| info.shape.iter().product::<usize>()).sum()
+    }
     /// What the file says of itself.
     pub(crate) fn metadata(&self) -> &HashMap<String, String> {
         &self.meta

@@ -297,6 +297,27 @@ fn an_index_that_lies_is_refused() {
 }
 
 #[test]
+fn weights_that_are_not_there_are_asked_for() {
+    let dir = Folder::new("weightless");
+    Decoder::new(&tiny(), 3, DType::F32).unwrap().save(&dir.0).unwrap();
+    // for all to read who may read what is beside them
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = |name: &str| std::fs::metadata(dir.0.join(name)).unwrap().permissions().mode();
+        assert_eq!(mode("model.safetensors"), mode("config.json"));
+    }
+    std::fs::remove_file(dir.0.join("model.safetensors")).unwrap();
+    let says = |words: &[&str]| assert!(words.iter().all(|w| dir.error().contains(w)), "{words:?} in {}", dir.error());
+    says(&["model.safetensors: is missing, and so is model.safetensors.index.json"]);
+    dir.write("pytorch_model.bin", b"");
+    says(&["model.safetensors: is missing", "pytorch_model.bin is another format", "safe_serialization=True"]);
+    std::fs::remove_file(dir.0.join("pytorch_model.bin")).unwrap();
+    dir.write("model-00001-of-00002.safetensors", b"");
+    says(&["model.safetensors: is missing", "model-00001-of-00002.safetensors is a part of it", "index"]);
+}
+
+#[test]
 fn a_configuration_that_lies_is_refused() {
     let dir = Folder::new("config");
     let untied = ModelConfig { tie_word_embeddings: false, num_hidden_layers: 2, ..tiny() };
@@ -307,14 +328,15 @@ fn a_configuration_that_lies_is_refused() {
     says(set("num_attention_heads", 4.into()), &["self_attn.q_proj.weight", "has shape [16, 6], the model needs [32, 6]"]);
     says(set("num_experts", 4.into()), &["mlp.gate.weight", "[3, 6]", "[4, 6]", "experts.3.gate_proj.weight` is missing"]);
     says(set("num_experts", 2.into()), &["experts.2.down_proj.weight` is not of this model"]);
-    says(set("num_experts", 16_000_000.into()), &["is missing, whole and as 16000000 experts"]);
+    let they = "they are not of one model";
+    says(set("num_experts", 16_000_000.into()), &["config.json", "describes a model of", "hold", they]);
     says(set("tie_word_embeddings", true.into()), &["`lm_head.weight` is not `model.embed_tokens.weight`"]);
     // what would take memory is refused before it does
     let deep = |n: usize| dir.with_json("config.json", &|j| (j["num_hidden_layers"], j["layer_types"]) = (n.into(), Value::Null));
     says(deep(60_000), &["config.json", "`num_hidden_layers` = 60000", "tensors in all"]);
     says(deep(16_000_000), &["`num_hidden_layers`", "at most 65536"]);
     let huge = |j: &mut Value| (j["hidden_size"], j["vocab_size"]) = (1_000_000.into(), 1_000_000.into());
-    says(dir.with_json("config.json", &huge), &["parameters need", "this machine has"]);
+    says(dir.with_json("config.json", &huge), &["config.json", "describes a model of", they]);
     says(dir.with_json("config.json", &|j| j["mlp_only_layers"] = vec![0; 100_000].into()), &["mlp_only_layers", "100000"]);
     for (key, x) in [
         ("hidden_size", json!(-1)),
@@ -327,7 +349,7 @@ fn a_configuration_that_lies_is_refused() {
         ("attention_gate", json!("none")),
     ] {
         let e = set(key, x.clone());
-        assert!(e.contains("model configuration: ") || e.contains("config.json"), "{key} {x}: {e}");
+        assert!(e.contains("config.json: ") && e.contains(key), "{key} {x}: {e}");
     }
     let text = String::from_utf8(dir.read("config.json")).unwrap();
     let with = |from: &str, to: &str| dir.with("config.json", text.replacen(from, to, 1).as_bytes());
@@ -337,7 +359,22 @@ fn a_configuration_that_lies_is_refused() {
     says(dir.with("config.json", "{\"a\":".repeat(100_000).as_bytes()), &["config.json", "recursion limit"]);
     says(dir.with("config.json", b""), &["config.json", "is no JSON"]);
     says(dir.with("config.json", b"\xff\xfe{}"), &["config.json", "is no JSON"]);
-    says(dir.with("config.json", b"[1]"), &["must be a JSON object"]);
+    says(dir.with("config.json", b"[1]"), &["config.json", "must be a JSON object"]);
+    says(set("quantization_config", json!({"quant_method": "fp8"})), &["config.json", "`quantization_config`", "are quantized", "bf16"]);
+    says(set("no_such_thing", 1.into()), &["unknown key `no_such_thing`", "take it out"]);
+    // what other programs leave there
+    let json: Value = serde_json::from_slice(&dir.read("config.json")).unwrap();
+    for key in ["unsloth_version", "_attn_implementation_autoset", "auto_map", "pretraining_tp", "max_length", "sep_token_id"] {
+        let mut json = json.clone();
+        json[key] = "x".into();
+        dir.write("config.json", json.to_string().as_bytes());
+        Decoder::open(&dir.0).unwrap();
+    }
+    dir.write("config.json", json.to_string().as_bytes());
+    // a file of nothing, larger than any of its kind
+    std::fs::File::options().write(true).open(dir.0.join("config.json")).unwrap().set_len(3 << 30).unwrap();
+    says(dir.error(), &["config.json", "has 3221225472 bytes", "at most"]);
+    dir.write("config.json", json.to_string().as_bytes());
     // all tensors in whole numbers
     let bytes = dir.read("model.safetensors");
     let whole = String::from_utf8_lossy(&bytes[8..]).find("F32").unwrap() + 8;

@@ -256,7 +256,9 @@ fn steps_in(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
 
 /// The checkpoints that `path` may mean: itself, or those of a run folder (or of its folder `checkpoints`), newest first. At least one.
 pub fn candidates(path: &Path) -> Result<Vec<PathBuf>> {
-    if [STATE, MODEL, SHARDS].iter().any(|name| path.join(name).is_file()) {
+    let run = path.join("run.json").is_file() || path.join("checkpoints").is_dir();
+    // what a folder of transformers lacks, its reader says
+    if [STATE, MODEL, SHARDS].iter().any(|name| path.join(name).is_file()) || !run && path.join(CONFIG).is_file() {
         return Ok(vec![path.to_path_buf()]);
     }
     let inside = if path.join("checkpoints").is_dir() { path.join("checkpoints") } else { path.to_path_buf() };

@@ -58,7 +58,7 @@ impl Hybrid {
     pub fn create(config: &nn::ModelConfig, seed: u64, place: &nn::Placement) -> Result<Trained<Hybrid>> {
         if place.device == Device::cpu() {
             // weights, gradients and two moments, in f32
-            config.fits(16)?;
+            config.fits(16, nn::ModelConfig::SMALLER)?;
         }
         Ok(Trained::new(Hybrid { model: nn::Decoder::on(config, seed, place)? }))
     }

@@ -6,6 +6,7 @@ use crate::schedule::Shape;
 use crate::tasks::Settings;
 use crate::{Error, Result};
 use nn::{AttentionGate, ModelConfig, nearest};
+use std::path::PathBuf;
 
 mod recurrent;
 
@@ -83,6 +84,7 @@ pub fn quickstart() -> RunConfig {
             tokens: None,
             steps: None,
             accumulate: 2,
+            from: PathBuf::new(),
             dtype: None,
             observe_every: 1,
             log_every: 50,

@@ -27,6 +27,13 @@ impl Codec {
             Codec::Tokenizer(t) => t.encode(text),
         }
     }
+    /// The same of a text that stands alone, as transformers reads a prompt: with the tokens that its tokenizer puts before and after it.
+    pub fn encode_alone(&self, text: &str) -> Result<Vec<u32>> {
+        match self {
+            Codec::Bytes => self.encode(text),
+            Codec::Tokenizer(t) => t.encode_alone(text),
+        }
+    }
     /// A decoder at the beginning of a text.
     pub fn decoder(&self) -> Decoder {
         match self {

@@ -68,6 +68,16 @@ impl<N: Network> Trained<N> {
     pub fn is_replaying(&self) -> bool {
         self.replayed.is_some()
     }
+    /// Takes parameters over from a run, a checkpoint or a folder of transformers, and nothing else: training begins.
+    pub fn begin_from(&mut self, path: &Path) -> Result<()> {
+        let skip = |path: &Path, e: &Error| say(&format!("skipped {}: {e}", path.display()));
+        let (found, ()) = checkpoint::first_whole(&checkpoint::candidates(path)?, skip, |dir| {
+            checkpoint::verify(dir, &[checkpoint::MODEL])?;
+            self.net.load(dir)
+        })?;
+        say(&format!("parameters of {}", found.display()));
+        Ok(())
+    }
     /// The network.
     pub fn net(&self) -> &N {
         &self.net

@@ -103,6 +103,7 @@ fn what_is_no_prompt_is_said() {
         (&["--stop", ""], 2, "--stop"),
         (&["--system", "a"], 2, "--chat"),
         (&["--batch", "0"], 2, "at least 1"),
+        (&["--chat", "--json"], 2, "--json writes a line for each text"),
     ] {
         let o = run(dir, &[&["generate", "r"], args].concat(), "");
         let said = String::from_utf8_lossy(&o.stderr);

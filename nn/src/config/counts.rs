@@ -4,6 +4,9 @@ use super::{GatePosition, LayerType, ModelConfig, QkNorm};
 use crate::{Error, Result};
 
 impl ModelConfig {
+    /// What can be done about a model that is too large.
+    pub const SMALLER: &str = "make the model smaller: `hidden_size`, `num_hidden_layers`, `num_experts`, `vocab_size`";
+
     /// Parameters: all of them, and those that act on one token (routed experts count `num_experts_per_tok` times). `usize::MAX` if there are more.
     pub fn parameters(&self) -> (usize, usize) {
         let n = |x: usize| x as u128; // products of four sizes
@@ -104,15 +107,14 @@ impl ModelConfig {
         f
     }
 
-    /// An error if the parameters, at so many bytes each, are more than the machine's memory.
-    pub fn fits(&self, bytes_per_parameter: u64) -> Result<()> {
+    /// An error if the parameters, at so many bytes each, are more than the machine's memory; it ends with the advice.
+    pub fn fits(&self, bytes_per_parameter: u64, advice: &str) -> Result<()> {
         let (n, gib) = (self.parameters().0, |b: u128| b as f64 / (1u64 << 30) as f64);
         let need = n as u128 * u128::from(bytes_per_parameter);
         // more than any machine has, where nothing is known of this one
         match engine::cpu::system_memory().or(Some(1 << 47)) {
             Some(have) if need > u128::from(have) => Err(Error::Config(format!(
-                "{n} parameters need {:.1} GiB at {bytes_per_parameter} bytes each, this machine has {:.1} GiB; make the model smaller: `hidden_size`, \
-                 `num_hidden_layers`, `num_experts`, `vocab_size`",
+                "{n} parameters need {:.1} GiB at {bytes_per_parameter} bytes each, this machine has {:.1} GiB; {advice}",
                 gib(need),
                 gib(u128::from(have))
             ))),

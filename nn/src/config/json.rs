@@ -32,6 +32,16 @@ const BOOKKEEPING: &[&str] = &[
     "mamba_ssm_dtype",
     "use_sliding_window",
     "max_window_layers",
+    // of other programs, or of generation
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "auto_map",
+    "max_length",
+    "pretraining_tp",
+    "sep_token_id",
+    "tokenizer_class",
+    "unsloth_fixed",
+    "unsloth_version",
 ];
 
 impl ModelConfig {
@@ -46,8 +56,14 @@ impl ModelConfig {
         let names: Vec<&str> = known.as_object().into_iter().flat_map(|m| m.keys().map(String::as_str)).collect();
         for key in map.keys() {
             if !names.contains(&key.as_str()) && !BOOKKEEPING.contains(&key.as_str()) {
-                let near = nearest(key, names.iter().copied()).map_or(String::new(), |n| format!("; did you mean `{n}`?"));
-                return Err(Error::Config(format!("unknown key `{key}`{near}")));
+                let hint = match nearest(key, names.iter().copied()) {
+                    _ if key == "quantization_config" => {
+                        ": the weights are quantized; f32, f64, bf16 and f16 can be read: take the checkpoint that is not quantized".to_string()
+                    }
+                    Some(n) => format!("; did you mean `{n}`?"),
+                    None => "; if it says nothing of what the model computes, take it out".into(),
+                };
+                return Err(Error::Config(format!("unknown key `{key}`{hint}")));
             }
         }
         let refuse = |map: &serde_json::Map<String, Value>, key: &str, fine: &[Value]| match map.get(key) {
@@ -57,7 +73,14 @@ impl ModelConfig {
         refuse(map, "use_sliding_window", &[Value::Bool(false)])?;
         refuse(map, "hidden_act", &["silu".into()])?;
         refuse(map, "attention_dropout", &[0.into(), 0.0.into()])?;
-        let c: ModelConfig = serde_json::from_value(v).map_err(|e| Error::Config(e.to_string()))?;
+        // the key that is wrong is the one that is so in a configuration where all else is right
+        let alone = |(key, x): (&String, &Value)| {
+            let mut one = known.clone();
+            one[key] = x.clone();
+            serde_json::from_value::<ModelConfig>(one).err().map(|e| format!("`{key}` = {x}: {e}"))
+        };
+        let named = v.as_object().and_then(|map| map.iter().filter(|(key, _)| names.contains(&key.as_str())).find_map(alone));
+        let c: ModelConfig = serde_json::from_value(v).map_err(|e| Error::Config(named.unwrap_or(e.to_string())))?;
         c.validate()?;
         Ok(c)
     }

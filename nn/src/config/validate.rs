@@ -47,8 +47,11 @@ impl ModelConfig {
             }
         }
         let (deep, named) = (self.num_hidden_layers, self.mlp_only_layers.len());
-        if deep > DEEPEST || named > deep {
-            return fail(format!("`num_hidden_layers` must be at most {DEEPEST}, found {deep}, and `mlp_only_layers` can name so many, not {named}"));
+        if deep > DEEPEST {
+            return fail(format!("`num_hidden_layers` must be at most {DEEPEST}, found {deep}"));
+        }
+        if named > deep {
+            return fail(format!("`mlp_only_layers` names {named} layers, `num_hidden_layers` is {deep}"));
         }
         let (sparse, dense): (Vec<usize>, Vec<usize>) = (0..self.num_hidden_layers).partition(|i| self.is_sparse(*i));
         if !dense.is_empty() && !sparse.is_empty() && self.intermediate_size == 0 {

@@ -142,6 +142,8 @@ pub(crate) fn write_entries(path: &Path, entries: &[(String, Entry)], written: &
 /// The same with metadata.
 pub(crate) fn write_with(path: &Path, entries: &[(String, Entry)], written: &dyn Fn(u64), meta: HashMap<String, String>) -> Result<()> {
     let state = State { failed: RefCell::new(None), written };
+    // the library would have it for the owner's eyes alone
+    let mode = std::fs::File::create(path).and_then(|f| f.metadata()).map_err(Error::io(path))?.permissions();
     let views = entries.iter().map(|(name, entry)| (name, Writing { name, entry, state: &state }));
     safetensors::serialize_to_file(views, Some(meta), path).map_err(|e| match e {
         SafeTensorError::IoError(source) => Error::io(path)(source),
@@ -150,5 +152,5 @@ pub(crate) fn write_with(path: &Path, entries: &[(String, Entry)], written: &dyn
     if let Some(e) = state.failed.take() {
         return Err(e);
     }
-    std::fs::File::open(path).and_then(|f| f.sync_all()).map_err(Error::io(path))
+    std::fs::set_permissions(path, mode).and_then(|()| std::fs::File::open(path)?.sync_all()).map_err(Error::io(path))
 }

@@ -187,10 +187,10 @@ fn same_tokens(run: &Path, corpus: &Corpus) -> Result<()> {
     let (p, c) = (path.display(), corpus.path().display());
     match (own, corpus.codec()) {
         (Some(own), Some(Codec::Tokenizer(t))) if own != t.json() => {
-            Err(Error::Usage(format!("the tokens of {c} are not by this run's tokenizer {p}; encode the text with that one")))
+            Err(Error::Usage(format!("the tokens of {c} are not by the model's tokenizer {p}; encode the text with that one")))
         }
         (Some(_), Some(Codec::Bytes)) => Err(Error::Usage(format!(
-            "{c} is text, and this run was trained on tokens; encode it by `tidegate tokenize encode {} --tokenizer {} --out DIR`",
+            "{c} is text, and the model was trained on tokens; encode it by `tidegate tokenize encode {} --tokenizer {} --out DIR`",
             quoted(&c.to_string()),
             quoted(&p.to_string())
         ))),

@@ -26,6 +26,7 @@ Examples:
   tidegate train quickstart --set train.minutes=0.5 --run-dir runs/try
   tidegate train quickstart --set data.path=my.txt --set optim.lr=1e-3
   tidegate train my.toml --print-config
+  tidegate train quickstart --from Qwen3-0.6B/ --set data.path=tokens/ --set optim.lr=2e-5
   tidegate train qwen3-15a2b --dry-run --set model.attention_gate.granularity=headwise
   tidegate train --run-dir runs/try --resume
 
@@ -43,6 +44,9 @@ pub(super) struct Args {
     /// Where the run is kept [default: runs/NAME, then runs/NAME-2, …]
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
+    /// Begin with the parameters, and the model, of a run, a checkpoint or a folder of transformers; short for --set train.from=DIR
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    from: Option<PathBuf>,
     /// Go on with the run folder's newest checkpoint, or with the one named here
     #[arg(long, value_name = "auto|CHECKPOINT", num_args = 0..=1, default_missing_value = "auto")]
     resume: Option<String>,
@@ -63,10 +67,11 @@ pub(super) struct Args {
 }
 
 impl Args {
-    /// `--set`s, and `--dtype`, which is one too.
+    /// `--set`s, and `--dtype` and `--from`, which are some too.
     fn sets(&self) -> Vec<String> {
         let dtype = self.place.dtype.map(|d| format!("train.dtype={}", DType::from(d)));
-        self.set.iter().cloned().chain(dtype).collect()
+        let from = self.from.as_ref().map(|dir| format!("train.from={}", dir.display()));
+        self.set.iter().cloned().chain(dtype).chain(from).collect()
     }
 }
 
@@ -81,8 +86,14 @@ fn stem(what: &str) -> &str {
     file(what).and_then(Path::file_stem).and_then(|s| s.to_str()).unwrap_or(what)
 }
 
-/// The preset or file, with `--set`s on top.
+/// The preset or file, with `--set`s on top; where parameters are from elsewhere, their model is in place of the preset's.
 pub(super) fn layers(what: &str, set: &[String]) -> Result<Layers> {
+    let own = layers_on(what, set, None)?;
+    let from = own.text("train.from");
+    if from.is_empty() { Ok(own) } else { layers_on(what, set, Some(&from)) }
+}
+
+fn layers_on(what: &str, set: &[String], from: Option<&str>) -> Result<Layers> {
     let text = |e: Error| match e {
         Error::Usage(m) if Path::new(what).exists() && Path::new(what).extension().is_none_or(|e| e != "toml") => Error::Usage(format!(
             "{m}\n(a text or a folder of them to train on is named so: tidegate train quickstart --set data.path={})",
@@ -90,12 +101,20 @@ pub(super) fn layers(what: &str, set: &[String]) -> Result<Layers> {
         )),
         e => e,
     };
+    let begin = |preset: &RunConfig| -> Result<Layers> {
+        let mut layers = Layers::preset(preset)?;
+        if let Some(from) = from {
+            let dir = checkpoint::candidates(Path::new(from)).map_err(|e| Error::Usage(format!("train.from: {e}")))?.remove(0);
+            layers.model(&nn::Decoder::config_of(&dir)?, from)?;
+        }
+        Ok(layers)
+    };
     let mut layers = match file(what) {
-        None => Layers::preset(&presets::by_name(what).map_err(text)?)?,
+        None => begin(&presets::by_name(what).map_err(text)?)?,
         Some(path) => {
             let mut preset = presets::by_name(&Layers::base_of(path).map_err(text)?.unwrap_or_else(|| "quickstart".into()))?;
             preset.name = stem(what).to_string();
-            let mut layers = Layers::preset(&preset)?;
+            let mut layers = begin(&preset)?;
             layers.file(path)?;
             layers
         }
@@ -218,6 +237,11 @@ fn go(plan: &Plan, corpus: &Corpus, place: &nn::Placement, replays: bool) -> Res
     if let Some(c) = plan.changes.iter().find(|c| c.key.starts_with("model.") && !POSITIONS.iter().any(|p| c.key.starts_with(p))) {
         return Err(Error::Usage(format!("{c}: a run keeps its model; begin another in a folder of its own by --run-dir, without --resume")));
     }
+    let elsewhere = Some(config.train.from.as_path()).filter(|p| !p.as_os_str().is_empty());
+    if let Some(path) = elsewhere.filter(|_| !plan.resuming) {
+        let dir = checkpoint::candidates(path)?.remove(0);
+        [dir.as_path(), &run_of(&dir)].into_iter().try_for_each(|holder| same_tokens(holder, corpus))?;
+    }
     let (vocab, least) = (config.model.vocab_size, corpus.vocab_size());
     if vocab < least {
         let why = if corpus.is_bytes() { "text is bytes".into() } else { format!("{} has as many tokens", corpus.path().display()) };
@@ -230,8 +254,14 @@ fn go(plan: &Plan, corpus: &Corpus, place: &nn::Placement, replays: bool) -> Res
     }
     Source::new(corpus, config)?;
     let mut model = Hybrid::create(&config.model, config.seed, place)?.replays(replays);
+    if let Some(path) = elsewhere.filter(|_| !plan.resuming) {
+        model.begin_from(path)?;
+    }
     let run = RunDir::open(&plan.dir, plan.resuming)?;
     let from = restore(plan, &mut model, corpus)?;
+    if let Some(path) = elsewhere.filter(|_| plan.resuming && from.is_none()) {
+        model.begin_from(path)?;
+    }
     let command: Vec<String> = std::env::args().collect();
     if let Some(Codec::Tokenizer(t)) = corpus.codec() {
         checkpoint::write(&plan.dir.join(tokenizer::FILE), t.json())?;

@@ -75,6 +75,9 @@ pub struct Train {
     pub steps: Option<u64>,
     /// Micro-batches whose gradients are added up for a step.
     pub accumulate: usize,
+    /// The run, checkpoint or folder of transformers whose parameters training begins with; empty: drawn by the seed.
+    #[serde(default)]
+    pub from: PathBuf,
     /// The precision of activations and products; parameters are f32 always. Where it is not set, the device decides at the start: f32 on the CPU,
     /// bf16 on a GPU.
     pub dtype: Option<Precision>,

@@ -66,6 +66,15 @@ impl Layers {
         Ok(Layers { tree, origins })
     }
 
+    /// Puts a model in place of the preset's; `source` says where it is from.
+    pub fn model(&mut self, model: &nn::ModelConfig, source: &str) -> Result<()> {
+        self.tree["model"] = serde_json::to_value(model).map_err(|e| Error::Usage(format!("{source}: {e}")))?;
+        let mut all = vec![];
+        keys(&self.tree["model"], "model", &mut all);
+        self.origins.source.extend(all.into_iter().map(|key| (key, source.to_string())));
+        Ok(())
+    }
+
     /// Lays a TOML file on top. Its top-level key `preset`, if any, was read by [`base_of`](Self::base_of) before.
     pub fn file(&mut self, path: &Path) -> Result<()> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::Usage(format!("configuration {}: {e}", path.display())))?;
@@ -136,6 +145,11 @@ impl Layers {
 
     fn at(&self, key: &str) -> Option<&Value> {
         key.split('.').try_fold(&self.tree, |v, part| v.as_object()?.get(part))
+    }
+
+    /// The text that stands at a key, if one does.
+    pub fn text(&self, key: &str) -> String {
+        self.at(key).and_then(Value::as_str).unwrap_or_default().to_string()
     }
 
     fn unknown(&self, key: &str, source: &str) -> Error {

@@ -163,6 +163,9 @@ pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, plac
     let found: Vec<_> = checkpoint::checkpoints(&folder)?.into_iter().rev().map(|c| c.1).collect();
     let skip = |path: &Path, e: &Error| say(&format!("skipped {}: {e}", path.display()));
     let from = if found.is_empty() { None } else { Some(checkpoint::first_whole(&found, skip, |c| trainer::load(&mut model, c))?.1) };
+    if from.is_none() && !config.train.from.as_os_str().is_empty() {
+        model.begin_from(&config.train.from)?;
+    }
     if from.as_ref().and_then(|s| s.corpus).is_some_and(|then| then != corpus.fingerprint()) {
         return Err(Error::data(
             corpus.path(),

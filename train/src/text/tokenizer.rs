@@ -23,6 +23,9 @@ pub struct Tokenizer {
     byte_level: bool,
 }
 
+/// No vocabulary takes more bytes; large ones take some ten million.
+const LARGEST: u64 = 1 << 28;
+
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Tokenizer of {} tokens", self.tokens.len())
@@ -42,6 +45,10 @@ fn byte_of(c: char) -> Option<u8> {
 impl Tokenizer {
     /// Reads a `tokenizer.json`. A file that is cut off, or no tokenizer, or a byte-level one that lacks a byte, is an error that says so.
     pub fn open(path: &Path) -> Result<Tokenizer> {
+        let n = std::fs::metadata(path).map_err(Error::io("reading", path))?.len();
+        if n > LARGEST {
+            return Err(Error::data(path, format!("has {n} bytes; a tokenizer.json has at most {LARGEST}: it is something else, or damaged")));
+        }
         let json = std::fs::read(path).map_err(Error::io("reading", path))?;
         Tokenizer::from_json(json, path)
     }
@@ -131,9 +138,16 @@ impl Tokenizer {
     }
     /// Text as tokens, without any that the file would put before or after it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokens(text, false)
+    }
+    /// Text as tokens, with those that the file puts before and after a text that stands alone, such as a first one that says so.
+    pub fn encode_alone(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokens(text, true)
+    }
+    fn tokens(&self, text: &str, alone: bool) -> Result<Vec<u32>> {
         let wrong = |e: String| Error::Model(format!("tokenizer: {e}"));
         // where a file says what can't be, the library finds out here
-        let encoding = caught(|| self.inner.encode_fast(text, false)).map_err(wrong)?.map_err(|e| wrong(e.to_string()))?;
+        let encoding = caught(|| self.inner.encode_fast(text, alone)).map_err(wrong)?.map_err(|e| wrong(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
     /// Whether some of the text is missing in its tokens; where a normalizer changes text, that can't be told.

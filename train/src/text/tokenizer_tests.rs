@@ -131,6 +131,22 @@ fn tokens_that_are_no_bytes() {
 }
 
 #[test]
+fn a_text_that_stands_alone_gets_what_the_file_puts_around_it() {
+    let mut json = sentences();
+    let bos = |id: u32| open(&json).unwrap().name(id).unwrap();
+    let name = bos(1);
+    json["post_processor"] = json!({
+        "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {name.clone(): {"id": name, "ids": [1], "tokens": [name]}},
+    });
+    let codec = Codec::Tokenizer(Arc::new(open(&json).unwrap()));
+    let plain = codec.encode("ab a").unwrap();
+    assert_eq!(codec.encode_alone("ab a").unwrap(), [&[1], &plain[..]].concat());
+    assert_eq!(Codec::Bytes.encode_alone("ab").unwrap(), Codec::Bytes.encode("ab").unwrap());
+}
+
+#[test]
 fn files_that_are_no_tokenizer() {
     let message = |bytes: &[u8]| Tokenizer::from_json(bytes.into(), Path::new("some/tokenizer.json")).unwrap_err().to_string();
     let whole = sentences().to_string();

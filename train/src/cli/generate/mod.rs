@@ -92,6 +92,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if args.stop.iter().any(String::is_empty) {
         return wrong("--stop: expected at least one byte of text".into());
     }
+    if args.chat && args.json && args.prompt.is_empty() && args.prompts.is_none() && args.prompt_file.is_none() {
+        return wrong(
+            "--json writes a line for each text, and a conversation at the terminal is none; give --prompt or --prompts, or leave --json out".into(),
+        );
+    }
     let prompts = match (&args.prompts, &args.prompt_file) {
         (Some(file), _) => prompts::of_file(file)?,
         (_, Some(file)) => vec![std::fs::read_to_string(file).map_err(Error::io("reading", file))?],

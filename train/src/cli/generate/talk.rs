@@ -29,7 +29,7 @@ pub(super) fn talk(w: &Writer, template: &Template, system: Option<&str>) -> Res
             true => messages = conversation(system, &line),
             false => messages.push(Message { role: "user", content: line }),
         }
-        let ids = encode(w, &template.render(&messages)?)?;
+        let ids = encode(w, &template.render(&messages)?, true)?;
         // a template may leave out what was said before, such as thoughts; a state can't be taken back to there
         if !(ids.len() > read.len() && ids.starts_with(&read)) {
             context = nn::Generator::new(w.model.model());

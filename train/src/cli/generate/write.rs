@@ -127,9 +127,10 @@ pub(super) fn show(text: &str) -> Result<bool> {
     if std::io::stdout().is_terminal() { put(&harmless(text)) } else { put(text) }
 }
 
-/// A prompt's tokens, of which there must be one if nothing was read before.
-pub(super) fn encode(w: &Writer, text: &str) -> Result<Vec<u32>> {
-    let tokens = w.codec.encode(text)?;
+/// A prompt's tokens, of which there must be one if nothing was read before. What a template makes is whole; other texts get the tokens that the tokenizer puts
+/// around one that stands alone, unless they follow what was read.
+pub(super) fn encode(w: &Writer, text: &str, templated: bool) -> Result<Vec<u32>> {
+    let tokens = if templated || w.from.is_some() { w.codec.encode(text)? } else { w.codec.encode_alone(text)? };
     if tokens.is_empty() && w.from.is_none() { Err(Error::Usage(format!("--prompt: the tokenizer makes no token of {text:?}"))) } else { Ok(tokens) }
 }
 
@@ -143,7 +144,7 @@ pub(super) fn pace(read: usize, first: f64, written: usize, all: f64) {
 
 /// One text, as it comes.
 pub(super) fn stream(w: &Writer, prompt: &str) -> Result<()> {
-    let prompt = encode(w, prompt)?;
+    let prompt = encode(w, prompt, false)?;
     let (mut text, reads) = Text::after(w, &prompt);
     if !show(&reads)? {
         return Ok(());
@@ -167,8 +168,8 @@ pub(super) fn several(w: &Writer, prompts: &[&str], args: &Args, template: Optio
     let batch = args.batch as usize;
     for (group, some) in prompts.chunks(batch).enumerate() {
         let said = |p: &&str| match template {
-            Some(t) => t.render(&conversation(args.system.as_deref(), p)).and_then(|text| encode(w, &text)),
-            None => encode(w, p),
+            Some(t) => t.render(&conversation(args.system.as_deref(), p)).and_then(|text| encode(w, &text, true)),
+            None => encode(w, p, false),
         };
         let ids = some.iter().map(said).collect::<Result<Vec<_>>>()?;
         let (mut texts, read): (Vec<Text>, Vec<String>) = ids.iter().map(|p| Text::after(w, p)).unzip();

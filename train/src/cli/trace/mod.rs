@@ -20,7 +20,7 @@ const INDEX: &str = "index.json";
 const NOTES: &str = "\
 The file FILE holds `logits` [B, T, V]; `loss`, the mean over all predicted tokens; `objective`, that plus the router's losses with their coefficients, and
 these as `aux_loss` and `z_loss`, where a model has them; each tap that --names asks for (docs/taps.md lists them); with --grad the gradients of `objective`
-as `grad.NAME`, by the checkpoint's names. index.json beside it says what each tensor is. Floats are written in f32.
+(or of `loss`, by --grad-of) as `grad.NAME`, by the checkpoint's names. index.json beside it says what each tensor is. Floats are written in f32.
 
 Examples:
   tidegate trace --model runs/quickstart --text \"Call me Ishmael.\" --out trace.safetensors
@@ -47,6 +47,9 @@ pub(super) struct Args {
     /// Write the gradient of each parameter, too
     #[arg(long)]
     grad: bool,
+    /// What those are of: objective, or loss, which transformers differentiates where a config.json says `output_router_logits` = false
+    #[arg(long, value_name = "WHICH", default_value = "objective", requires = "grad", value_parser = ["objective", "loss"])]
+    grad_of: String,
     #[command(flatten)]
     place: PlaceArgs,
 }
@@ -95,7 +98,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let input = match (&args.input, &args.text) {
         (Some(file), _) => Input::read(file, config.vocab_size)?,
         (None, text) => {
-            let ids = codec_of(&path, config.vocab_size)?.encode(text.as_deref().unwrap_or_default())?;
+            let ids = codec_of(&path, config.vocab_size)?.encode_alone(text.as_deref().unwrap_or_default())?;
             if ids.is_empty() {
                 return Err(Error::Usage("--text: expected at least one token".into()));
             }
@@ -131,7 +134,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if let Some(losses) = losses {
         add_losses(&mut trace, &losses)?;
         if args.grad {
-            add_gradients(&mut trace, model, &path, &losses)?;
+            add_gradients(&mut trace, model, &path, &losses, &args.grad_of)?;
         }
     }
     let count = trace.tensors.len();
@@ -161,15 +164,15 @@ fn add_losses(trace: &mut Trace, l: &Losses) -> Result<()> {
     Ok(())
 }
 
-fn add_gradients(trace: &mut Trace, model: &Decoder, checkpoint: &Path, losses: &Losses) -> Result<()> {
-    let grads = losses.objective.backward()?;
+fn add_gradients(trace: &mut Trace, model: &Decoder, checkpoint: &Path, losses: &Losses, of: &str) -> Result<()> {
+    let grads = if of == "loss" { losses.nll.backward()? } else { losses.objective.backward()? };
     // a parameter that nothing depends on has none, which is zero
     let gradient = |p: &nn::Param| match grads.get(&p.tensor) {
         Some(g) => Ok(g.detach().to_device(&Device::cpu())?),
         None => Ok(Tensor::zeros(p.tensor.shape(), p.tensor.dtype(), &Device::cpu())?),
     };
     for (name, t) in model.named_as_in(checkpoint, gradient)? {
-        trace.add(format!("grad.{name}"), t, "backward", &format!("gradient of objective with respect to {name}"));
+        trace.add(format!("grad.{name}"), t, "backward", &format!("gradient of {of} with respect to {name}"));
     }
     Ok(())
 }
