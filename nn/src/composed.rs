@@ -10,11 +10,13 @@ use crate::{Error, Result};
 use engine::{Tensor, enable_grad};
 use std::time::Instant;
 
-/// Rounds of a measurement, of which the best counts.
-const ROUNDS: usize = 3;
+/// Rounds of a measurement: at least so many, and more until they took so long together, but not more than so many.
+const ROUNDS: usize = 5;
+const SECONDS: f64 = 0.3;
+const MOST: usize = 200;
 
 /// How many times as long a mixer takes with what is [composed](ModelConfig::composed) as without it (where several kinds of layers have some: one of each,
-/// together): forward and backward of `batch` rows of `seq_len` tokens, the best of three rounds each, in turn. An error if nothing is composed.
+/// together): forward and backward of `batch` rows of `seq_len` tokens, in turn, and the medians of their rounds. An error if nothing is composed.
 pub fn composed_slowdown(config: &ModelConfig, place: &Placement, batch: usize, seq_len: usize) -> Result<f64> {
     if config.composed().is_empty() {
         return Err(Error::Usage("nothing in this configuration is composed: there is nothing to measure".into()));
@@ -23,17 +25,19 @@ pub fn composed_slowdown(config: &ModelConfig, place: &Placement, batch: usize, 
     let kinds = config.composed_kinds();
     let (with, without) = (Probe::new(config, &kinds, place)?, Probe::new(&plain, &kinds, place)?);
     let x = Tensor::randn(&[batch, seq_len, config.hidden_size], place.compute, &place.device, 0, 0)?.requires_grad();
-    let mut best = [f64::INFINITY; 2];
-    // the first round only warms up
-    for round in 0..=ROUNDS {
-        for (best, probe) in best.iter_mut().zip([&with, &without]) {
-            let seconds = enable_grad(|| probe.seconds(&x))?;
-            if round > 0 {
-                *best = best.min(seconds);
-            }
-        }
+    let round = || -> Result<[f64; 2]> { enable_grad(|| Ok([with.seconds(&x)?, without.seconds(&x)?])) };
+    round()?; // only warms up
+    let (mut rounds, mut spent) = (vec![], 0.0);
+    while rounds.len() < ROUNDS || (spent < SECONDS && rounds.len() < MOST) {
+        let both = round()?;
+        spent += both[0] + both[1];
+        rounds.push(both);
     }
-    Ok(best[0] / best[1].max(1e-9))
+    let mut median = |i: usize| {
+        rounds.sort_by(|a, b| a[i].total_cmp(&b[i]));
+        rounds[rounds.len() / 2][i]
+    };
+    Ok(median(0) / median(1).max(1e-9))
 }
 
 /// One mixer of each kind that has something composed, alone.

@@ -35,7 +35,7 @@ impl State {
     /// | `layers.I.keys`, `layers.I.values` `[1, n, Hkv, D]` | softmax attention, in the dtype that is computed in; of sliding attention the last `sliding_window − 1` tokens |
     /// | `layers.I.conv_q`, `conv_k`, `conv_v` `[1, K − 1, C]`, `layers.I.state` `[1, Hv, Dk, Dv]`, f32 | the delta rule |
     ///
-    /// The metadata holds, as JSON under one key, the format's version, the model's `config.json`, and two digests (64-bit FNV-1a over words): of all the model's
+    /// The metadata holds, as JSON under one key, the format's version, the dtype that is computed in, the model's `config.json`, and two digests (64-bit FNV-1a over words): of all the model's
     /// weights, and of the tensors here.
     ///
     /// # Errors
@@ -56,7 +56,7 @@ impl State {
         ];
         tensors.extend(self.caches.named()?);
         let numbers = digest(tensors.iter().map(|(n, t)| (n.as_str(), t)))?;
-        let said = json!({ "format": FORMAT, "config": model.config().to_json()?, "weights": weights(model)?, "numbers": numbers });
+        let said = json!({ "format": FORMAT, "dtype": model.place().compute.to_string(), "config": model.config().to_json()?, "weights": weights(model)?, "numbers": numbers });
         let meta = HashMap::from([(KEY.into(), said.to_string())]);
         let entries: Vec<_> = tensors.into_iter().map(|(name, t)| (name, Entry::made(t.clone(), Some(t.dtype())))).collect();
         let staged = staged(path)?;
@@ -87,6 +87,10 @@ impl State {
         }
         if let Some(m) = other_model(&said["config"], &model.config().to_json()?) {
             return Err(wrong(format!("is of another model: {m}")));
+        }
+        let dtype = model.place().compute.to_string();
+        if let Some(then) = said["dtype"].as_str().filter(|then| *then != dtype) {
+            return Err(wrong(format!("is a state in {then}, and the model computes in {dtype}; load the model in {then}, or write the state anew")));
         }
         if said["weights"] != weights(model)? {
             return Err(wrong("is of another model: the configuration is the same, the weights are not (another checkpoint of the run?)".into()));

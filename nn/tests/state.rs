@@ -128,7 +128,8 @@ fn files_that_are_not_this_models_are_refused() {
     let turned = ModelConfig { rope_theta: 5e5, ..tiny() };
     says(&model(&turned, 3, DType::F32, DType::F32), &["another model", "`rope_theta` is 10000.0 there and 500000.0 here"]);
     says(&model(&tiny(), 3, DType::F32, DType::BF16), &["in f32", "computes in bf16"]);
-    says(&model(&tiny(), 3, DType::F64, DType::F64), &["weights"]);
+    says(&model(&tiny(), 3, DType::BF16, DType::BF16), &["in f32", "computes in bf16"]);
+    says(&model(&tiny(), 3, DType::F64, DType::F64), &["in f32", "computes in f64"]);
 
     let with = |bytes: &[u8], words: &[&str]| {
         std::fs::write(&path, bytes).unwrap();

@@ -17,7 +17,12 @@ pub fn note(config: &RunConfig, place: &Placement) -> Result<Option<String>> {
 fn sentence(names: &[&str], times: f64) -> String {
     let (are, them) = if names.len() == 1 { ("is", "it") } else { ("are", "them") };
     let names = names.join(" and ");
-    format!("{names} {are} composed of elementwise operations: attention takes {times:.2} times as long as without {them}")
+    let cost = if times < 1.0 {
+        "what that costs is too little to measure here".into()
+    } else {
+        format!("attention takes {times:.2} times as long as without {them}")
+    };
+    format!("{names} {are} composed of elementwise operations: {cost}")
 }
 
 /// What is to be said of a sliding window that is as long as a training text; none otherwise.
@@ -44,7 +49,8 @@ mod tests {
         c.model.attention_gate.shared = true;
         c.model.value_gate = AttentionGate::default();
         let said = note(&c, &place).unwrap().unwrap();
-        assert!(said.starts_with("attention_gate and value_gate are composed of elementwise operations: attention takes "), "{said}");
+        assert!(said.starts_with("attention_gate and value_gate are composed of elementwise operations: "), "{said}");
+        assert!(sentence(&["value_gate"], 0.98).ends_with("elementwise operations: what that costs is too little to measure here"));
         assert_eq!(
             sentence(&["value_gate"], 1.0812),
             "value_gate is composed of elementwise operations: attention takes 1.08 times as long as without it"

@@ -54,6 +54,10 @@ fn a_run_of_tasks_is_a_function_of_its_configuration() {
         assert!(bytes(&at("whole"), 8, file) == bytes(&at("one"), 8, file), "any number of threads");
         assert!(bytes(&at("straight"), 8, file) == bytes(&at("cut"), 8, file), "resumed as uninterrupted");
     }
+    // what is measured of such a run are samples of its tasks
+    runs(tmp.path(), "measure whole --only attention");
+    let measured = json(&at("whole").join("measures.json"));
+    assert!(measured["attention"].is_object() && measured["loss"].as_f64().unwrap() > 0.0, "{measured}");
     let lines = metrics(&at("whole"));
     let evaluated: Vec<&Value> = lines.iter().filter(|l| l["held_out_bits"].is_number()).collect();
     assert_eq!(evaluated.iter().map(|l| l["step"].as_u64().unwrap()).collect::<Vec<_>>(), [4, 8]);

@@ -79,7 +79,7 @@ impl ModelConfig {
         self.validate_recurrence()?;
         if !(0.0..=1.0).contains(&self.partial_rotary_factor) || !self.rotary_dim().is_multiple_of(2) {
             return fail(format!(
-                "`partial_rotary_factor` = {} of `head_dim` = {} must give an even number of rotated dimensions",
+                "`partial_rotary_factor` = {} of `head_dim` = {} must be from 0 to 1 and give an even number of rotated dimensions",
                 self.partial_rotary_factor, self.head_dim
             ));
         }

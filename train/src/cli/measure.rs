@@ -5,6 +5,7 @@ use super::{codec_of, open, out, place_for, put, run_of, same_tokens};
 use crate::data::Corpus;
 use crate::measure::{FILE, Options, check_names, measure};
 use crate::progress::say;
+use crate::tasks::Source;
 use crate::{Error, Result, checkpoint};
 use std::path::PathBuf;
 
@@ -28,7 +29,7 @@ pub(super) struct Args {
     /// Measure on this file or folder, instead of the held-out part of the run's own data
     #[arg(long, value_name = "TEXT")]
     data: Option<PathBuf>,
-    /// Tokens that each pass over the text reads, at most
+    /// Tokens that each pass over the text reads, at most, but for one window
     #[arg(long, value_name = "N", default_value_t = 1 << 15)]
     tokens: usize,
     /// Tokens in a window [default: as the run was trained, else 1024]
@@ -75,17 +76,22 @@ pub(super) fn run(args: &Args) -> Result<()> {
     };
     let eot = config.as_ref().and_then(|c| c.data.eot);
     let data = args.data.clone().or_else(|| config.as_ref().map(|c| c.data.path.clone())).unwrap_or_default();
-    let corpus = Corpus::open(&data, eot)?;
+    // where nothing but tasks was trained on, they are what there is to look at
+    let alone = config.as_ref().filter(|c| args.data.is_none() && c.tasks.alone());
+    let corpus = match alone {
+        Some(c) => Source::new(&Corpus::of_run(c)?, c)?.tokens()?,
+        None => Corpus::open(&data, eot)?,
+    };
     same_tokens(&run_of(&path), &corpus)?;
     let codec = codec_of(&path, model.config().vocab_size);
     // text is read byte by byte, which is nonsense to a model of other tokens; shards may well be of the right ones, of whatever text
     let codec = if corpus.is_bytes() { Some(codec?) } else { corpus.codec().cloned().or(codec.ok()) };
     let trained_on = checkpoint::read_state(&path).ok();
-    if args.data.is_none() && trained_on.is_some_and(|s| s.corpus.is_some_and(|then| then != corpus.fingerprint())) {
+    if args.data.is_none() && alone.is_none() && trained_on.is_some_and(|s| s.corpus.is_some_and(|then| then != corpus.fingerprint())) {
         say(&format!("{} has changed since this run was trained on it: its last part may not be the one that was held out", data.display()));
     }
     let range = match &config {
-        Some(c) if args.data.is_none() => corpus.split(c.data.held_out).1,
+        Some(c) if args.data.is_none() && alone.is_none() => corpus.split(c.data.held_out).1,
         _ => 0..corpus.len(),
     };
     if range.is_empty() {

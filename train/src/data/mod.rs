@@ -81,7 +81,7 @@ impl Corpus {
             return Ok(Corpus::of_documents([Bytes::Static(MOBY_DICK)], path));
         }
         if path.as_os_str().is_empty() {
-            return Err(Error::Usage("data.path is empty: name a text; only a run of tasks alone (tasks.share = 1) reads none".into()));
+            return Err(Error::Usage("data.path is empty: name a text; only a run of tasks alone (tasks.share = 1), none of which is among text (tasks.needle.filler), reads none".into()));
         }
         let corpus = match path.extension().and_then(|e| e.to_str()) {
             Some("bin") if path.is_file() => shard::open(path, eot)?,
