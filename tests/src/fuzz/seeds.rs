@@ -2,7 +2,7 @@
 
 use super::{Files, NAMES, Place, Random};
 use engine::DType;
-use nn::{Decoder, LayerType, ModelConfig, SaveOptions};
+use nn::{AttentionGate, Decoder, LayerType, ModelConfig, SaveOptions, SwitchHeads};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -36,8 +36,22 @@ pub fn folders() -> Vec<Files> {
     };
     let sliding = vec![LayerType::SlidingAttention, LayerType::LinearAttention, LayerType::FullAttention];
     let other = ModelConfig { layer_types: sliding, tie_word_embeddings: true, num_experts: 0, mlp_only_layers: vec![], ..config.clone() };
+    let ours = ModelConfig {
+        layer_types: vec![LayerType::Mamba2, LayerType::DeltaNet, LayerType::FullAttention],
+        value_gate: AttentionGate::default(),
+        switch_heads: SwitchHeads { experts: 2, top_k: 1, keys: true },
+        sdpa_norm: true,
+        sandwich_norm: true,
+        mamba_num_heads: 2,
+        mamba_head_dim: 6,
+        mamba_state_size: 4,
+        mamba_n_groups: 1,
+        ..config.clone()
+    };
     let mut all = vec![];
-    for (config, dtype, shards) in [(&config, None, 1), (&other, None, 1), (&config, Some(DType::BF16), 3), (&other, Some(DType::F16), 3)] {
+    for (config, dtype, shards) in
+        [(&config, None, 1), (&other, None, 1), (&ours, None, 1), (&config, Some(DType::BF16), 3), (&other, Some(DType::F16), 3)]
+    {
         let model = Decoder::new(config, 1, DType::F32).expect("a model");
         let bytes = config.parameters().0 as u64 * if dtype.is_some() { 2 } else { 4 };
         let dir = place.folder("seed");
@@ -48,7 +62,17 @@ pub fn folders() -> Vec<Files> {
         assert_eq!(files.len(), if shards > 1 { 5 } else { 2 }, "{files:?}");
         all.push(files);
     }
-    for name in ["next_d128_shards", "next_d256", "qwen3_moe", "olmo_hybrid_d64", "qwen3_5_moe_d256", "qwen3_5_images_d64", "gated_head_d128"] {
+    for name in [
+        "next_d128_shards",
+        "next_d256",
+        "qwen3_moe",
+        "olmo_hybrid_d64",
+        "qwen3_5_moe_d256",
+        "qwen3_5_images_d64",
+        "gated_head_d128",
+        "mamba2_groups",
+        "qwen3_yarn",
+    ] {
         let files = read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("oracles/golden").join(name));
         assert!(files.len() > 1, "{name}");
         all.push(files);
