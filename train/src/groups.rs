@@ -11,6 +11,23 @@ pub fn matches(pattern: &str, name: &str) -> bool {
     if pattern.contains('*') { glob(pattern.as_bytes(), name.as_bytes()) } else { name == pattern || name.split('.').any(|part| part == pattern) }
 }
 
+/// How many tensors, and numbers in them, stay as they begin; an error for a pattern that is of none, or if all are.
+pub fn frozen(params: &[(&str, &engine::Tensor)], freeze: &[String]) -> crate::Result<[usize; 2]> {
+    if let Some(p) = freeze.iter().find(|p| !params.iter().any(|(name, _)| matches(p, name))) {
+        let some: Vec<&str> = params.iter().map(|p| p.0).take(3).collect();
+        return Err(crate::Error::Usage(format!(
+            "optim.freeze: `{p}` is no parameter of this model, as {} are; --dry-run counts them",
+            some.join(", ")
+        )));
+    }
+    let still = params.iter().filter(|(name, _)| freeze.iter().any(|p| matches(p, name)));
+    let [tensors, numbers] = still.fold([0, 0], |[n, m], (_, t)| [n + 1, m + t.numel()]);
+    if tensors == params.len() {
+        return Err(crate::Error::Usage("optim.freeze: all parameters are frozen, so that there is nothing to train; leave some".into()));
+    }
+    Ok([tensors, numbers])
+}
+
 /// The part of the model that a parameter belongs to, in the taps' words: `blocks.3.attn` for `model.layers.3.linear_attn.A_log`.
 pub fn part(name: &str) -> String {
     let words: Vec<&str> = name.split('.').skip_while(|w| *w == "model").collect();
@@ -43,6 +60,19 @@ fn glob(p: &[u8], s: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn frozen_parameters_are_counted_and_patterns_of_none_refused() {
+        let t = |n: usize| engine::Tensor::zeros(&[n], engine::DType::F32, &engine::Device::cpu()).unwrap();
+        let (a, b, c) = (t(2), t(3), t(5));
+        let params = [("x.table", &a), ("y.table", &b), ("x.weight", &c)];
+        let of = |p: &[&str]| frozen(&params, &p.iter().map(|p| p.to_string()).collect::<Vec<_>>());
+        assert_eq!(of(&[]).unwrap(), [0, 0]);
+        assert_eq!(of(&["table"]).unwrap(), [2, 5]);
+        assert_eq!(of(&["x.*", "x.table"]).unwrap(), [2, 7]);
+        assert!(of(&["z.*"]).unwrap_err().to_string().contains("`z.*` is no parameter"));
+        assert!(of(&["*"]).unwrap_err().to_string().contains("all parameters are frozen"));
+    }
 
     #[test]
     fn names() {

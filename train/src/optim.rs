@@ -43,9 +43,11 @@ impl AdamW {
     }
 
     /// Clips, and takes a step. Returns the gradients' global norm before clipping, an f64 scalar that the host need not wait for. Parameters without a
-    /// gradient stay as they are; all do, if a gradient or one of the scalars `guard` isn't finite, and then the norm isn't.
+    /// gradient, and frozen ones, stay as they are; all do, if a gradient or one of the scalars `guard` isn't finite, and then the norm isn't.
     pub fn step(&self, params: &[(&str, &Tensor)], grads: &Grads, schedule: &Tensor, guard: &[&Tensor], o: &Optim) -> Result<Tensor> {
-        let with: Vec<(usize, &Tensor)> = params.iter().enumerate().filter_map(|(i, (_, p))| Some((i, grads.get(p)?))).collect();
+        let moves = |name: &str| !o.freeze.iter().any(|p| groups::matches(p, name));
+        let with: Vec<(usize, &Tensor)> =
+            params.iter().enumerate().filter(|(_, (name, _))| moves(name)).filter_map(|(i, (_, p))| Some((i, grads.get(p)?))).collect();
         let decay = |&(i, _): &(usize, &Tensor)| if groups::decays(params[i].0, params[i].1.shape(), &o.no_decay) { o.weight_decay } else { 0.0 };
         let [m, v] = [&self.m, &self.v].map(|all| with.iter().map(|(i, _)| &all[*i]).collect::<Vec<_>>());
         let g: Vec<&Tensor> = with.iter().map(|(_, g)| *g).collect();

@@ -101,6 +101,7 @@ pub fn quickstart() -> RunConfig {
             eps: 1e-8,
             weight_decay: 0.1,
             no_decay: ["A_log", "dt_bias", "*norm*", "*.bias"].map(String::from).to_vec(),
+            freeze: vec![],
             clip: 1.0,
         },
         eval: Eval { every: 250, tokens: 16_384 },

@@ -62,6 +62,20 @@ fn a_run_begins_with_a_checkpoint_of_transformers() {
 }
 
 #[test]
+fn frozen_parameters_stay_as_they_begin() {
+    let tmp = tempfile::tempdir().unwrap();
+    let from = golden("next_d32");
+    let line = format!("train smoke --from {} {STILL} --set optim.lr=1e-2 --set optim.freeze=[\"*.mlp.*\",\"lm_head\"]", from.display());
+    let said = runs(tmp.path(), &format!("{line} --run-dir some"));
+    assert!(said.contains("frozen: ") && said.contains("tensors of"), "{said}");
+    let (before, after) = (parameters(&from), parameters(&tmp.path().join("some/checkpoints/step-00000002")));
+    for ((name, a), (_, b)) in before.iter().zip(&after) {
+        assert_eq!(a == b, name.contains(".mlp.") || name.starts_with("lm_head"), "{name}");
+    }
+    fails(tmp.path(), &line.replace("lm_head", "lm_haed"), 2, &["optim.freeze: `lm_haed` is no parameter of this model"]);
+}
+
+#[test]
 fn what_does_not_fit_is_refused() {
     let tmp = tempfile::tempdir().unwrap();
     let from = golden("next_d32");

@@ -6,12 +6,12 @@ use super::{out, quoted, result_line, run_of, same_tokens, skip};
 use crate::checkpoint::{self, RunDir, RunInfo, State};
 use crate::config::{Change, Layers, Precision, Resolved, RunConfig};
 use crate::data::Corpus;
-use crate::learner::{Hybrid, Trained};
+use crate::learner::{Hybrid, Network, Trained};
 use crate::progress::say;
 use crate::tasks::{Source, held_out};
 use crate::text::Codec;
 use crate::text::tokenizer;
-use crate::{Error, Result, composed, presets, trainer};
+use crate::{Error, Result, composed, groups, presets, trainer};
 use engine::DType;
 use std::path::{Path, PathBuf};
 
@@ -257,6 +257,7 @@ fn go(plan: &Plan, corpus: &Corpus, place: &nn::Placement, replays: bool) -> Res
     if let Some(path) = elsewhere.filter(|_| !plan.resuming) {
         model.begin_from(path)?;
     }
+    let frozen = groups::frozen(&model.net().params(), &config.optim.freeze)?;
     let run = RunDir::open(&plan.dir, plan.resuming)?;
     let from = restore(plan, &mut model, corpus)?;
     if let Some(path) = elsewhere.filter(|_| plan.resuming && from.is_none()) {
@@ -277,6 +278,9 @@ fn go(plan: &Plan, corpus: &Corpus, place: &nn::Placement, replays: bool) -> Res
     let mut data: Vec<String> = if corpus.is_empty() { vec![] } else { vec![format!("data {path}: {n} {unit}, {last}")] };
     data.extend((share > 0.0).then(|| format!("tasks in {:.0}% of the windows: {}", 100.0 * share, tasks.join(", "))));
     say(&format!("{}; run folder {dir}", data.join("; ")));
+    if frozen[0] > 0 {
+        say(&format!("frozen: {} tensors of {} parameters", frozen[0], frozen[1]));
+    }
     composed::note(config, place)?.into_iter().chain(composed::idle_window(config)).for_each(|note| say(&note));
     for c in &plan.changes {
         let order = if ORDER.contains(&c.key.as_str()) { " (from here on the text comes in another order)" } else { "" };

@@ -138,6 +138,9 @@ pub struct Optim {
     pub weight_decay: f64,
     /// Patterns of names that don't decay (see [`crate::groups::decays`]); vectors never do.
     pub no_decay: Vec<String>,
+    /// Patterns of names that stay as they begin (see [`crate::groups::matches`]); their gradients are no part of the norm.
+    #[serde(default)]
+    pub freeze: Vec<String>,
     /// The gradient's global norm is clipped to this (0: not).
     pub clip: f64,
 }

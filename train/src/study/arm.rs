@@ -5,12 +5,12 @@ use super::file::EvalFile;
 use super::plan::{Arm, Plan};
 use crate::checkpoint::{self, RunDir};
 use crate::data::Corpus;
-use crate::learner::{Hybrid, Trained};
+use crate::learner::{Hybrid, Network, Trained};
 use crate::measure::{self, Measures, Options};
 use crate::progress::say;
 use crate::tasks::Source;
 use crate::text::{Codec, tokenizer};
-use crate::{Error, Result, trainer};
+use crate::{Error, Result, groups, trainer};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -159,6 +159,7 @@ pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, plac
     }
     let config = &arm.resolved.config;
     let mut model = Hybrid::create(&config.model, config.seed, place)?;
+    groups::frozen(&model.net().params(), &config.optim.freeze)?;
     let run = RunDir::open(&folder, true)?;
     let found: Vec<_> = checkpoint::checkpoints(&folder)?.into_iter().rev().map(|c| c.1).collect();
     let skip = |path: &Path, e: &Error| say(&format!("skipped {}: {e}", path.display()));
