@@ -111,6 +111,7 @@ fn many(dir: &Path, n: usize) -> Vec<String> {
             std::fs::copy(dir.join("gated-1").join(f), to.join(f)).unwrap();
         }
         let mut info = json_of(&dir.join("gated-1/run.json"));
+        info["config"]["seed"] = i.into();
         let model = &mut info["config"]["model"];
         model["layer_types"] = vec![if i % 2 == 0 { "linear_attention" } else { "sliding_attention" }; 20 + i].into();
         (model["hidden_size"], model["rms_norm_eps"]) = ((64 + i).into(), (1e-6 * (i + 1) as f64).into());

@@ -181,6 +181,6 @@ function tableOf(t) {
   const head = h("tr", {}, h("th", { scope: "col" }, t.first), t.columns.map((c) => h("th", { scope: "col", class: c.paper ? "paper" : null }, c.paper ? h("small", {}, "paper") : null, dotOf(c.slot), breakable(c.label), c.note ? h("small", {}, c.note) : null)));
   const rows = t.rows.map((r) =>
     h("tr", {}, h("th", { scope: "row" }, dotOf(r.slot), breakable(r.head), r.about ? h("small", {}, r.about) : null),
-      r.cells.map((c, i) => h("td", { class: [t.columns[i]?.paper ? "paper" : "", c.mark].join(" ").trim() || null }, t.words ? breakable(c.text) : bound(c.text), c.sub ? h("small", { class: c.sub.includes("±") ? "figure" : null }, c.sub.includes("±") ? bound(c.sub) : c.sub, { better: "\u00a0✓", worse: "\u00a0✗" }[c.mark] ?? "") : null))));
+      r.cells.map((c, i) => h("td", { class: [t.columns[i]?.paper ? "paper" : "", c.mark].join(" ").trim() || null }, t.words ? breakable(c.text) : bound(c.text), c.sub ? h("small", { class: c.sub.includes("±") ? "figure" : null }, c.sub.includes("±") || c.sub.length < 18 ? bound(c.sub) : c.sub, { better: "\u00a0✓", worse: "\u00a0✗" }[c.mark] ?? "") : null))));
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": t.title }, h("table", { class: t.words ? "words" : null }, h("thead", {}, head), h("tbody", {}, rows)));
 }
