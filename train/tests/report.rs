@@ -26,8 +26,12 @@ fn browser() -> Option<PathBuf> {
     found
 }
 
-/// What the page says of itself in a window `width` wide. No window is narrower than 500, so it is shown in a frame.
+/// What is left of a sheet of A4 between the browser's margins.
+const PAPER: u32 = 718;
+
+/// What the page says of itself in a window `width` wide, or on paper. No window is narrower than 500, so it is shown in a frame.
 fn opened(browser: &Path, page: &Path, width: u32) -> Value {
+    let check = if width == PAPER { "check-print" } else { "check" };
     let tmp = tempfile::tempdir().unwrap();
     let frame = tmp.path().join("frame.html");
     let address = format!("file://{}", page.canonicalize().unwrap().display()).replace(' ', "%20").replace('<', "%3C").replace('>', "%3E");
@@ -35,7 +39,7 @@ fn opened(browser: &Path, page: &Path, width: u32) -> Value {
         &frame,
         format!(
             "<html><body style='margin:0'><script>onmessage = (e) => document.documentElement.dataset.check = btoa(unescape(encodeURIComponent(e.data)))</script>\
-             <iframe src='{address}#check' style='border:0;width:{width}px;height:900px'></iframe></body></html>"
+             <iframe src='{address}#{check}' style='border:0;width:{width}px;height:900px'></iframe></body></html>"
         ),
     )
     .unwrap();
@@ -69,9 +73,10 @@ fn decoded(text: &str) -> Vec<u8> {
     out
 }
 
-/// No script error, marks in every figure, nothing wider than the window, on a desktop and on a phone; and these sections and figures.
+/// No script error, marks in every figure, nothing wider than the window, on a desktop, on a phone and on paper, where charts are as large as they were drawn;
+/// and these sections and figures.
 fn holds(browser: &Path, page: &Path, sections: &[&str], figures: &[&str]) {
-    for width in [1280, 360] {
+    for width in [1280, 360, PAPER] {
         let seen = opened(browser, page, width);
         let p = page.display();
         assert!(seen["error"].is_null() && seen["width"] == width, "{p} at {width}: {seen}");
@@ -81,9 +86,57 @@ fn holds(browser: &Path, page: &Path, sections: &[&str], figures: &[&str]) {
             assert!(found("sections").contains(&json!(s)), "{p}: no section {s}: {seen}");
         }
         for f in figures {
-            assert!(found("figures").iter().any(|g| g[0] == *f), "{p}: no figure {f}: {seen}");
+            assert!(found("figures").iter().any(|g| g["id"] == *f), "{p}: no figure {f}: {seen}");
         }
-        assert!(found("figures").iter().all(|f| f[1].as_u64().unwrap() > 0), "{p} at {width}: a figure without marks: {seen}");
+        for f in found("figures") {
+            assert!(f["marks"].as_u64().unwrap() > 0, "{p} at {width}: a figure without marks: {f}");
+            let scale = f["scale"].as_f64().unwrap();
+            assert!((0.95..1.1).contains(&scale), "{p} at {width}: drawn for another width, and its labels {scale} times as large: {f}");
+        }
+    }
+}
+
+/// A figure of a page in a window.
+fn figure(seen: &Value, id: &str) -> Value {
+    seen["figures"].as_array().unwrap().iter().find(|f| f["id"] == id).unwrap_or_else(|| panic!("no figure {id}: {seen}")).clone()
+}
+
+/// Runs from one: with other layers, other gates, other names, and one whose loss became huge.
+fn many(dir: &Path, n: usize) -> Vec<String> {
+    let name = |i: usize| format!("{}-{i}", ["gated", "a-run-with-a-long-name", "half_life.and_more"][i % 3]);
+    for i in 0..n {
+        let to = dir.join(name(i));
+        std::fs::create_dir_all(&to).unwrap();
+        for f in ["metrics.jsonl", "measures.json"] {
+            std::fs::copy(dir.join("gated-1").join(f), to.join(f)).unwrap();
+        }
+        let mut info = json_of(&dir.join("gated-1/run.json"));
+        info["config"]["seed"] = i.into();
+        let model = &mut info["config"]["model"];
+        model["layer_types"] = vec![if i % 2 == 0 { "linear_attention" } else { "sliding_attention" }; 20 + i].into();
+        (model["hidden_size"], model["rms_norm_eps"]) = ((64 + i).into(), (1e-6 * (i + 1) as f64).into());
+        for gate in ["attention_gate", "value_gate", "key_gate", "query_gate", "dense_gate"] {
+            model[gate]["granularity"] = ["none", "headwise", "elementwise"][(i + gate.len()) % 3].into();
+            model[gate]["shared"] = (i % 2 == 0).into();
+        }
+        std::fs::write(to.join("run.json"), info.to_string()).unwrap();
+    }
+    let diverged = dir.join(name(n - 1)).join("metrics.jsonl");
+    let line = |step: u64| json!({ "step": step, "loss": 9.98e17 + step as f64 * 1e13, "grad_norm": 1e-7, "tokens": step * 512, "seconds": step });
+    std::fs::write(diverged, (1..=12).map(|s| line(s).to_string() + "\n").collect::<String>()).unwrap();
+    (0..n).map(name).collect()
+}
+
+#[track_caller]
+fn fits(browser: &Path, page: &Path, widths: &[u32]) {
+    for width in widths {
+        let seen = opened(browser, page, *width);
+        let tables = seen["tables"].as_array().unwrap();
+        let of = |title: &str| tables.iter().filter(|t| t["title"] == title).collect::<Vec<_>>();
+        assert!(of("Runs").len() == 1 && !of("Settings").is_empty(), "{tables:?}");
+        for t in [of("Runs"), of("Settings")].concat() {
+            assert_eq!(t["over"], 0, "{} at {width}: a table is wider than its box: {t}", page.display());
+        }
     }
 }
 
@@ -121,7 +174,7 @@ fn study(folder: &Path, runs: &Path) {
 fn reports_open_in_a_browser() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path();
-    let set = "--set data.held_out=0.01 --set eval.every=4 --set sample.count=0 --set model.full_attention_interval=2";
+    let set = "--set data.held_out=0.01 --set eval.every=4 --set eval.tokens=256 --set sample.count=0 --set model.full_attention_interval=2";
     for (name, granularity, seed) in [("none-1", "none", 1), ("none-2", "none", 2), ("gated-1", "elementwise", 1), ("gated-2", "elementwise", 2)] {
         let line =
             format!("train smoke {set} --set train.steps=12 --set seed={seed} --set model.attention_gate.granularity={granularity} --run-dir {name}");
@@ -161,6 +214,25 @@ fn reports_open_in_a_browser() {
     holds(b, &dir.join("gated-1/report.html"), &measured, &[&curves[..], &drawn, &answered].concat());
     holds(b, &dir.join("all.html"), &[&["results"][..], &measured].concat(), &drawn);
     holds(b, &dir.join("study/report.html"), &[&["results"][..], &measured].concat(), &[&["differences"][..], &drawn, &answered].concat());
+    let seen = opened(b, &dir.join("all.html"), 1280);
+    // of the runs' closing evaluations, over more text than the others, none is on a line
+    let held_out = figure(&seen, "held-out");
+    assert!(held_out["open"] == 4 && held_out["note"].as_str().unwrap().contains("Diamonds: at the end"), "{held_out}");
+    // before and after the gate, in each of two layers
+    for id in ["sdpa-output", "sdpa-sparse"] {
+        assert_eq!(figure(&seen, id)["open"], 2, "{}", figure(&seen, id));
+    }
+    for n in [2, 7, 12] {
+        let page = format!("many-{n}.html");
+        let names = many(dir, n);
+        run(dir, &[&["report"][..], &names.iter().map(String::as_str).collect::<Vec<_>>(), &["--out", &page]].concat());
+        holds(b, &dir.join(&page), &["results", "training"], &["loss"]);
+        fits(b, &dir.join(&page), &[1280, PAPER]);
+    }
+    run(dir, &["report", "half_life.and_more-11", "--out", "diverged.html"]);
+    let seen = opened(b, &dir.join("diverged.html"), 1280);
+    let ticks = figure(&seen, "loss")["texts"].as_array().unwrap().iter().map(|t| t.as_str().unwrap().to_string()).collect::<Vec<_>>();
+    assert!(ticks.contains(&"9.9802e17".to_string()) && ticks.iter().all(|t| t.len() < 25), "{ticks:?}");
     // the test itself: a page whose script fails is found out
     let page = std::fs::read_to_string(dir.join("gated-1/report.html")).unwrap();
     std::fs::write(

@@ -3,6 +3,7 @@
 //! Everything is optional: a run without measures has its curves, a study some of whose arms are still to run has those that are done. What is missing is
 //! said to be missing.
 
+mod compare;
 mod curves;
 mod log;
 pub(crate) mod numbers;
@@ -109,8 +110,7 @@ fn of_runs(paths: &[PathBuf]) -> Result<(String, Value)> {
         }
     }
     let groups = grouped(&runs);
-    let slots: Vec<usize> = (0..runs.len()).map(|i| groups.iter().position(|g| g.runs.contains(&i)).unwrap_or(0)).collect();
-    let tables = if runs.len() > 1 { vec![run::table(&runs, &slots)] } else { vec![] };
+    let tables = if runs.len() > 1 { compare::tables(&runs, &groups) } else { vec![] };
     let title = match &runs[..] {
         [one] => one.name.clone(),
         all => format!("{} runs compared", all.len()),

@@ -2,7 +2,6 @@
 
 use super::log::{Log, last_step};
 use super::numbers::{count, duration, plain};
-use super::table::{Cell, Column, Row, Table};
 use crate::checkpoint::{self, RunInfo};
 use crate::measure::{self, Measures, Passage};
 use crate::text::tokenizer;
@@ -100,12 +99,21 @@ impl Run {
         self.info.as_ref().is_some_and(|i| i.config.model.vocab_size == 256) && !self.path.join(tokenizer::FILE).is_file()
     }
 
-    /// The unit of its held-out results.
-    pub fn unit(&self) -> &'static str {
-        if self.is_bytes() { "bits per byte" } else { "bits per token" }
+    /// What it trains on and is scored by, one by one: labels, where it reads tasks alone.
+    fn scored(&self) -> &'static str {
+        if self.info.as_ref().is_some_and(|i| i.config.tasks.share >= 1.0) { "label" } else { "token" }
     }
 
-    /// The mean loss of the last twentieth of the steps, in nats per token: a step's own is noise.
+    /// The unit of its held-out results.
+    pub fn unit(&self) -> &'static str {
+        match self.scored() {
+            "label" => "bits per label",
+            _ if self.is_bytes() => "bits per byte",
+            _ => "bits per token",
+        }
+    }
+
+    /// The mean loss of the last twentieth of the steps, in nats: a step's own is noise.
     fn loss(&self) -> Option<f64> {
         let losses = &self.log.as_ref()?.losses;
         let last = &losses[losses.len() - losses.len().div_ceil(20)..];
@@ -123,22 +131,22 @@ impl Run {
     pub fn facts(&self) -> Vec<Fact> {
         let mut all = vec![];
         if let Some((bits, closing, scored)) = self.held_out() {
-            let over = scored.map_or(String::new(), |n| format!(", {} tokens", count(n)));
+            let over = scored.map_or(String::new(), |n| format!(", {} {}s", count(n), self.scored()));
             all.push(fact("held out", plain(bits), format!("{}{over}{}", self.unit(), if closing { "" } else { ", during the run" })));
         }
         if let Some(loss) = self.loss() {
-            all.push(fact("training loss", plain(loss), "nats per token, last 5 % of the steps".into()));
+            all.push(fact("training loss", plain(loss), format!("nats per {}, last 5 % of the steps", self.scored())));
         }
         if let Some((total, active)) = self.info.as_ref().map(|i| i.config.model.parameters()) {
             let (total, active) = (total as f64, active as f64);
-            all.push(fact("parameters", count(total), format!("{} act on a token", count(active))));
+            all.push(fact("parameters", count(total), format!("{} active", count(active))));
         }
         if let Some(last) = self.log.as_ref().map(|l| l.last).filter(|l| l.step > 0) {
             if let Some(tokens) = last.tokens {
                 all.push(fact("tokens", count(tokens), format!("{} steps", last.step)));
             }
             if let Some(s) = last.seconds {
-                let rate = last.tokens.filter(|_| s > 0.0).map_or(String::new(), |t| format!("{} tokens per second", count(t / s)));
+                let rate = last.tokens.filter(|_| s > 0.0).map_or(String::new(), |t| format!("{} tokens/s", count(t / s)));
                 all.push(fact("time", duration(s), rate));
             }
         }
@@ -153,7 +161,7 @@ impl Run {
     pub fn value(&self, variant: usize, shown: bool, numbers: usize) -> Value {
         let facts: Vec<Value> = self.facts().iter().map(|f| json!({ "label": f.label, "text": f.text, "note": f.note })).collect();
         let mut v = json!({
-            "name": self.name, "path": self.path.display().to_string(), "variant": variant, "seed": self.seed(), "unit": self.unit(),
+            "name": self.name, "path": self.path.display().to_string(), "variant": variant, "seed": self.seed(), "unit": self.unit(), "scored": self.scored(),
             "facts": facts, "notes": self.notes, "shown": shown,
         });
         if let Some(i) = &self.info {
@@ -250,49 +258,6 @@ pub fn flattened(info: &RunInfo) -> BTreeMap<String, String> {
     let mut out = BTreeMap::new();
     flatten("", &serde_json::to_value(&info.config).unwrap_or_default(), &mut out);
     out
-}
-
-/// Runs side by side: key figures, and what differs in their configurations.
-pub fn table(runs: &[Run], slots: &[usize]) -> Table {
-    let facts: Vec<Vec<Fact>> = runs.iter().map(Run::facts).collect();
-    let mut columns: Vec<&str> = vec![];
-    for f in facts.iter().flatten() {
-        if !columns.contains(&f.label.as_str()) {
-            columns.push(&f.label);
-        }
-    }
-    let configs: Vec<BTreeMap<String, String>> = runs.iter().map(|r| r.info.as_ref().map(flattened).unwrap_or_default()).collect();
-    let keys: Vec<&String> =
-        configs.first().map_or(vec![], |c| c.keys().filter(|k| *k != "name" && configs.iter().any(|o| o.get(*k) != c.get(*k))).collect());
-    // a unit that all runs share stands in the head
-    let note = |c: &str| {
-        let mut all = facts.iter().flatten().filter(|f| f.label == c).map(|f| f.note.as_str());
-        let first = all.next()?;
-        all.all(|n| n == first).then(|| first.to_string())
-    };
-    let notes: Vec<Option<String>> = columns.iter().map(|c| note(c)).collect();
-    let row = |i: usize| {
-        let figure = |f: &Fact, shared: bool| Cell { text: f.text.clone(), sub: (!shared).then(|| f.note.clone()), mark: "" };
-        let figures =
-            columns.iter().zip(&notes).map(|(c, n)| facts[i].iter().find(|f| f.label == **c).map_or(Cell::missing(), |f| figure(f, n.is_some())));
-        let set = keys.iter().map(|k| configs[i].get(*k).map_or(Cell::missing(), Cell::plain));
-        Row { head: runs[i].name.clone(), about: None, slot: Some(slots[i]), cells: set.chain(figures).collect() }
-    };
-    Table {
-        title: "Runs".into(),
-        note: if keys.is_empty() {
-            "Key figures of each run.".into()
-        } else {
-            "What differs between the runs' configurations, and their key figures.".into()
-        },
-        first: "run".into(),
-        columns: keys
-            .iter()
-            .map(|k| Column::new(k.strip_prefix("model.").unwrap_or(k)))
-            .chain(columns.iter().zip(notes.clone()).map(|(c, note)| Column { note, ..Column::new(c) }))
-            .collect(),
-        rows: (0..runs.len()).map(row).collect(),
-    }
 }
 
 /// An error for a path that holds nothing to report on.

@@ -77,6 +77,7 @@ pub fn tables(study: &Results) -> Vec<Table> {
             first: "variant".into(),
             columns: vec![Column::new(&s.key)],
             rows: s.stable.iter().map(row).collect(),
+            words: false,
         });
     }
     all
@@ -104,6 +105,7 @@ fn results(study: &Results) -> Table {
         first: "variant".into(),
         columns,
         rows: study.variants.iter().enumerate().map(|(i, v)| row(study, i, v)).collect(),
+        words: false,
     }
 }
 

@@ -15,6 +15,8 @@ pub struct Table {
     pub columns: Vec<Column>,
     /// The rows.
     pub rows: Vec<Row>,
+    /// Whether its cells are words, which are set from the left and broken, rather than figures.
+    pub words: bool,
 }
 
 /// A column.
@@ -26,12 +28,14 @@ pub struct Column {
     pub note: Option<String>,
     /// Whether these are a paper's figures.
     pub paper: bool,
+    /// The number of the variant that it shares its colour with.
+    pub slot: Option<usize>,
 }
 
 impl Column {
     /// One of our own figures.
     pub fn new(label: &str) -> Column {
-        Column { label: label.into(), note: None, paper: false }
+        Column { label: label.into(), note: None, paper: false, slot: None }
     }
 }
 

@@ -102,13 +102,63 @@ fn seeds_share_a_variant_and_have_a_mean() {
     assert_eq!(variants[0]["loss"]["mean"], json!([2.875, 2.75, 2.625, 2.5]));
     assert_eq!(variants[0]["loss"]["stderr"], json!([0, 0, 0, 0]));
     assert!(variants[1]["loss"].is_null());
-    let t = &data["tables"][0];
-    let labels: Vec<&str> = t["columns"].as_array().unwrap().iter().map(|c| c["label"].as_str().unwrap()).collect();
-    assert_eq!(labels, ["optim.lr", "seed", "training loss", "parameters", "tokens", "time"]);
-    assert_eq!(t["rows"][2]["cells"][0]["text"], "0.2");
+    let table = |i: usize| &data["tables"][i];
+    let labels = |i: usize| table(i)["columns"].as_array().unwrap().iter().map(|c| c["label"].as_str().unwrap().to_string()).collect::<Vec<_>>();
+    // what came of each run is first, and of settings there are those that differ
+    assert_eq!(labels(0), ["training loss", "parameters", "tokens", "time", "seed"]);
+    assert_eq!((table(0)["rows"][1]["head"].as_str(), table(0)["rows"][1]["cells"][4]["text"].as_str()), (Some("fast-2"), Some("2")));
+    assert_eq!((labels(1), table(1)["rows"].as_array().unwrap().len()), (vec!["fast".to_string(), "slow".into()], 1));
+    assert_eq!(table(1)["rows"][0]["head"], "optim.lr");
+    assert_eq!((&table(1)["rows"][0]["cells"][1]["text"], &table(1)["columns"][1]["slot"]), (&json!("0.2"), &json!(1)));
+    assert!(table(2).is_null());
     // a note for each run that has not been measured, with the command to type
     assert!(data["runs"][0]["notes"][0].as_str().unwrap().contains("`tidegate measure "));
     write(&paths, Some(&out)).unwrap();
+}
+
+#[test]
+fn settings_of_many_runs_stand_in_several_tables() {
+    let tmp = tempfile::tempdir().unwrap();
+    let tables = |n: usize| {
+        let paths: Vec<PathBuf> = (0..n).map(|i| tmp.path().join(format!("r{i}"))).collect();
+        paths.iter().enumerate().for_each(|(i, p)| run_folder(p, 1, 0.1 + i as f64));
+        let out = tmp.path().join("all.html");
+        let data = embedded(&write(&paths, Some(&out)).unwrap());
+        data["tables"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|t| (t["title"].as_str().unwrap().to_string(), t["columns"].as_array().unwrap().len()))
+            .collect::<Vec<_>>()
+    };
+    let of =
+        |columns: &[usize]| [("Runs".to_string(), 4)].into_iter().chain(columns.iter().map(|n| ("Settings".to_string(), *n))).collect::<Vec<_>>();
+    for (n, columns) in [(2, &[2][..]), (6, &[6]), (7, &[4, 3]), (12, &[6, 6]), (13, &[5, 5, 3])] {
+        assert_eq!(tables(n), of(columns), "{n} runs");
+    }
+}
+
+#[test]
+fn a_run_on_tasks_alone_is_scored_by_labels() {
+    let tmp = tempfile::tempdir().unwrap();
+    let run = tmp.path().join("r");
+    for (share, unit, held_out, loss) in
+        [(0.5, "bits per byte", "bits per byte, 40 tokens", "token"), (1.0, "bits per label", "bits per label, 40 labels", "label")]
+    {
+        run_folder(&run, 1, 0.1);
+        let mut info: Value = serde_json::from_slice(&fs::read(run.join("run.json")).unwrap()).unwrap();
+        info["config"]["tasks"]["share"] = json!(share);
+        fs::write(run.join("run.json"), info.to_string()).unwrap();
+        let more = "{\"step\":4,\"final\":true,\"held_out_bits\":2.5,\"held_out_tokens\":40}\n";
+        fs::write(run.join("metrics.jsonl"), fs::read_to_string(run.join("metrics.jsonl")).unwrap() + more).unwrap();
+        let data = embedded(&write(std::slice::from_ref(&run), None).unwrap());
+        let r = &data["runs"][0];
+        assert_eq!((r["unit"].as_str(), r["scored"].as_str()), (Some(unit), Some(loss)));
+        assert_eq!(
+            (r["facts"][0]["note"].as_str(), r["facts"][1]["note"].clone()),
+            (Some(held_out), json!(format!("nats per {loss}, last 5 % of the steps")))
+        );
+    }
 }
 
 #[test]

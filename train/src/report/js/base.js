@@ -37,15 +37,24 @@ function fmt(x, digits = 4) {
 const percent = (x, digits = 3) => (isNumber(x) ? `${fmt(100 * x, digits)} %` : "–");
 const whole = (x) => (isNumber(x) ? Math.round(x).toLocaleString("en").replaceAll(",", "\u202f") : "–");
 
-/** A tick's text: short, with as many decimals as neighbouring ticks need. */
+/** How many digits tell ticks of this size, a step apart, from one another. */
+function digitsOf(size, step) {
+  const place = Math.floor(Math.log10(step) + 1e-9), part = step / 10 ** place;
+  return Math.max(1, Math.min(12, Math.floor(Math.log10(size) + 1e-9) - place + (Math.abs(part - Math.round(part)) < 1e-6 ? 1 : 2)));
+}
+
+/** A tick's text: short, with as many digits as neighbouring ticks need. */
 function tickText(x, step) {
   const size = Math.abs(x), minus = x < 0 ? "−" : "";
   if (size === 0) return "0";
+  if (size >= 1e12 || (size < 1e-3 && (!step || step < 1e-3))) {
+    const [digits, power] = size.toExponential(step ? digitsOf(size, step) - 1 : 0).split("e");
+    return `${minus}${Number(digits)}e${power.replace("+", "").replace("-", "−")}`;
+  }
   if (size >= 1e4) {
     const [unit, name] = size >= 1e9 ? [1e9, "G"] : size >= 1e6 ? [1e6, "M"] : [1e3, "k"];
-    return `${minus}${Number((size / unit).toPrecision(4))}\u202f${name}`;
+    return `${minus}${Number((size / unit).toPrecision(step ? digitsOf(size, step) : 4))}\u202f${name}`;
   }
-  if (size < 1e-3 && (!step || step < 1e-3)) return minus + size.toExponential(0).replace("-", "−");
   const places = step ? [0, 1, 2, 3, 4, 5, 6].find((p) => Math.abs(step * 10 ** p - Math.round(step * 10 ** p)) < 1e-6) ?? 6 : Math.max(0, 2 - Math.floor(Math.log10(size)));
   return minus + (step ? size.toFixed(Math.min(places, 6)) : String(Number(size.toFixed(Math.min(places, 6)))));
 }
@@ -79,6 +88,9 @@ function look(variant) {
   const slot = BASELINE >= 0 && variant > BASELINE ? variant - 1 : variant;
   return { color: `var(--c${slot % 8})`, dash: [null, "7 3", "2 3"][Math.floor(slot / 8) % 3] };
 }
+/** What runs train on and are scored by: tokens, or the labels of tasks. */
+const SCORED = [...new Set(DATA.runs.map((r) => r.scored))].join(" or ");
+
 /** Layers from pale to strong. */
 const layerColor = (i, n) => `color-mix(in srgb, var(--heat) ${Math.round(100 - 74 * (n < 2 ? 0 : 1 - i / (n - 1)))}%, var(--c4))`;
 

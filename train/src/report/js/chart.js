@@ -1,10 +1,21 @@
 // Figures: a title, what there is to choose, a drawing, and what it says under the pointer.
 
 const REDRAW = [];
-let pending = 0;
-addEventListener("resize", () => { cancelAnimationFrame(pending); pending = requestAnimationFrame(() => REDRAW.forEach((f) => f())); });
+const redrawAll = () => REDRAW.forEach((f) => f());
+// how wide a chart is, is known when all that stand beside it are there
+let pending = 0, onPaper = false, built = false;
+addEventListener("resize", () => { cancelAnimationFrame(pending); pending = requestAnimationFrame(redrawAll); });
+// Before printing the page still has the window's width. A chart drawn for that and scaled down to paper would have labels too small to read.
+for (const [event, on] of [["beforeprint", true], ["afterprint", false]]) addEventListener(event, () => { onPaper = on; redrawAll(); });
+matchMedia("print").addEventListener("change", redrawAll);
+/** About what A4 and Letter have between their margins, for a chart over all of it and for one of two. */
+const PAPER = { wide: 700, half: 334 };
+function widthOf(plot) {
+  if (onPaper) return plot.closest(".wide") ? PAPER.wide : PAPER.half;
+  return Math.max(240, Math.floor(plot.clientWidth || 640));
+}
 
-/** Adds a figure. `spec.draw(svg, width)` draws and returns { height, label, picks }; `spec.legend()` returns [{ label, color, dash, key }]. */
+/** Adds a figure. `spec.draw(svg, width)` draws and returns { height, label, picks }; `spec.legend()` returns [{ label, color, dash, mark, key }]. */
 function figure(parent, spec) {
   const title = () => (typeof spec.title === "function" ? spec.title() : spec.title), heading = h("h3", {});
   const plot = h("div", { class: "plot" }), legend = h("div", { class: "legend" }), hidden = new Set();
@@ -15,25 +26,24 @@ function figure(parent, spec) {
   const redraw = () => {
     heading.textContent = title();
     if (spec.legend) legend.replaceChildren(...keys(spec.legend(), hidden, redraw));
-    const width = Math.max(240, Math.floor(plot.clientWidth || 640));
-    const svg = s("svg", { role: "img", tabindex: 0 }), tip = h("div", { class: "tip", role: "status", hidden: true });
+    const width = widthOf(plot), svg = s("svg", { role: "img", tabindex: 0 }), tip = h("div", { class: "tip", role: "status", hidden: true });
     const { height, label, picks } = spec.draw(svg, width, hidden);
     fill(svg, { viewBox: `0 0 ${width} ${height}`, "aria-label": `${title()}. ${label ?? ""}` }, []);
     plot.replaceChildren(svg, tip);
     if (picks?.items.length) readOut(svg, tip, picks, width, height);
   };
   REDRAW.push(redraw);
-  redraw();
+  if (built) redraw();
   return redraw;
 }
 
 function keys(items, hidden, redraw) {
   // of very many lines the read-out tells which is which
   if (items.length < 2 || items.length > 16) return [];
-  return items.map(({ label, color, dash, key = label }) => h("button", {
+  return items.map(({ label, color, dash, mark, key = label }) => h("button", {
     type: "button", "aria-pressed": String(!hidden.has(key)), title: "show or hide",
     onclick: () => { if (!hidden.delete(key)) hidden.add(key); redraw(); },
-  }, s("svg", { width: 18, height: 8, "aria-hidden": "true" }, s("line", { x1: 1, x2: 17, y1: 4, y2: 4, stroke: color, "stroke-width": 3, "stroke-dasharray": dash })), label));
+  }, s("svg", { width: 22, height: 10, "aria-hidden": "true" }, s("line", { x1: 1, x2: 21, y1: 5, y2: 5, stroke: color, "stroke-width": 3, "stroke-dasharray": dash }), mark && markAt(mark, 11, 5, color)), label));
 }
 
 /** Shows what a drawing says at the pointer, or at the arrow keys. Picks: { kind: "x" | "cell", items: [{ x, y, w, h, head, lines: [[label, text, color]], dots }] }. */
@@ -86,7 +96,7 @@ function readOut(svg, tip, picks, width, height) {
 function axes(svg, { width, height, x, y, left = 0, top = 0 }) {
   const yTicks = y.ticks ?? (y.log ? logTicksOf(y.lo, y.hi, 6) : ticksOf(y.lo, y.hi, Math.max(2, Math.min(6, height / 45))));
   if (y.format === percent) yTicks.forEach((t) => { t[1] = percent(t[0], 6); });
-  const gutter = left || Math.max(...yTicks.map(([, t]) => t.length), 2) * 6.7 + 12;
+  const gutter = left || Math.max(...yTicks.map(([, t]) => t.length), 2) * 7 + 12;
   const area = { left: gutter, right: width - 12, top: top + (y.label ? 24 : 8), bottom: top + height - (x.label ? 40 : 24) };
   const scale = (a, from, to) => {
     const f = a.log ? Math.log10 : (v) => v, lo = f(a.lo), span = f(a.hi) - lo || 1;

@@ -5,6 +5,7 @@ const kindName = (k) => KINDS[k] ?? k;
 const measured = () => DATA.runs.filter((r) => r.measures);
 const current = () => DATA.runs[state.run]?.measures ?? measured()[0].measures;
 const shortName = (r) => DATA.variants[r.variant].name;
+const ALL = measured().some((r) => r.scored === "label") ? "Over all tokens: of generated tasks a run has learned the labels alone." : "";
 const ONE = several ? "From here on, one seed stands for each configuration." : "";
 
 /** A line over layers for each run. */
@@ -15,8 +16,12 @@ function overLayers(box, id, title, note, label, pick, more = {}) {
     id, title, note, ...more,
     of: () => {
       const series = runs.flatMap((r) => {
-        const parts = more.parts ?? [["", (l) => l.value, null]], points = pick(r.measures);
-        return parts.map(([tag, of, dash]) => ({ label: shortName(r) + tag, key: runs.length > 1 ? shortName(r) : tag.replace(/^, /, "") || shortName(r), ...look(r.variant), color: runs.length > 1 || !dash ? look(r.variant).color : "var(--c1)", dash: dash ?? look(r.variant).dash, dots: true, x: points.map((l) => l.layer), y: points.map(of) }));
+        const parts = more.parts ?? [["", (l) => l.value]], points = pick(r.measures);
+        // the second of two parts is told by open marks, too: of a single layer there is no line
+        return parts.map(([tag, of], second) => ({
+          label: shortName(r) + tag, key: runs.length > 1 ? shortName(r) : tag.replace(/^, /, "") || shortName(r), ...look(r.variant), ...(second ? { dash: "2 3", mark: "ring" } : {}),
+          ...(second && runs.length < 2 ? { color: "var(--c1)" } : {}), dots: true, x: points.map((l) => l.layer), y: points.map(of),
+        }));
       });
       series.splice(0, series.length, ...series.filter((l) => numbers(l.y).length));
       const layers = [...new Set(series.flatMap((l) => l.x))].sort((a, b) => a - b);
@@ -80,21 +85,21 @@ function gates(parent, watch) {
     });
     watch.push(redraw);
   }
-  overLayers(box, "sdpa-output", "Attention's output before and after its gate", "Mean magnitude. Solid: after the gate, as the output projection reads it; dotted: before.", "mean magnitude", (m) => m.sdpa_output ?? [], {
-    log: true, parts: [[", after the gate", (l) => l.after.mean_abs, null], [", before the gate", (l) => l.before?.mean_abs ?? null, "2 3"]],
+  overLayers(box, "sdpa-output", "Attention's output before and after its gate", "Mean magnitude. Filled dots, solid: after the gate, as the output projection reads it; open, dotted: before.", "mean magnitude", (m) => m.sdpa_output ?? [], {
+    log: true, parts: [[", after the gate", (l) => l.after.mean_abs], [", before the gate", (l) => l.before?.mean_abs ?? null]],
   });
-  overLayers(box, "sdpa-sparse", "Attention's outputs near zero", "Part of magnitude below 0.01, after the gate (dotted: before).", "part below 0.01", (m) => m.sdpa_output ?? [], {
-    format: percent, zero: true, parts: [[", after the gate", (l) => l.after.below_1e2, null], [", before the gate", (l) => l.before?.below_1e2 ?? null, "2 3"]],
+  overLayers(box, "sdpa-sparse", "Attention's outputs near zero", "Part of magnitude below 0.01. Filled dots, solid: after the gate; open, dotted: before.", "part below 0.01", (m) => m.sdpa_output ?? [], {
+    format: percent, zero: true, parts: [[", after the gate", (l) => l.after.below_1e2], [", before the gate", (l) => l.before?.below_1e2 ?? null]],
   });
 }
 
 function activations(parent, watch) {
   if (!any((m) => m.activations?.layers)) return;
   const box = section(parent, "activations", "How large activations become", "The residual stream after each layer.");
-  overLayers(box, "activation-profile", "Largest and median activation by layer", "Solid: the largest magnitude; dotted: the median.", "magnitude", (m) => m.activations?.layers ?? [], {
-    log: true, parts: [[", largest", (l) => l.max, null], [", median", (l) => l.median, "2 3"]],
+  overLayers(box, "activation-profile", "Largest and median activation by layer", "Filled dots, solid: the largest magnitude; open, dotted: the median.", "magnitude", (m) => m.activations?.layers ?? [], {
+    log: true, parts: [[", largest", (l) => l.max], [", median", (l) => l.median]],
   });
-  overLayers(box, "activation-ratio", "Largest over median, by layer", "An activation is massive above 100 and 1000 times the median.", "ratio", (m) => m.activations?.layers ?? [], { log: true, parts: [["", (l) => l.ratio, null]] });
+  overLayers(box, "activation-ratio", "Largest over median, by layer", "An activation is massive above 100 and 1000 times the median.", "ratio", (m) => m.activations?.layers ?? [], { log: true, parts: [["", (l) => l.ratio]] });
   const place = h("div", { class: "wide" });
   box.append(place);
   const show = () => {
@@ -137,11 +142,11 @@ function experts(parent) {
 function depth(parent) {
   if (!any((m) => m.logit_lens) && !any((m) => m.loss_by_position)) return;
   const box = section(parent, "depth", "Loss over depth and context");
-  overLayers(box, "logit-lens", "Logit lens", "The loss if the final norm and output projection came after that layer.", "loss, nats per token", (m) => (m.logit_lens ?? []).map((value, layer) => ({ layer, value })));
+  overLayers(box, "logit-lens", "Logit lens", `The loss if the final norm and output projection came after that layer. ${ALL}`, "loss, nats per token", (m) => (m.logit_lens ?? []).map((value, layer) => ({ layer, value })));
   const runs = measured().filter((r) => r.measures.loss_by_position?.length);
   if (!runs.length) return;
   lines(box, {
-    id: "positions", title: "Loss by position", note: `Mean over windows longer than those of training (${[...new Set(runs.map((r) => r.measures.data.seq_len))].join(", ")} tokens). A point is the mean over positions around it.`,
+    id: "positions", title: "Loss by position", note: `Mean over windows longer than those of training (${[...new Set(runs.map((r) => r.measures.data.seq_len))].join(", ")} tokens). A point is the mean over positions around it. ${ALL}`,
     of: () => ({
       height: 250, x: { label: "position in the window", log: true, head: (x) => `around position ${whole(x)}` }, y: { label: "loss, nats per token" },
       series: runs.map((r) => ({ label: shortName(r), ...look(r.variant), dots: true, x: r.measures.loss_by_position.map((p) => Math.sqrt(Math.max(1, p.from) * p.to)), y: r.measures.loss_by_position.map((p) => p.loss), note: r.measures.loss_by_position.map((p) => ` (${whole(p.from)} to ${whole(p.to)}, ${whole(p.tokens)} tokens)`) })),

@@ -99,7 +99,7 @@ function passing(box, watch) {
       }),
     }),
   });
-  const one = () => (DATA.runs[state.run]?.passage ? DATA.runs[state.run] : delta[0]);
+  const one = () => (delta.includes(DATA.runs[state.run]) ? DATA.runs[state.run] : delta[0]);
   const layersOf = () => one().passage.layers.filter((l) => l.at), chosen = { key: "kept", at: 0 };
   const p = () => PASSAGE.find((x) => x[0] === chosen.key), place = h("div", {});
   box.append(place);

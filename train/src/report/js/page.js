@@ -62,7 +62,7 @@ function configuration(parent) {
   const box = section(parent, "configuration", "Configuration");
   for (const r of runs.slice(0, 12)) {
     const rows = r.config.map(([key, value, from]) => ({ head: key, cells: [{ text: value }, { text: from || "preset" }] }));
-    box.append(h("details", { class: "wide", style: "margin:0" }, h("summary", {}, `${r.name}: ${r.config.filter((c) => c[2]).length} values set, ${r.config.length} in all`), tableOf({ title: "Configuration", first: "key", columns: [{ label: "value" }, { label: "from" }], rows }, true)));
+    box.append(h("details", { class: "wide", style: "margin:0" }, h("summary", {}, `${r.name}: ${r.config.filter((c) => c[2]).length} values set, ${r.config.length} in all`), tableOf({ title: "Configuration", first: "key", columns: [{ label: "value" }, { label: "from" }], rows, words: true })));
   }
 }
 
@@ -72,16 +72,29 @@ function navigation(watch) {
   document.getElementById("nav").append(h("div", {}, LINKS.map(([id, title]) => h("a", { href: `#${id}` }, title)), choose));
 }
 
-/** What a test asks: script errors, marks in each figure, what is wider than the window. */
-function inspect() {
+/** Sets the page as paper would have it. */
+function asPrinted() {
+  for (const rule of [...document.styleSheets].flatMap((sheet) => [...sheet.cssRules])) if (rule.media?.mediaText === "print") rule.media.mediaText = "all";
+  dispatchEvent(new Event("beforeprint"));
+}
+
+/** What a test asks: script errors, what is in each figure, what is wider than the window or, of tables, than their box. */
+function inspect(printed) {
   // a path that only moves the pen leaves no mark
   const seen = (e) => e.tagName !== "path" || /[LhHZ]/.test(e.getAttribute("d"));
-  const marks = (f) => [...f.querySelectorAll("svg path, svg rect:not([data-clip]):not([data-scale]), svg circle")].filter(seen).length;
-  const inBox = (e) => { for (let p = e.parentElement; p; p = p.parentElement) if (p.matches(".scroll, nav > div, clipPath, [clip-path]")) return true; return false; };
+  const of = (f) => {
+    const svg = f.querySelector(".plot > svg"), marks = [...svg.querySelectorAll("path, rect:not([data-clip]):not([data-scale]), circle")].filter(seen);
+    return {
+      id: f.dataset.figure, marks: marks.length, open: marks.filter((e) => e.getAttribute("fill") === "var(--bg)").length, scale: svg.clientWidth / svg.viewBox.baseVal.width,
+      note: f.querySelector("figcaption p")?.textContent ?? "", texts: [...svg.querySelectorAll("text")].map((e) => e.textContent),
+    };
+  };
+  const inBox = (e) => { for (let p = e.parentElement; p; p = p.parentElement) if (p.matches(`${printed ? "" : ".scroll, "}nav > div, clipPath, [clip-path]`)) return true; return false; };
   const wide = [...document.body.querySelectorAll("*")].filter((e) => !inBox(e) && !e.matches("clipPath *, script, .tip") && e.getBoundingClientRect().right > innerWidth + 1);
   return {
-    error: document.documentElement.dataset.error ?? null, width: innerWidth, scroll: document.documentElement.scrollWidth,
-    figures: [...document.querySelectorAll("figure")].map((f) => [f.dataset.figure, marks(f)]), wide: wide.slice(0, 5).map((e) => `${e.tagName}.${e.getAttribute("class") ?? ""}: ${e.textContent.slice(0, 40)}`),
+    error: document.documentElement.dataset.error ?? null, width: innerWidth, scroll: document.documentElement.scrollWidth, figures: [...document.querySelectorAll("figure")].map(of),
+    wide: wide.slice(0, 5).map((e) => `${e.tagName}.${e.getAttribute("class") ?? ""}: ${e.textContent.slice(0, 40)}`),
+    tables: [...document.querySelectorAll(".scroll")].map((e) => ({ title: e.getAttribute("aria-label"), over: e.scrollWidth - e.clientWidth })),
     sections: LINKS.map((l) => l[0]),
   };
 }
@@ -95,9 +108,13 @@ tasks(MAIN, WATCH);
 if (measured().length) for (const part of [attention, gates, activations, recurrence, experts, depth, texts]) part(MAIN, WATCH);
 configuration(MAIN);
 navigation(WATCH);
+built = true;
+redrawAll();
 document.getElementById("foot").append(h("p", {}, `Made by tidegate ${DATA.version}. Means and differences are those of the files named above; what is missing there is missing here.`));
-if (location.hash === "#check") {
-  const found = JSON.stringify(inspect());
+if (location.hash === "#check" || location.hash === "#check-print") {
+  const printed = location.hash === "#check-print";
+  if (printed) asPrinted();
+  const found = JSON.stringify(inspect(printed));
   document.documentElement.dataset.check = found;
   if (parent !== window) parent.postMessage(found, "*");
 }

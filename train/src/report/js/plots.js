@@ -16,8 +16,16 @@ function bandOf(xs, lo, hi, sx, sy) {
   return `M${line(at, hi)}L${line(at.reverse(), lo)}Z`;
 }
 
+/** A mark on a line: a dot, or a `ring` or a `diamond`, which are open. */
+function markAt(kind, x, y, color) {
+  const open = { fill: "var(--bg)", stroke: color, "stroke-width": 1.7 };
+  if (kind === "diamond") return s("path", { d: `M${x - 5} ${y}L${x} ${y - 5}L${x + 5} ${y}L${x} ${y + 5}Z`, ...open });
+  return s("circle", { cx: x, cy: y, r: 3, ...(kind === "ring" ? open : { fill: color }) });
+}
+
 /**
- * Lines. A series: { label, key, x, y, color, dash, thin, dots, band: { lo, hi }, quiet }; `quiet` ones are not read out.
+ * Lines. A series: { label, key, x, y, color, dash, thin, dots, mark, loose, band: { lo, hi }, quiet }; `loose` ones are marks without a line, `quiet` ones are
+ * not read out.
  * Axes: { label, log, format, ticks, domain }. `spec.clip` leaves the y-axis to values behind that part of the x-axis.
  */
 function drawLines(svg, width, spec) {
@@ -48,7 +56,7 @@ function drawLines(svg, width, spec) {
   for (const l of series) if (l.band) inside.append(s("path", { d: bandOf(l.x, l.band.lo, l.band.hi, sx, sy), fill: l.color, "fill-opacity": l.thin ? 0.1 : 0.18 }));
   for (const l of series) {
     if (!l.loose) inside.append(s("path", { d: pathOf(l.x, l.y, sx, sy), fill: "none", stroke: l.color, "stroke-width": l.thin ? 1 : 2, "stroke-opacity": l.thin ? 0.55 : 1, "stroke-dasharray": l.dash, "stroke-linejoin": "round" }));
-    if (l.dots || numbers(l.y).length === 1) l.y.forEach((y, i) => { if (isNumber(y) && isNumber(l.x[i])) inside.append(s("circle", { cx: sx(l.x[i]), cy: sy(y), r: l.big?.[i] ? 4.5 : 3, fill: l.big?.[i] ? "var(--bg)" : l.color, stroke: l.color, "stroke-width": l.big?.[i] ? 2 : 0 })); });
+    if (l.dots || numbers(l.y).length === 1) l.y.forEach((y, i) => { if (isNumber(y) && isNumber(l.x[i])) inside.append(markAt(l.mark, sx(l.x[i]), sy(y), l.color)); });
   }
   for (const m of spec.marks ?? []) {
     if (m.x < x0 || m.x > x1) continue;
@@ -74,17 +82,20 @@ function lines(parent, spec) {
   const all = () => spec.of();
   return figure(parent, {
     ...spec,
-    legend: () => { const seen = new Map(); all().series.forEach((l) => { if (!seen.has(l.key ?? l.label)) seen.set(l.key ?? l.label, { label: l.key ?? l.label, color: l.color, dash: l.dash }); }); return [...seen.values()]; },
+    legend: () => { const seen = new Map(); all().series.forEach((l) => { if (!seen.has(l.key ?? l.label)) seen.set(l.key ?? l.label, { label: l.key ?? l.label, color: l.color, dash: l.dash, mark: l.mark }); }); return [...seen.values()]; },
     draw: (svg, width, hidden) => { const d = all(); return drawLines(svg, width, { ...d, series: d.series.filter((l) => !hidden.has(l.key ?? l.label)) }); },
   });
 }
+
+/** A name in so many characters; names often differ at their ends alone. */
+const cut = (name, n) => (name.length <= n ? name : `${name.slice(0, Math.ceil(n / 2) - 1)}…${name.slice(-Math.floor(n / 2))}`);
 
 /** Heat maps side by side on one colour scale. A panel: { label, rows: [{ label, values }], cells(row, column) → text }. */
 function drawHeat(svg, width, { panels, domain, rowName, columnName, format = fmt, unit, columnText = String }) {
   const [lo, hi] = domain ?? extent(panels.flatMap((p) => p.rows.flatMap((r) => r.values)));
   const most = Math.max(...panels.map((p) => Math.max(...p.rows.map((r) => r.values.length))));
   const gutter = 34, roomy = most <= 8 && panels.length < 4, cell = Math.min(roomy ? 54 : 30, (Math.min(width, most > 48 ? 1100 : 520) - gutter) / most), gap = cell > 5 ? 1 : 0, tall = Math.max(...panels.map((p) => p.rows.length)) > 16 ? 11 : roomy ? 28 : 22;
-  const panelWidth = Math.max(gutter + cell * most, 130) + 26, across = Math.max(1, Math.min(panels.length, Math.floor((width + 26) / panelWidth)));
+  const panelWidth = Math.max(gutter + cell * most, 130) + 26, across = Math.max(1, Math.min(panels.length, Math.floor((width + 26) / panelWidth))), room = Math.floor((panelWidth - 8) / 8);
   const titled = panels.length > 1, items = [], short = (v) => { const text = format(v, 2); return text.includes("e−") ? "≈ 0" : text; };
   let top = 30;
   // the colours' scale
@@ -95,7 +106,7 @@ function drawHeat(svg, width, { panels, domain, rowName, columnName, format = fm
     const row = panels.slice(first, first + across), rows = Math.max(...row.map((p) => p.rows.length));
     row.forEach((p, k) => {
       const left = k * panelWidth, y0 = top + (titled ? 18 : 0);
-      if (titled) svg.append(s("text", { x: left + gutter, y: top + 9, class: "strong" }, p.label.length > panelWidth / 7 ? `${p.label.slice(0, Math.floor(panelWidth / 7) - 1)}…` : p.label));
+      if (titled) svg.append(s("text", { x: left + gutter, y: top + 9, class: "strong" }, cut(p.label, room)));
       p.rows.forEach((r, i) => {
         if (tall > 15 || i % 4 === 0) svg.append(s("text", { x: left + gutter - 7, y: y0 + i * tall + tall / 2 + 4, "text-anchor": "end", class: "small" }, r.label));
         r.values.forEach((v, j) => {
@@ -116,7 +127,7 @@ function drawHeat(svg, width, { panels, domain, rowName, columnName, format = fm
 
 /** Histograms, small, side by side. A panel: { label, sub, from, to, counts, color }. */
 function drawHistograms(svg, width, panels) {
-  const across = Math.max(1, Math.min(panels.length, Math.floor((width + 20) / 178))), w = Math.min(300, (width + 20) / across - 20), tall = 74, items = [];
+  const across = Math.max(1, Math.min(panels.length, Math.floor((width + 20) / 190))), w = Math.min(300, (width + 20) / across - 20), tall = 74, items = [];
   panels.forEach((p, i) => {
     const left = (i % across) * (w + 20), top = Math.floor(i / across) * (tall + 66), base = top + 36 + tall;
     const total = p.counts.reduce((a, b) => a + b, 0) || 1, most = Math.max(...p.counts, 1), step = w / p.counts.length;
@@ -144,7 +155,7 @@ function drawRows(svg, width, { rows, label, zero }) {
   for (const [v, t] of ticksOf(lo, hi, Math.max(2, (width - gutter) / 90))) svg.append(s("line", { x1: sx(v), x2: sx(v), y1: 0, y2: bottom, class: v === 0 && zero ? "base" : "gridline" }), s("text", { x: sx(v), y: bottom + 16, "text-anchor": "middle" }, t));
   rows.forEach((r, i) => {
     const y = i * tall + tall / 2 + 4, fits = Math.floor(gutter / 7);
-    svg.append(s("text", { x: gutter - 12, y: y + 4, "text-anchor": "end", style: "fill:var(--ink)" }, r.label.length > fits ? `${r.label.slice(0, fits - 1)}…` : r.label));
+    svg.append(s("text", { x: gutter - 12, y: y + 4, "text-anchor": "end", style: "fill:var(--ink)" }, cut(r.label, fits)));
     r.points.forEach(([, v]) => { if (isNumber(v)) svg.append(s("circle", { cx: sx(v), cy: y, r: 2.5, fill: r.color, "fill-opacity": 0.45 })); });
     if (isNumber(r.err)) svg.append(s("line", { x1: sx(r.mean - r.err), x2: sx(r.mean + r.err), y1: y, y2: y, stroke: r.color, "stroke-width": 2.5, "stroke-linecap": "round" }));
     if (isNumber(r.mean)) svg.append(s("circle", { cx: sx(r.mean), cy: y, r: 5, fill: r.color, stroke: "var(--bg)", "stroke-width": 1.5 }));
@@ -154,14 +165,22 @@ function drawRows(svg, width, { rows, label, zero }) {
   return { height: bottom + 40, label: rows.map((r) => `${r.label} ${fmt(r.mean)}`).join("; "), picks: { kind: "cell", items, columns: 1 } };
 }
 
+/** A name that may be broken behind its dots, dashes and underscores. */
+const breakable = (name) => name.split(/(?<=[._\-/])/).flatMap((part, i) => (i ? [h("wbr", {}), part] : [part]));
+/** A figure that is broken in front of its error, if anywhere. */
+const bound = (figure) => figure.replaceAll(/ (?!±)/g, "\u00a0");
+function dotOf(slot) {
+  if (slot === null || slot === undefined) return null;
+  const dot = h("i", {});
+  dot.style.background = look(slot).color;
+  return dot;
+}
+
 /** A table as the report worked it out. */
-function tableOf(t, left = false) {
-  const head = h("tr", {}, h("th", { scope: "col" }, t.first), t.columns.map((c) => h("th", { scope: "col", class: c.paper ? "paper" : null }, c.paper ? h("small", {}, "paper") : null, c.label, c.note ? h("small", {}, c.note) : null)));
-  const rows = t.rows.map((r) => {
-    const dot = r.slot === null || r.slot === undefined ? null : h("i", {});
-    if (dot) dot.style.background = look(r.slot).color;
-    return h("tr", {}, h("th", { scope: "row" }, dot, r.head, r.about ? h("small", {}, r.about) : null),
-      r.cells.map((c, i) => h("td", { class: [t.columns[i]?.paper ? "paper" : "", c.mark].join(" ").trim() || null }, c.text, c.sub ? h("small", {}, c.sub, { better: " ✓", worse: " ✗" }[c.mark] ?? "") : null)));
-  });
-  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": t.title }, h("table", { class: left ? "left" : null }, h("thead", {}, head), h("tbody", {}, rows)));
+function tableOf(t) {
+  const head = h("tr", {}, h("th", { scope: "col" }, t.first), t.columns.map((c) => h("th", { scope: "col", class: c.paper ? "paper" : null }, c.paper ? h("small", {}, "paper") : null, dotOf(c.slot), breakable(c.label), c.note ? h("small", {}, c.note) : null)));
+  const rows = t.rows.map((r) =>
+    h("tr", {}, h("th", { scope: "row" }, dotOf(r.slot), breakable(r.head), r.about ? h("small", {}, r.about) : null),
+      r.cells.map((c, i) => h("td", { class: [t.columns[i]?.paper ? "paper" : "", c.mark].join(" ").trim() || null }, t.words ? breakable(c.text) : bound(c.text), c.sub ? h("small", { class: c.sub.includes("±") ? "figure" : null }, c.sub.includes("±") || c.sub.length < 18 ? bound(c.sub) : c.sub, { better: "\u00a0✓", worse: "\u00a0✗" }[c.mark] ?? "") : null))));
+  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": t.title }, h("table", { class: t.words ? "words" : null }, h("thead", {}, head), h("tbody", {}, rows)));
 }

@@ -70,7 +70,7 @@ function training(parent) {
       check("logarithmic loss", opts.log, (v) => { opts.log = v; redraw(); }),
       check("logarithmic x-axis", opts.logx, (v) => { opts.logx = v; redraw(); }),
     ],
-    of: () => ({ height: 340, x: xAxis(opts.logx), y: { label: "loss, nats per token", log: opts.log }, clip: opts.whole || opts.logx ? 0 : 0.04, series: lossLines(), marks: spikeMarks() }),
+    of: () => ({ height: 340, x: xAxis(opts.logx), y: { label: `loss, nats per ${SCORED}`, log: opts.log }, clip: opts.whole || opts.logx ? 0 : 0.04, series: lossLines(), marks: spikeMarks() }),
   });
   redraws.push(redraw);
   evaluations(box, redraws);
@@ -84,20 +84,29 @@ function training(parent) {
   }
 }
 
+/** Whether a run's closing evaluation read other text than those before it: then it is no point of their line. */
+const apart = (r, e) => e.closing && r.scored !== "label" && !(isNumber(e.scored) && r.evaluations.some((o) => !o.closing && o.scored === e.scored));
+
 function evaluations(box, redraws) {
   const runs = DATA.runs.filter((r) => r.evaluations?.some((e) => isNumber(e.bits)));
   if (!runs.length) return;
-  const unit = new Set(runs.map((r) => r.unit)).size === 1 ? runs[0].unit : "bits per token";
+  const closing = runs.some((r) => r.evaluations.some((e) => apart(r, e))), during = runs.some((r) => r.evaluations.some((e) => !e.closing));
+  const note = !closing ? null : during
+    ? "Lines: during the run, on a part of the held-out text. Diamonds: at the end, on all of it; that is other text, so a diamond above its line is no step back."
+    : "Diamonds: at the end, on all of the held-out text.";
+  const series = (r, tag, pick, more) => {
+    const all = r.evaluations.filter(pick);
+    return {
+      label: r.name + tag, key: DATA.variants[r.variant].name, ...look(r.variant), dots: true, thin: DATA.variants[r.variant].runs.length > 1, ...more,
+      x: all.map((e) => (state.x === "seconds" ? (isNumber(e.seconds) ? e.seconds / 60 : null) : e[state.x])), y: all.map((e) => e.bits),
+      note: all.map((e) => (e.scored ? ` (${whole(e.scored)} ${r.scored}s)` : "")),
+    };
+  };
   redraws.push(lines(box, {
-    id: "held-out", title: "Held-out evaluation",
-    note: runs.some((r) => r.evaluations.some((e) => e.closing)) ? "Filled: during the run, on a part of the held-out text. Open: at the end, on all of it." : null,
+    id: "held-out", title: "Held-out evaluation", note,
     of: () => ({
-      x: xAxis(), y: { label: unit }, clip: 0.04, height: 240,
-      series: runs.map((r) => ({
-        label: r.name, key: DATA.variants[r.variant].name, ...look(r.variant), dots: true, thin: DATA.variants[r.variant].runs.length > 1,
-        x: r.evaluations.map((e) => (state.x === "seconds" ? (isNumber(e.seconds) ? e.seconds / 60 : null) : e[state.x])), y: r.evaluations.map((e) => e.bits), big: r.evaluations.map((e) => e.closing),
-        note: r.evaluations.map((e) => (e.scored ? ` (${whole(e.scored)} tokens)` : "")),
-      })),
+      x: xAxis(), y: { label: [...new Set(runs.map((r) => r.unit))].join(" or ") }, clip: 0.04, height: 240,
+      series: runs.flatMap((r) => [series(r, "", (e) => !apart(r, e)), series(r, ", at the end", (e) => apart(r, e), { loose: true, mark: "diamond" })]),
     }),
   }));
 }
