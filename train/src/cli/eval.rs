@@ -191,9 +191,7 @@ fn tasks(args: &Args) -> Result<()> {
     if let Some(aside) = report.write(&to)? {
         say(&format!("{} was of another checkpoint or seed, and is now {}", to.display(), aside.display()));
     }
-    if let Some(way) = way {
-        way.write(&to.with_file_name(PASSAGE))?;
-    }
+    way.map(|w| w.write(&to.with_file_name(PASSAGE))).transpose()?;
     let step = report.step.map(|s| format!(", step {s}")).unwrap_or_default();
     put(&format!("{}{step}\n{}", report.checkpoint, report.table()))?;
     out(&to.display().to_string())

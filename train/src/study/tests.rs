@@ -223,6 +223,23 @@ fn shipped_studies_can_be_run() {
 }
 
 #[test]
+fn a_variants_own_baseline_is_named() {
+    let table = |text: &str| {
+        let plan = plan(text, &[]).unwrap();
+        let nothing = |a: &Arm| (a.clone(), Outcome { state: State::Pending, step: 0, values: Default::default() });
+        Results::new(&plan, &plan.arms.iter().map(nothing).collect::<Vec<_>>()).markdown()
+    };
+    let shared = table(TINY);
+    assert!(shared.contains("| gate | +128 | 0 |") && shared.contains("the difference from none with the same seed"), "{shared}");
+    let wide = "[[variant]]\nname = \"wide\"\nbaseline = \"gate\"\nset.model.attention_gate.granularity = \"elementwise\"\n\n[paper]";
+    let own = table(&TINY.replace("[paper]", wide));
+    for line in ["| variant | against | + parameters |", "| **none** | — | +0 |", "| gate | none | +128 |", "| wide | gate | +896 |"] {
+        assert!(own.contains(line), "{line}: {own}");
+    }
+    assert!(own.contains("the difference from the variant under `against`"), "{own}");
+}
+
+#[test]
 fn estimates_by_hand() {
     assert_eq!(estimate(&[]), None);
     assert_eq!(estimate(&[3.0]), Some(Estimate { mean: 3.0, stderr: None, n: 1 }));
