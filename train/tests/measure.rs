@@ -130,6 +130,8 @@ fn recurrent_mixers_are_measured() {
         m.delta[0]
     );
     assert!(m.table().contains("mamba2") && m.scalars().contains_key("half_life"));
+    let known = Measures::keys(&c, &Options::new(32)).unwrap();
+    assert!(m.scalars().keys().all(|k| known.contains(k)), "{:?} are not all of {known:?}", m.scalars());
     // of a model without a feed-forward and without softmax attention, too
     let alone = nn::ModelConfig { layer_pattern: vec![Mamba2], ..c };
     let m = measure(&Decoder::new(&alone, 1, DType::F32).unwrap(), &corpus, 0..corpus.len(), &Options::new(32)).unwrap();
@@ -180,6 +182,9 @@ fn a_run_is_measured() {
     assert!(t.loss[0].is_none() && t.loss[1..].iter().all(Option::is_some));
     assert!(t.series.len() == m.gates.len() && t.series.iter().all(|s| s.values.len() == 17 && s.heads.iter().all(|h| h.len() == 17)));
     let scalars = m.scalars();
+    let config = nn::ModelConfig::from_json(json(&dir.join("r/checkpoints/step-00000010/config.json"))).unwrap();
+    let known = Measures::keys(&config, &Options::new(seq_len)).unwrap();
+    assert!(scalars.keys().all(|k| known.contains(k)), "{scalars:?} are not all of {known:?}");
     for key in ["loss", "bits_per_byte", "first_token", "sink_rate", "gate_score", "max_activation", "half_life", "state_rank", "router_dead"] {
         assert!(scalars.contains_key(key), "{key}");
     }

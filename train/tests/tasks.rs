@@ -149,6 +149,20 @@ fn a_folder_of_transformers_is_evaluated_by_tasks() {
     fails(tmp.path(), "eval model --length 4k", 2, &["--task"]);
     fails(tmp.path(), "eval model --task mqar --data x.txt", 2, &["--data"]);
     fails(tmp.path(), "eval model --task needle --length 1m", 2, &["max_position_embeddings", "--beyond"]);
+    // of a model that is meant to read less than it could
+    let mut config = json(&folder.join("config.json"));
+    config["max_position_embeddings"] = 128.into();
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let passage = "eval model --task needle --length 64 --samples 1 --depths 1 --passage 129 --out beyond.json";
+    fails(tmp.path(), passage, 2, &["--passage 129", "longer than the 128 tokens", "max_position_embeddings", "--beyond"]);
+    assert!(!tmp.path().join("beyond.json").exists() && !tmp.path().join("passage.json").exists());
+    runs(tmp.path(), &format!("{passage} --beyond"));
+    assert_eq!(json(&tmp.path().join("passage.json"))["tokens"], 129);
+    fails(tmp.path(), "eval model --task needle --length 129 --passage 64", 2, &["samples of 129 tokens", "--beyond"]);
+    fails(tmp.path(), "eval model --task needle --length 64 --passage 2", 2, &["needle.length", "at least 6"]);
+    fails(tmp.path(), "eval model --task needle --length 64 --depths 0", 2, &["--depths: expected at least 1, found 0"]);
+    fails(tmp.path(), "eval model --task needle --length 64 --samples 0", 2, &["--samples: expected at least 1, found 0"]);
+    fails(tmp.path(), "eval model", 2, &["is no run folder", "--data", "--task"]);
     fails(tmp.path(), "eval model --task needle --set filler=text --text nowhere.txt", 1, &["nowhere.txt"]);
     fs::write(tmp.path().join("eval.json"), "[]").unwrap();
     fails(tmp.path(), "eval model --task mqar", 2, &["eval.json", "--out"]);

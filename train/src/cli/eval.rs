@@ -7,7 +7,7 @@ use crate::config::{RunConfig, plain};
 use crate::data::{Corpus, MOBY_DICK_PATH};
 use crate::measure::PASSAGE;
 use crate::progress::say;
-use crate::tasks::{EvalReport, FILE, Haystack, Options, Prose, Settings, Task, evaluate, follow};
+use crate::tasks::{EvalReport, FILE, Haystack, Options, Prose, Settings, Task, check, check_passage, evaluate, follow};
 use crate::text::Codec;
 use crate::{Error, Result, checkpoint, presets, trainer};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -88,12 +88,13 @@ fn text(args: &Args) -> Result<()> {
         Ok(info) => info.config,
         // A checkpoint from elsewhere: only the windows' size is missing.
         Err(_) if args.data.is_some() => presets::quickstart(),
+        Err(Error::Usage(m)) => return Err(Error::Usage(format!("{m}; name a text by --data, or tasks by --task"))),
         Err(e) => return Err(e),
     };
     if args.data.is_none() && config.tasks.share >= 1.0 {
         let names: Vec<&str> = config.tasks.weights().iter().map(|w| w.0.name()).collect();
-        let m = format!("this run was trained on tasks alone: evaluate it by --task {}, or name a text with --data", names.join(","));
-        return Err(Error::Usage(m));
+        let names = names.join(",");
+        return Err(Error::Usage(format!("this run was trained on tasks alone: evaluate it by --task {names}, or name a text with --data")));
     }
     let corpus = Corpus::open(args.data.as_deref().unwrap_or(&config.data.path), config.data.eot)?;
     let trained_on = checkpoint::read_state(&path).ok().and_then(|s| s.corpus);
@@ -140,8 +141,7 @@ fn tasks(args: &Args) -> Result<()> {
         (Err(e), Some(_)) => return Err(e),
         (codec, _) => codec.ok(),
     };
-    let own = config.as_ref().map(|c| (c.data.path.as_path(), c.data.held_out, c.data.eot));
-    let own = own.filter(|(path, ..)| !path.as_os_str().is_empty());
+    let own = config.as_ref().map(|c| (c.data.path.as_path(), c.data.held_out, c.data.eot)).filter(|own| !own.0.as_os_str().is_empty());
     let (hay, held_out, eot) = match (&args.text, own) {
         (Some(text), _) => (text.as_path(), 0.0, None),
         (None, Some((path, held_out, eot))) => (path, held_out, eot),
@@ -171,6 +171,9 @@ fn tasks(args: &Args) -> Result<()> {
         beyond: args.beyond,
         ..Options::new(settings)
     };
+    let (c, has_text) = (model.config(), options.text.is_some());
+    check(c, &tasks, &options, has_text)?;
+    args.passage.map(|n| check_passage(c, &options.settings, has_text, n, args.beyond)).transpose()?;
     let way = args.passage.map(|n| follow(model, &options.settings, options.text.as_ref(), n, args.seed)).transpose()?;
     let bar = ProgressBar::new(0);
     if let Ok(style) = ProgressStyle::with_template("{percent:>3}% [{bar:16}] {pos} of {len} tokens  {eta} left") {
@@ -180,17 +183,15 @@ fn tasks(args: &Args) -> Result<()> {
         bar.set_length(total);
         bar.set_position(done);
     };
-    let done = evaluate(model, &tasks, &options, &mut progress);
+    let report = evaluate(model, &tasks, &options, &mut progress);
     bar.finish_and_clear();
-    let mut report = done?;
+    let mut report = report?;
     report.checkpoint = path.display().to_string();
     report.step = checkpoint::read_state(&path).ok().map(|s| s.step);
     if let Some(aside) = report.write(&to)? {
         say(&format!("{} was of another checkpoint or seed, and is now {}", to.display(), aside.display()));
     }
-    if let Some(way) = way {
-        way.write(&to.with_file_name(PASSAGE))?;
-    }
+    way.map(|w| w.write(&to.with_file_name(PASSAGE))).transpose()?;
     let step = report.step.map(|s| format!(", step {s}")).unwrap_or_default();
     put(&format!("{}{step}\n{}", report.checkpoint, report.table()))?;
     out(&to.display().to_string())

@@ -1,4 +1,4 @@
-//! Loss spikes of a run, and the largest learning rate that a sweep was stable at.
+//! Loss spikes of a run.
 
 use crate::{Error, Result};
 use serde_json::Value;
@@ -99,24 +99,6 @@ pub fn series(path: &Path, key: &str) -> Result<Vec<(u64, f64)>> {
     Ok(out)
 }
 
-/// One run of a sweep over learning rates.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Trial {
-    /// The peak learning rate.
-    pub lr: f64,
-    /// Whether the loss stopped being finite, or whatever else the caller calls divergence.
-    pub diverged: bool,
-    /// Loss spikes.
-    pub spikes: u64,
-}
-
-/// The largest learning rate of a sweep that is stable, as are all smaller ones in it. A rate is stable if none of its runs (one for each seed) diverged or had
-/// more than `most` spikes (`u64::MAX`: spikes are no matter). None where the smallest is not.
-pub fn max_stable_lr(sweep: &[Trial], most: u64) -> Option<f64> {
-    let unstable = sweep.iter().filter(|t| t.diverged || t.spikes > most).map(|t| t.lr).fold(f64::INFINITY, f64::min);
-    sweep.iter().map(|t| t.lr).filter(|lr| *lr < unstable).reduce(f64::max)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,15 +144,5 @@ mod tests {
         assert!(got.len() == 2 && got[0] == (1, 2.5) && got[1].0 == 2 && got[1].1.is_nan(), "{got:?}");
         std::fs::write(&path, "{\"step\":1,\"loss\":2.5}\nnonsense\n").unwrap();
         assert!(losses(&path).unwrap_err().to_string().contains("line 2"));
-    }
-
-    #[test]
-    fn the_largest_stable_learning_rate() {
-        let t = |lr: f64, diverged: bool, spikes: u64| Trial { lr, diverged, spikes };
-        let sweep = [t(4e-3, true, 0), t(1e-3, false, 0), t(2e-3, false, 3), t(8e-3, false, 0), t(1e-3, false, 1)];
-        assert_eq!(max_stable_lr(&sweep, u64::MAX), Some(2e-3));
-        assert_eq!(max_stable_lr(&sweep, 1), Some(1e-3));
-        assert_eq!(max_stable_lr(&sweep, 0), None);
-        assert_eq!(max_stable_lr(&[], 0), None);
     }
 }

@@ -2,7 +2,8 @@
 
 use super::numbers::{count, plain, with_error};
 use super::table::{Cell, Column, Row, Table};
-use crate::study::{Column as Measured, Estimate, Results, State, VariantResult};
+use crate::measure::{RISE, WORSE};
+use crate::study::{Column as Measured, Estimate, Results, Stable, State, VariantResult};
 
 /// How a difference from the baseline is to be seen: as better or worse where it is more than two standard errors.
 fn judged(column: &Measured, difference: &Estimate) -> &'static str {
@@ -64,20 +65,22 @@ pub fn tables(study: &Results) -> Vec<Table> {
     if !study.variants.is_empty() {
         all.push(results(study));
     }
-    if let Some(s) = study.sweep.as_ref().filter(|s| !s.stable.is_empty()) {
-        let cell = |lr: Option<f64>, bounded: bool| match lr {
-            Some(lr) => Cell { text: plain(lr), sub: (!bounded).then(|| "the sweep's largest".into()), mark: "" },
-            None => Cell { text: format!("below {}", s.values.first().map_or("all".into(), |x| plain(*x))), sub: None, mark: "failed" },
+    if let Some(s) = study.sweep.as_ref().filter(|s| !s.largest_stable.is_empty()) {
+        let cell = |r: &Stable| {
+            let (text, sub) = r.words(study);
+            Cell { text, sub, mark: if r.lr.is_none() { "failed" } else { "" } }
         };
-        let row = |r: &crate::study::Stable| Row { head: r.variant.clone(), about: None, slot: None, cells: vec![cell(r.lr, r.bounded)] };
+        let row = |r: &Stable| Row { head: r.variant.clone(), about: None, slot: None, cells: vec![cell(r)] };
         all.push(Table {
             title: "Largest stable learning rate".into(),
-            note: "The largest of the sweep's learning rates at which, and below which, no arm diverged: stopped being finite, or ended 0.25 nats above its best tenth."
-                .into(),
+            note: format!(
+                "The largest of the sweep's learning rates at which, and below which, no arm stopped being finite, rose by more than {RISE} nats in the mean over \
+                 a tenth of it, or ended more than {WORSE} nats above a smaller rate's or a uniform guess."
+            ),
             first: "variant".into(),
             columns: vec![Column::new(&s.key)],
-            rows: s.stable.iter().map(row).collect(),
-            words: false,
+            rows: s.largest_stable.iter().map(row).collect(),
+            words: true,
         });
     }
     all

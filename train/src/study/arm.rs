@@ -1,9 +1,10 @@
 //! One arm: what its run folder says of it, and training what is left of it.
 
 use super::answers;
-use super::file::EvalFile;
+use super::file::{EvalFile, Measure};
 use super::plan::{Arm, Plan};
 use crate::checkpoint::{self, RunDir};
+use crate::config::RunConfig;
 use crate::data::Corpus;
 use crate::learner::{Hybrid, Network, Trained};
 use crate::measure::{self, Measures, Options};
@@ -79,7 +80,7 @@ pub(super) fn outcome(run: &Path, eval: Option<&EvalFile>) -> Result<Outcome> {
     let finite: Vec<f64> = losses.iter().map(|l| l.1).filter(|l| l.is_finite()).collect();
     let tail = &finite[finite.len() - ((finite.len() as f64 * LAST).ceil() as usize).min(finite.len())..];
     put("train_loss", (!tail.is_empty()).then(|| tail.iter().sum::<f64>() / tail.len() as f64));
-    put("rise", rise(&finite));
+    put("rise", measure::rise(&finite));
     let spikes = measure::spikes(&losses);
     put("spikes", Some(spikes.median.steps.len() as f64));
     put("spikes_7_sigma", Some(spikes.deviation.steps.len() as f64));
@@ -112,15 +113,6 @@ pub(super) fn outcome(run: &Path, eval: Option<&EvalFile>) -> Result<Outcome> {
         }
     }
     Ok(out)
-}
-
-/// How far the mean loss of the last tenth of a run lies above the lowest of the tenths before it.
-fn rise(losses: &[f64]) -> Option<f64> {
-    let n = losses.len() / 10;
-    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
-    let (before, last) = losses.split_at_checked(losses.len() - n).filter(|_| n > 0)?;
-    let lowest = before.chunks_exact(n).map(mean).fold(f64::INFINITY, f64::min);
-    Some(mean(last) - lowest)
 }
 
 /// The last whole line of a `metrics.jsonl`.
@@ -163,7 +155,14 @@ pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, plac
     let run = RunDir::open(&folder, true)?;
     let found: Vec<_> = checkpoint::checkpoints(&folder)?.into_iter().rev().map(|c| c.1).collect();
     let skip = |path: &Path, e: &Error| say(&format!("skipped {}: {e}", path.display()));
-    let from = if found.is_empty() { None } else { Some(checkpoint::first_whole(&found, skip, |c| trainer::load(&mut model, c))?.1) };
+    let lost = |e: Error| {
+        let f = folder.display();
+        Error::Checkpoint(format!("{f} holds no whole checkpoint to go on from; remove that folder to train the arm anew. Of the oldest: {e}"))
+    };
+    let from = match found.len() {
+        0 => None,
+        _ => Some(checkpoint::first_whole(&found, skip, |c| trainer::load(&mut model, c)).map_err(lost)?.1),
+    };
     if from.is_none() && !config.train.from.as_os_str().is_empty() {
         model.begin_from(&config.train.from)?;
     }
@@ -199,6 +198,12 @@ pub(super) fn finish(plan: &Plan, arm: &Arm, study: &Path, corpus: &Corpus, plac
     }
 }
 
+/// How an arm is measured.
+pub(super) fn measuring(asked: &Measure, config: &RunConfig) -> Options {
+    let only = measure::had_by(&config.model, &asked.only);
+    Options { tokens: asked.tokens, context: asked.context, only, ..Options::new(config.data.seq_len) }
+}
+
 fn take_measures(plan: &Plan, arm: &Arm, folder: &Path, corpus: &Corpus, model: &Trained<Hybrid>, step: u64) -> Result<()> {
     let config = &arm.resolved.config;
     // where nothing but tasks is trained on, they are what there is to look at
@@ -206,13 +211,7 @@ fn take_measures(plan: &Plan, arm: &Arm, folder: &Path, corpus: &Corpus, model: 
     let held_out = if tasks.is_some() { 0..0 } else { corpus.split(config.data.held_out).1 };
     let corpus = tasks.as_ref().unwrap_or(corpus);
     let range = if held_out.is_empty() { 0..corpus.len() } else { held_out };
-    let options = Options {
-        tokens: plan.file.measure.tokens,
-        context: plan.file.measure.context,
-        only: measure::had_by(&config.model, &plan.file.measure.only),
-        codec: corpus.codec().cloned(),
-        ..Options::new(config.data.seq_len)
-    };
+    let options = Options { codec: corpus.codec().cloned(), ..measuring(&plan.file.measure, config) };
     let mut m = measure::measure(model.net().model(), corpus, range, &options)?;
     let newest = checkpoint::checkpoints(folder)?.pop();
     m.checkpoint = newest.map_or(folder.to_path_buf(), |c| c.1).display().to_string();

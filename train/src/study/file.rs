@@ -111,7 +111,7 @@ pub struct EvalFile {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Columns {
-    /// A scalar's name: `held_out_bits`, `bits_per_byte`, `first_token`, …
+    /// A scalar's name: `held_out_bits`, `measured_bits_per_byte`, `first_token`, …
     pub key: String,
     /// Its heading.
     pub label: String,
@@ -216,9 +216,16 @@ impl StudyFile {
             return Err(wrong(format!("the sweep's values of `{}` are to rise, and to be one at least, found {:?}", s.key, s.values)));
         }
         if let Some(c) = file.columns.iter().find(|c| !matches!(c.better.as_deref(), None | Some("lower" | "higher"))) {
-            return Err(wrong(format!("column `{}`: `better` is \"lower\" or \"higher\", found {:?}", c.key, c.better)));
+            return Err(wrong(format!(
+                "column `{}`: `better` is \"lower\" or \"higher\", found \"{}\"",
+                c.key,
+                c.better.as_deref().unwrap_or_default()
+            )));
         }
-        crate::measure::check_names(&file.measure.only).map_err(|e| wrong(e.to_string()))?;
+        crate::measure::check_names(&file.measure.only).map_err(|e| wrong(format!("measure.only: {e}")))?;
+        if file.measure.tokens == 0 {
+            return Err(wrong("measure.tokens: expected at least one window's, found 0".into()));
+        }
         if let Some(eval) = &file.eval {
             super::answers::check(eval).map_err(|e| wrong(e.to_string()))?;
         }

@@ -5,17 +5,24 @@
 
 mod answers;
 mod arm;
+mod columns;
 mod file;
 mod plan;
 mod results;
 mod run;
+mod stable;
 mod table;
 
 pub use arm::{Outcome, State};
 pub use file::{Columns, Paper, Shipped, StudyFile, Sweep, VariantFile, shipped};
 pub use plan::{Arm, Plan, Variant};
-pub use results::{ArmResult, Column, Estimate, FILE, FORMAT, Results, Stable, Summary, SweepResult, VariantResult};
+pub use results::{ArmResult, Column, Estimate, FILE, FORMAT, Results, Summary, SweepResult, VariantResult};
 pub use run::run;
+pub use stable::Stable;
 
+#[cfg(test)]
+mod damage_tests;
+#[cfg(test)]
+mod refused_tests;
 #[cfg(test)]
 mod tests;

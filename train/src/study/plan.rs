@@ -1,8 +1,10 @@
 //! What a study trains: its variants with all values of the sweep, each with each seed.
 
+use super::columns;
 use super::file::{StudyFile, VariantFile};
 use crate::config::{Layers, Resolved};
 use crate::{Error, Result, presets};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// A variant as it is trained; one of a sweep has the value in its name.
@@ -53,24 +55,40 @@ impl Plan {
     pub fn new(name: &str, file: StudyFile, set: &[String]) -> Result<Plan> {
         let variants = variants(&file);
         let swept = file.sweep.as_ref().map(|s| s.key.as_str());
+        // what the study gives each arm itself, on top of all else
+        let given = |key: &str| ["seed", "name"].contains(&key) || swept.is_some_and(|k| meets(k, key));
         for s in set {
             let key = s.split('=').next().unwrap_or_default().trim();
-            let fixed = |k: &str| k == key || k.starts_with(&format!("{key}.")) || key.starts_with(&format!("{k}."));
-            if key == "seed" || swept.is_some_and(fixed) {
+            if given(key) {
                 return Err(Error::Usage(format!("--set {s}: study {name} itself goes through values of `{key}`")));
             }
-            if let Some(v) = file.variant.iter().find(|v| keys(&v.set).iter().any(|k| fixed(k))) {
+            if let Some(v) = file.variant.iter().find(|v| keys(&v.set).iter().any(|k| meets(k, key))) {
                 return Err(Error::Usage(format!("--set {s}: variant `{}` of study {name} sets that itself", v.name)));
             }
         }
-        let mut arms = vec![];
+        let tables = file.variant.iter().map(|v| (format!("variant `{}`", v.name), &v.set)).chain([("[set]".to_string(), &file.set)]);
+        for (whose, table) in tables {
+            if let Some(key) = keys(table).into_iter().find(|k| given(k)) {
+                return Err(Error::Usage(format!(
+                    "study {name}, {whose}: `{key}` is set, and the study itself goes through values of it; leave it out"
+                )));
+            }
+        }
+        if let Some(key) = swept.filter(|k| ["seed", "name"].contains(k)) {
+            return Err(Error::Usage(format!("study {name}: a sweep can't go through values of `{key}`; name seeds in `seeds`")));
+        }
+        let (mut arms, mut known) = (vec![], BTreeSet::new());
         for &seed in &file.seeds {
             for (i, v) in variants.iter().enumerate() {
-                let resolved = resolve(name, &file, v, seed, set)
-                    .map_err(|e| Error::Usage(format!("study {name}, variant `{}`, seed {seed}: {}", v.name, plain(&e))))?;
+                let wrong = |e: Error| Error::Usage(format!("study {name}, variant `{}`, seed {seed}: {}", v.name, plain(&e)));
+                let resolved = resolve(name, &file, v, seed, set).map_err(wrong)?;
+                if seed == file.seeds[0] {
+                    known.extend(columns::keys(&file, &resolved.config).map_err(wrong)?);
+                }
                 arms.push(Arm { variant: i, seed, folder: Path::new("arms").join(&v.name).join(format!("seed-{seed}")), resolved });
             }
         }
+        columns::check(name, &file, &arms, &known)?;
         Ok(Plan { name: name.to_string(), file, variants, arms })
     }
 
@@ -102,6 +120,11 @@ fn plain(e: &Error) -> String {
         Error::Usage(m) => m.clone(),
         e => e.to_string(),
     }
+}
+
+/// Whether one of two dotted keys is the other, or holds it.
+fn meets(a: &str, b: &str) -> bool {
+    a == b || a.starts_with(&format!("{b}.")) || b.starts_with(&format!("{a}."))
 }
 
 /// The dotted keys that a table sets.

@@ -1,9 +1,9 @@
 //! `results.json`: a study's arms, and what they come to over seeds.
 
 use super::arm::{Outcome, State};
-use super::file::Paper;
+use super::file::{Paper, VariantFile};
 use super::plan::{Arm, Plan, Variant};
-use crate::measure::{Trial, max_stable_lr};
+use super::stable::{Stable, stable};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -143,18 +143,7 @@ pub struct SweepResult {
     pub values: Vec<f64>,
     /// Of each variant in the study's file, where the key is the learning rate.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub stable: Vec<Stable>,
-}
-
-/// The largest learning rate that a variant was stable at.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Stable {
-    /// The variant in the study's file.
-    pub variant: String,
-    /// No arm at this rate or a smaller one diverged ([`measure::max_stable_lr`](crate::measure::max_stable_lr)). None where the smallest did.
-    pub lr: Option<f64>,
-    /// Whether larger ones were tried and diverged: else the limit is the sweep's own.
-    pub bounded: bool,
+    pub largest_stable: Vec<Stable>,
 }
 
 /// Mean and standard error.
@@ -193,10 +182,15 @@ impl Results {
                 s.difference = estimate(&v.arms.iter().filter_map(pair).collect::<Vec<_>>());
             }
         }
+        let vocab = |name: &str| {
+            let first = outcomes.iter().find(|(a, _)| plan.variant(a).of == name);
+            first.map_or(0, |(a, _)| a.resolved.config.model.vocab_size)
+        };
+        let largest = |v: &VariantFile| stable(&v.name, &variants, vocab(&v.name));
         let sweep = plan.file.sweep.as_ref().map(|s| SweepResult {
             key: s.key.clone(),
             values: s.values.clone(),
-            stable: if s.key == "optim.lr" { plan.file.variant.iter().filter_map(|v| stable(&v.name, &variants)).collect() } else { vec![] },
+            largest_stable: if s.key == "optim.lr" { plan.file.variant.iter().filter_map(largest).collect() } else { vec![] },
         });
         let columns = plan.file.columns.iter().map(|c| Column { key: c.key.clone(), label: c.label.clone(), better: c.better.clone() });
         Results {
@@ -217,7 +211,8 @@ impl Results {
     pub fn read(path: &Path) -> Result<Results> {
         let text = std::fs::read(path).map_err(Error::io("reading", path))?;
         let wrong = |why: String| Error::Usage(format!("{}: {why}", path.display()));
-        let value: Value = serde_json::from_slice(&text).map_err(|e| wrong(format!("is no JSON: {e}; `tidegate study` writes it anew")))?;
+        let value: Value =
+            serde_json::from_slice(&text).map_err(|e| wrong(format!("is no JSON: {e}; the same `tidegate study` again writes it anew")))?;
         if value["format"] != FORMAT {
             let found = value["format"].as_u64().map_or("none".into(), |f| f.to_string());
             return Err(wrong(format!("its format is {found}, and this tidegate reads {FORMAT}; use the tidegate that wrote it")));
@@ -263,27 +258,3 @@ fn variant(v: &Variant, first: &Arm, arms: Vec<ArmResult>) -> VariantResult {
         summary,
     }
 }
-
-/// Of the arms that came to an end.
-fn stable(name: &str, variants: &[VariantResult]) -> Option<Stable> {
-    let trials: Vec<Trial> = variants
-        .iter()
-        .filter(|v| v.of == name)
-        .flat_map(|v| v.arms.iter().map(move |a| (v.value, a)))
-        .filter(|(_, a)| matches!(a.state, State::Done | State::Diverged))
-        .filter_map(|(lr, a)| Some(Trial { lr: lr?, diverged: diverged(a), spikes: 0 }))
-        .collect();
-    if trials.is_empty() {
-        return None;
-    }
-    Some(Stable { variant: name.to_string(), lr: max_stable_lr(&trials, u64::MAX), bounded: trials.iter().any(|t| t.diverged) })
-}
-
-/// Whether an arm's numbers stopped being finite, or its loss ended higher than where it had been: `end_over_best` above [`RISE`].
-fn diverged(a: &ArmResult) -> bool {
-    a.state == State::Diverged || a.values.get("rise").is_some_and(|r| *r > RISE)
-}
-
-/// Nats that the mean training loss of the last tenth of a run may lie above the lowest mean of any tenth before it: text alone, at the sizes of the studies
-/// here, makes less than a tenth of that.
-const RISE: f64 = 0.25;

@@ -2,7 +2,7 @@
 
 use super::arm::{self, Outcome};
 use super::plan::{Arm, Plan};
-use super::results::{FILE, Results};
+use super::results::{FILE, FORMAT, Results};
 use crate::data::Corpus;
 use crate::progress::say;
 use crate::tasks::Source;
@@ -24,10 +24,17 @@ impl Folder {
     fn open(path: &Path, plan: &Plan) -> Result<Folder> {
         let results = path.join(FILE);
         if results.is_file() {
-            let was = Results::read(&results)?;
-            if was.name != plan.name {
-                let p = path.display();
-                return Err(Error::Usage(format!("{p} holds the study `{}`, not `{}`; choose another folder by --out", was.name, plan.name)));
+            match Results::read(&results) {
+                Ok(was) if was.name != plan.name => {
+                    let p = path.display();
+                    return Err(Error::Usage(format!("{p} holds the study `{}`, not `{}`; choose another folder by --out", was.name, plan.name)));
+                }
+                Ok(_) => {}
+                // nothing is in it that the arms' folders don't say
+                Err(_) if is_damaged(&results) && path.join(STUDY).is_file() => {
+                    say(&format!("{} is damaged, and is written anew from the arms' folders", results.display()));
+                }
+                Err(e) => return Err(e),
             }
         } else if path.join("run.json").exists() {
             return Err(Error::Usage(format!("{} is a run's folder; choose another for the study by --out", path.display())));
@@ -40,6 +47,12 @@ impl Folder {
         checkpoint::write(&path.join(STUDY), text.as_bytes())?;
         Ok(Folder { path: path.to_path_buf(), _lock: lock })
     }
+}
+
+/// Whether a `results.json` that can't be read was cut off or written over, and is not that of another version.
+fn is_damaged(results: &Path) -> bool {
+    let value = fs::read(results).map(|text| serde_json::from_slice::<serde_json::Value>(&text));
+    value.is_ok_and(|v| v.map_or(true, |v| v["format"] == FORMAT))
 }
 
 /// The texts that arms read, each opened once.
@@ -76,7 +89,19 @@ pub fn run(plan: &Plan, whole: &Plan, path: &Path, place: impl Fn(&Arm) -> Resul
             )));
         }
         Source::new(corpus, c)?;
+        let held_out = corpus.split(c.data.held_out).1;
+        let range = if held_out.is_empty() { 0..corpus.len() } else { held_out };
+        let there = range.end.saturating_sub(range.start.max(1));
+        if !corpus.is_empty() && there < c.data.seq_len {
+            return Err(Error::Usage(format!(
+                "variant `{}`: {there} tokens of {} are there to measure on (data.held_out), and a window has {} (data.seq_len); name a longer text",
+                plan.variant(arm).name,
+                corpus.path().display(),
+                c.data.seq_len
+            )));
+        }
     }
+    results(whole, &folder.path)?.write(&folder.path.join(FILE))?;
     for (i, arm) in plan.arms.iter().enumerate() {
         let (v, before) = (plan.variant(arm), arm::outcome(&folder.path.join(&arm.folder), plan.file.eval.as_ref())?);
         let head = format!("arm {} of {}: {}, seed {}", i + 1, plan.arms.len(), v.name, arm.seed);

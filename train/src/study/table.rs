@@ -20,27 +20,32 @@ impl Results {
             })
             .chain(papers.iter().map(|c| format!("paper: {c}")))
             .collect();
-        let _ = writeln!(out, "| variant | + parameters | seeds | {} |", heads.join(" | "));
-        let _ = writeln!(out, "|---|---:|---:|{}", "---:|".repeat(heads.len()));
+        // where variants have baselines of their own, each is named
+        let own = self.variants.iter().any(|v| v.baseline != self.baseline);
+        let (against, line) = if own { (" against |", "---|") } else { ("", "") };
+        let _ = writeln!(out, "| variant |{against} + parameters | seeds | {} |", heads.join(" | "));
+        let _ = writeln!(out, "|---|{line}---:|---:|{}", "---:|".repeat(heads.len()));
         for v in &self.variants {
-            let own = self.columns.iter().map(|c| cell(v.summary.get(&c.key)));
+            let each = self.columns.iter().map(|c| cell(v.summary.get(&c.key)));
             let row = self.paper.as_ref().and_then(|p| p.rows.get(&v.of));
             let theirs = (0..papers.len()).map(|i| row.and_then(|r| r.get(i)).map_or(String::new(), |x| plain(*x)));
             let name = if v.name == v.baseline { format!("**{}**", v.name) } else { v.name.clone() };
-            let cells: Vec<String> = own.chain(theirs).collect();
-            let _ = writeln!(out, "| {name} | {:+} | {} | {} |", v.added_parameters, ended(v), cells.join(" | "));
+            let cells: Vec<String> = each.chain(theirs).collect();
+            let against = match (own, v.name == v.baseline) {
+                (false, _) => String::new(),
+                (true, true) => " — |".into(),
+                (true, false) => format!(" {} |", v.baseline),
+            };
+            let _ = writeln!(out, "| {name} |{against} {:+} | {} | {} |", v.added_parameters, ended(v), cells.join(" | "));
         }
         if let Some(s) = &self.sweep
-            && !s.stable.is_empty()
+            && !s.largest_stable.is_empty()
         {
             let _ = writeln!(out, "\n| variant | largest stable {} |\n|---|---:|", s.key);
-            for row in &s.stable {
-                let lr = match (row.lr, row.bounded) {
-                    (Some(lr), true) => format!("{lr}"),
-                    (Some(lr), false) => format!("{lr} or more (the sweep's largest)"),
-                    (None, _) => format!("below {}", s.values.first().copied().unwrap_or_default()),
-                };
-                let _ = writeln!(out, "| {} | {lr} |", row.variant);
+            for row in &s.largest_stable {
+                let (words, more) = row.words(self);
+                let more = more.map(|m| if row.pending.is_empty() { format!(" ({m})") } else { format!("; {m}") });
+                let _ = writeln!(out, "| {} | {words}{} |", row.variant, more.unwrap_or_default());
             }
         }
         let arms = || self.variants.iter().flat_map(|v| &v.arms);
@@ -51,7 +56,11 @@ impl Results {
                 let _ = write!(out, ", {} {word}", count(state));
             }
         }
-        out.push_str(".\nMean ± standard error over seeds; in brackets the difference from the baseline with the same seed.\n");
+        let from = if own { "the variant under `against`" } else { &self.baseline };
+        let _ = writeln!(
+            out,
+            ".\nMean ± standard error over seeds; in brackets the difference from {from} with the same seed. Parameters are counted from there, too."
+        );
         if let Some(p) = &self.paper {
             let _ = writeln!(out, "Paper: {}.", p.source);
         }

@@ -4,7 +4,7 @@ use crate::{Error, Result};
 use std::path::Path;
 
 /// Two variants and two seeds of a model that trains in a moment.
-const TINY: &str = r#"
+pub(super) const TINY: &str = r#"
 title = "Tiny"
 base = "smoke"
 seeds = [1, 2]
@@ -37,21 +37,31 @@ columns = ["PPL"]
 rows = { gate = [5.5] }
 "#;
 
-fn corpus_path() -> String {
+pub(super) fn corpus_path() -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/moby-dick.txt").display().to_string()
 }
-fn plan(text: &str, set: &[&str]) -> Result<Plan> {
+pub(super) fn plan(text: &str, set: &[&str]) -> Result<Plan> {
     let set: Vec<String> = set.iter().map(|s| s.to_string()).chain([format!("data.path={}", corpus_path()), "data.held_out=0.001".into()]).collect();
     Plan::new("tiny", StudyFile::parse(text, "tiny.toml")?, &set)
 }
-fn go(plan: &Plan, whole: &Plan, path: &Path) -> Result<Results> {
+pub(super) fn go(plan: &Plan, whole: &Plan, path: &Path) -> Result<Results> {
     run(plan, whole, path, |_| Ok(nn::Placement::cpu(engine::DType::F32)))
 }
-fn message(r: Result<impl Sized>) -> String {
+pub(super) fn message(r: Result<impl Sized>) -> String {
     match r {
         Ok(_) => panic!("no error"),
         Err(Error::Usage(m)) => m,
         Err(e) => panic!("of another kind: {e}"),
+    }
+}
+
+/// Each number that an arm has is among those that columns may be of.
+fn are_known(plan: &Plan, results: &Results) {
+    for arm in &plan.arms {
+        let known = columns::keys(&plan.file, &arm.resolved.config).unwrap();
+        let v = results.variants.iter().find(|v| v.name == plan.variant(arm).name).unwrap();
+        let values = &v.arms.iter().find(|a| a.seed == arm.seed).unwrap().values;
+        assert!(values.len() > 10 && values.keys().all(|k| known.contains(k)), "{values:?} are not all of {known:?}");
     }
 }
 
@@ -75,6 +85,7 @@ fn a_study_runs_once() {
 
     let [none, gate] = &all.variants[..] else { panic!() };
     assert_eq!((none.added_parameters, gate.added_parameters), (0, 2 * 16 * 4));
+    are_known(&whole, &all);
     for (i, seed) in [1, 2].into_iter().enumerate() {
         assert_eq!((none.arms[i].seed, gate.arms[i].seed), (seed, seed));
     }
@@ -135,7 +146,7 @@ fn a_sweep_to_divergence() {
     assert_eq!(names[0], ("none@0.001", "none@0.001", State::Done));
     assert_eq!((names[3].0, names[3].1, names[3].2), (&*format!("gate@{huge}"), &*format!("none@{huge}"), State::Diverged));
     let s = r.sweep.as_ref().unwrap();
-    assert!(s.stable.iter().all(|s| s.lr == Some(0.001) && s.bounded), "{s:?}");
+    assert!(s.largest_stable.iter().all(|s| (s.lr, s.unstable, s.pending.len()) == (Some(0.001), Some(1e30), 0)), "{s:?}");
     // what diverged is not tried again
     let metrics = std::fs::read(tmp.path().join(format!("arms/gate@{huge}/seed-1/metrics.jsonl"))).unwrap();
     go(&whole, &whole, tmp.path()).unwrap();
@@ -154,7 +165,7 @@ fn bad_studies_are_named() {
         ("name = \"gate\"", "name = \"none\"", "there are two variants `none`"),
         ("name = \"gate\"", "name = \"a/b\"", "variant `a/b`: a name is letters"),
         ("columns = [{", "colums = [{", "unknown field `colums`"),
-        ("better = \"lower\"", "better = \"less\"", "`better` is \"lower\" or \"higher\""),
+        ("better = \"lower\"", "better = \"low\"", "`better` is \"lower\" or \"higher\", found \"low\""),
         ("rows = { gate = [5.5] }", "rows = { gate = [5.5, 1.0] }", "the paper's row `gate` has 2 figures for 1 columns"),
         ("rows = { gate", "rows = { gates", "the paper's row `gates` is of no variant"),
         ("\"headwise\"", "\"headwize\"", "variant `gate`, seed 1: model.attention_gate.granularity"),
@@ -185,6 +196,7 @@ fn arms_are_asked_tasks() {
     assert_eq!(arm.state, State::Done);
     assert!(["needle", "needle.32", "needle.64", "first_token"].iter().all(|k| arm.values.contains_key(*k)), "{:?}", arm.values);
     assert!(results.variants[0].summary.contains_key("needle.64"));
+    are_known(&whole, &results);
     let run = tmp.path().join(&arm.run);
     let passage: crate::measure::Passage = serde_json::from_slice(&std::fs::read(run.join(crate::measure::PASSAGE)).unwrap()).unwrap();
     assert_eq!((passage.tokens, passage.layers.len()), (64, 2));
@@ -207,21 +219,24 @@ fn shipped_studies_can_be_run() {
     for s in shipped() {
         let plan = Plan::new(s.name, StudyFile::parse(s.text, s.name).unwrap(), &[]).unwrap();
         assert!(plan.arms.len() >= 6, "{}", s.name);
-        let known = ["held_out_loss", "held_out_bits", "held_out_bits_per_byte", "train_loss", "spikes", "spikes_7_sigma", "rise", "tokens_per_s"];
-        let measured = include_str!("../measure/scalars.rs");
-        for c in &plan.file.columns {
-            let is_measure = measured.contains(&format!("\"{}\"", c.key)) || c.key.starts_with("gate_") || c.key.starts_with("loss_to_");
-            // TASK, TASK.KIND-N, TASK.LENGTH, TASK.KIND-N.LENGTH
-            let is_answer = plan.file.eval.as_ref().is_some_and(|e| {
-                let (task, rest) = c.key.split_once('.').unwrap_or((&c.key, ""));
-                let length = rest.rsplit('.').next().filter(|l| !l.is_empty() && !l.contains('-'));
-                let lengths: Vec<String> = e.lengths.iter().map(|l| crate::tasks::length_name(*l)).collect();
-                e.tasks.iter().any(|t| t == task) && length.is_none_or(|l| lengths.iter().any(|n| n == l))
-            });
-            let is_measure = is_measure || is_answer;
-            assert!(known.contains(&c.key.as_str()) || is_measure, "{}: {}", s.name, c.key);
-        }
     }
+}
+
+#[test]
+fn a_variants_own_baseline_is_named() {
+    let table = |text: &str| {
+        let plan = plan(text, &[]).unwrap();
+        let nothing = |a: &Arm| (a.clone(), Outcome { state: State::Pending, step: 0, values: Default::default() });
+        Results::new(&plan, &plan.arms.iter().map(nothing).collect::<Vec<_>>()).markdown()
+    };
+    let shared = table(TINY);
+    assert!(shared.contains("| gate | +128 | 0 |") && shared.contains("the difference from none with the same seed"), "{shared}");
+    let wide = "[[variant]]\nname = \"wide\"\nbaseline = \"gate\"\nset.model.attention_gate.granularity = \"elementwise\"\n\n[paper]";
+    let own = table(&TINY.replace("[paper]", wide));
+    for line in ["| variant | against | + parameters |", "| **none** | — | +0 |", "| gate | none | +128 |", "| wide | gate | +896 |"] {
+        assert!(own.contains(line), "{line}: {own}");
+    }
+    assert!(own.contains("the difference from the variant under `against`"), "{own}");
 }
 
 #[test]

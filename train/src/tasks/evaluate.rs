@@ -9,7 +9,7 @@ use crate::rng::{self, stream};
 use crate::text::Codec;
 use crate::trainer::Sampling;
 use crate::{Error, Result};
-use nn::{Caches, Decoder, Generator};
+use nn::{Caches, Decoder, Generator, ModelConfig};
 use serde_json::{Value, json};
 
 /// What to evaluate by.
@@ -65,7 +65,7 @@ struct Planned {
 ///
 /// Settings or lengths without samples; samples longer than the model is meant to read, unless [`Options::beyond`]; English without a codec; logits that are not numbers.
 pub fn evaluate(model: &Decoder, tasks: &[Task], o: &Options, progress: &mut dyn FnMut(u64, u64)) -> Result<EvalReport> {
-    let planned = tasks.iter().map(|t| plan(model, *t, o)).collect::<Result<Vec<_>>>()?;
+    let planned = tasks.iter().map(|t| plan(model.config(), *t, o, o.text.is_some())).collect::<Result<Vec<_>>>()?;
     let total: u64 = planned.iter().flat_map(|p| p.points.iter().map(|c| (c.length * p.samples) as u64)).sum();
     let mut report = EvalReport::new(o.seed);
     let mut done = 0;
@@ -86,6 +86,20 @@ pub fn evaluate(model: &Decoder, tasks: &[Task], o: &Options, progress: &mut dyn
         report.tasks.push(TaskReport { task: p.task.to_string(), settings: shown(&p, o)?, samples, scalars: scalars(p.task.name(), &cells), cells });
     }
     Ok(report)
+}
+
+/// The names of the scalars that [`evaluate`] gives of models of a configuration, or what is wrong with asking that. `text` is whether there is some to hide needles in.
+///
+/// # Errors
+///
+/// As [`evaluate`].
+pub fn check(config: &ModelConfig, tasks: &[Task], o: &Options, text: bool) -> Result<Vec<String>> {
+    let names = |t: &Task| {
+        let p = plan(config, *t, o, text)?;
+        let cells: Vec<Cell> = p.points.iter().map(|c| cell(c, p.samples, 1, 0, None)).collect();
+        Ok(scalars(t.name(), &cells).into_keys())
+    };
+    Ok(tasks.iter().map(names).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }
 
 /// A task's settings for the report.
@@ -113,8 +127,7 @@ fn depths(n: usize) -> Vec<f64> {
     if n == 1 { vec![0.5] } else { (0..n).map(|i| i as f64 / (n - 1) as f64).collect() }
 }
 
-fn plan(model: &Decoder, task: Task, o: &Options) -> Result<Planned> {
-    let c = model.config();
+fn plan(c: &ModelConfig, task: Task, o: &Options, text: bool) -> Result<Planned> {
     let english = matches!(task, Task::Niah(_));
     let mut settings = o.settings.clone();
     let mut lengths = if o.lengths.is_empty() && english { vec![1024] } else { o.lengths.clone() };
@@ -130,8 +143,10 @@ fn plan(model: &Decoder, task: Task, o: &Options) -> Result<Planned> {
         }
         settings.check(task, c.vocab_size)?;
     }
-    if o.samples == Some(0) || o.depths == Some(0) {
-        return Err(Error::Usage("--samples and --depths: expected at least 1".into()));
+    for (name, n) in [("--samples", o.samples), ("--depths", o.depths)] {
+        if n == Some(0) {
+            return Err(Error::Usage(format!("{name}: expected at least 1, found 0")));
+        }
     }
     if let Some(l) = lengths.iter().find(|l| **l > c.max_position_embeddings && !o.beyond) {
         let most = c.max_position_embeddings;
@@ -145,7 +160,7 @@ fn plan(model: &Decoder, task: Task, o: &Options) -> Result<Planned> {
     if task == Task::Niah(2) || task == Task::Niah(3) {
         o.prose.ok_or_else(|| Error::Usage(format!("--task {task} hides its needle in prose, and there is none; name a text by --text")))?;
     }
-    if settings.reads_text(task) && o.text.is_none() {
+    if settings.reads_text(task) && !text {
         return Err(Error::Usage(format!("--task {task} hides its needle in text, and there is none; name one by --text")));
     }
     let mut points = vec![];

@@ -19,8 +19,8 @@ mod tests;
 mod words;
 
 pub use draw::Draw;
-pub use evaluate::{Options, evaluate};
-pub use follow::follow;
+pub use evaluate::{Options, check, evaluate};
+pub use follow::{check_passage, follow};
 pub use niah::{ANSWER, Prose};
 pub use report::{Cell, EvalReport, FILE, TaskReport, length_name};
 pub use score::Answer;
