@@ -50,7 +50,9 @@ fn row(study: &Results, slot: usize, v: &VariantResult) -> Row {
         let row = paper.rows.get(if v.of.is_empty() { &v.name } else { &v.of });
         cells.extend((0..paper.columns.len()).map(|i| row.and_then(|r| r.get(i).copied()).map_or(Cell::missing(), |x| Cell::plain(plain(x)))));
     }
-    Row { head: v.name.clone(), about: (!v.about.is_empty()).then(|| v.about.clone()), slot: Some(slot), cells }
+    let against = Some(baseline_of(study, v)).filter(|b| *b != study.baseline && !is_baseline).map(|b| format!("against {b}"));
+    let about: Vec<String> = Some(v.about.clone()).filter(|a| !a.is_empty()).into_iter().chain(against).collect();
+    Row { head: v.name.clone(), about: (!about.is_empty()).then(|| about.join("; ")), slot: Some(slot), cells }
 }
 
 /// What a variant is held against.

@@ -56,6 +56,14 @@ fn a_studys_table() {
     let labels: Vec<&str> = t.columns.iter().map(|c| c.label.as_str()).collect();
     assert_eq!(labels, ["parameters", "seeds done", "bits per byte ↓", "rank ↑", "PPL"]);
     assert!(t.columns[4].paper && t.note.contains("from none"));
+    // what a variant is held against is named where it is another
+    let mut own = results();
+    own["variants"][2]["baseline"] = "gate".into();
+    study(tmp.path(), &own);
+    let named = &study::tables(&Results::read(&tmp.path().join(FILE)).unwrap())[0];
+    let about: Vec<Option<&str>> = named.rows.iter().map(|r| r.about.as_deref()).collect();
+    assert_eq!(about, [None, Some("a <gate>"), Some("against gate")]);
+    assert!(named.note.contains("its baseline"));
     let row = |i: usize| t.rows[i].cells.iter().map(|c| (c.text.as_str(), c.sub.as_deref(), c.mark)).collect::<Vec<_>>();
     // the baseline is not compared with itself
     assert_eq!(row(0), [("1000", None, ""), ("2 of 2", None, ""), ("1.950 ± 0.012", None, ""), ("10", None, ""), ("–", None, "")]);

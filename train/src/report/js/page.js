@@ -47,7 +47,7 @@ function results(parent) {
       const rows = study.variants.map((v, i) => {
         const summary = v.summary[column.key], shown = options.difference ? summary?.difference : summary, color = look(i).color;
         const of = (a) => (options.difference ? value(a) - value(base(v)?.arms.find((b) => b.seed === a.seed) ?? { values: {} }) : value(a));
-        return { own: v.name === baseline(v), label: v.name, mean: shown?.mean, err: shown?.stderr, color, points: v.arms.filter((a) => isNumber(of(a))).map((a) => [`seed ${a.seed}`, of(a)]) };
+        return { own: v.name === baseline(v), label: options.difference && baseline(v) !== study.baseline && baseline(v) !== v.name ? `${v.name} − ${baseline(v)}` : v.name, mean: shown?.mean, err: shown?.stderr, color, points: v.arms.filter((a) => isNumber(of(a))).map((a) => [`seed ${a.seed}`, of(a)]) };
       }).filter((r) => isNumber(r.mean) && !(options.difference && r.own));
       if (!rows.length) { svg.append(s("text", { x: 0, y: 20 }, "No variant has this yet.")); return { height: 34, picks: null }; }
       const better = { lower: " (lower is better)", higher: " (higher is better)" }[column.better] ?? "";
