@@ -246,8 +246,8 @@ fn training_on_tokens() {
     // another tokenizer's tokens are not this run's
     run(dir, &["tokenize", "train", moby_dick().to_str().unwrap(), "--vocab-size", "300", "--out", "t.json"]);
     run(dir, &encode(&[moby_dick().to_str().unwrap()], "d", &[]));
-    fails(dir, &["train", "--run-dir", "r", "--resume", "--set", "data.path=d", "--set", "train.steps=5"], 2, &["not by this run's tokenizer"]);
-    fails(dir, &["eval", "r", "--data", "d"], 2, &["not by this run's tokenizer"]);
+    fails(dir, &["train", "--run-dir", "r", "--resume", "--set", "data.path=d", "--set", "train.steps=5"], 2, &["not by the model's tokenizer"]);
+    fails(dir, &["eval", "r", "--data", "d"], 2, &["not by the model's tokenizer"]);
     std::fs::remove_dir_all(dir.join("d")).unwrap();
     std::fs::rename(dir.join("e"), dir.join("d")).unwrap();
     run(dir, &["train", "--run-dir", "r", "--resume", "--set", "train.steps=5"]);
