@@ -15,10 +15,7 @@ pub fn matches(pattern: &str, name: &str) -> bool {
 pub fn frozen(params: &[(&str, &engine::Tensor)], freeze: &[String]) -> crate::Result<[usize; 2]> {
     if let Some(p) = freeze.iter().find(|p| !params.iter().any(|(name, _)| matches(p, name))) {
         let some: Vec<&str> = params.iter().map(|p| p.0).take(3).collect();
-        return Err(crate::Error::Usage(format!(
-            "optim.freeze: `{p}` is no parameter of this model, as {} are; --dry-run counts them",
-            some.join(", ")
-        )));
+        return Err(crate::Error::Usage(format!("optim.freeze: `{p}` is no parameter of this model; its first ones are {}", some.join(", "))));
     }
     let still = params.iter().filter(|(name, _)| freeze.iter().any(|p| matches(p, name)));
     let [tensors, numbers] = still.fold([0, 0], |[n, m], (_, t)| [n + 1, m + t.numel()]);
