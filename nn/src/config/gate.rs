@@ -125,8 +125,8 @@ impl GatePosition {
     }
 }
 
-/// Key/value heads with several experts each, of which a token chooses some by the sigmoid of a router (SwitchHead, 2312.07987 §2.2, as in 2505.06708
-/// appendix A.1): `v = Σₑ σ(x Wr)ₑ · (x Wᵥᵉ)` over the `top_k` largest, and likewise the keys if `keys`. One expert is a head-wise gate on the values.
+/// Key/value heads with several experts each, of which a token chooses some by the sigmoid of a router (SwitchHead, 2312.07987; 2505.06708
+/// Table 6): `v = Σₑ σ(x Wr)ₑ · (x Wᵥᵉ)` over the `top_k` largest, and likewise the keys if `keys`. One expert is a head-wise gate on the values.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SwitchHeads {
